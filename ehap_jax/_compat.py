@@ -1,0 +1,40 @@
+"""The only lines that touch ``jax.extend`` or private JAX modules, or that differ between JAX versions."""
+
+from __future__ import annotations
+
+import jax
+from jax._src import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
+
+__all__ = [
+    "ClosedJaxpr",
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Primitive",
+    "Var",
+    "bind",
+    "enable_x64",
+    "source_line",
+]
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """``file:line (function)`` of the user code that produced ``eqn``."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def bind(primitive: Primitive, args, params) -> list:
+    """Apply ``primitive`` with an equation's parameters; always returns a list of outputs."""
+    out = primitive.bind(*args, **primitive.get_bind_params(params))
+    return list(out) if primitive.multiple_results else [out]
+
+
+def enable_x64(enabled: bool = True):
+    """Context manager that switches 64-bit types on: public in newer JAX, experimental before."""
+    public = getattr(jax, "enable_x64", None)
+    if public is not None:
+        return public(enabled)
+    from jax.experimental import enable_x64 as experimental
+
+    return experimental(enabled)

@@ -1,0 +1,257 @@
+"""A pure function as data: its jaxpr, inlined, with every input leaf known by its pytree path.
+
+``trace_graph(apply)(variables, x)`` runs nothing; it traces ``apply`` and returns a :class:`Graph` of
+:class:`Node` and :class:`Value`. Nested ``jit`` calls are inlined. Calls that carry meaning of their own
+(``custom_jvp``, ``custom_vjp``, ``checkpoint``) stay nodes, with their bodies traced in turn, so that a rewriting can
+keep the derivative rule or the rematerialisation policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ehap_jax import _compat
+
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_lin"})
+CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
+REMAT = frozenset({"checkpoint", "remat", "remat2"})
+
+
+def path_name(path) -> str:
+    """A pytree key path as text, ``params/conv1/kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """One array of the graph; compared and hashed by identity."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A scalar written into the jaxpr."""
+
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(np.shape(self.value))
+
+    @property
+    def dtype(self):
+        return jnp.asarray(self.value).dtype
+
+
+Operand = Value | Constant
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One operation: ``outputs = primitive(*inputs, **params)``.
+
+    ``source`` is the user's line. ``body`` is the traced inside of a call; ``derivative`` that of its custom rule
+    (inputs then tangents to outputs then output tangents for custom_jvp, inputs then cotangents to input cotangents
+    for custom_vjp), each None elsewhere.
+    """
+
+    primitive: Any
+    params: Mapping[str, Any]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Value, ...]
+    source: str
+    body: Body | None = None
+    derivative: Body | None = None
+
+    @property
+    def name(self) -> str:
+        return self.primitive.name
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """A straight-line list of nodes. ``constants`` are arrays the traced function closed over."""
+
+    inputs: tuple[Value, ...]
+    constants: dict[Value, Any]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Operand, ...]
+
+    def walk(self) -> Iterator[Node]:
+        """Every node, those inside calls (not inside derivative rules) after the call itself."""
+        for node in self.nodes:
+            yield node
+            if node.body is not None:
+                yield from node.body.walk()
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The inlined jaxpr of ``apply(variables, *args)``.
+
+    ``leaves`` maps the path of every array of ``variables`` to its :class:`Value`; ``arguments`` are the leaves of the
+    other arguments, in order. ``output_paths`` are the paths of the output leaves. ``on_unknown`` says what
+    :func:`channel_groups` does at a primitive without a rule.
+    """
+
+    body: Body
+    leaves: dict[str, Value]
+    arguments: tuple[Value, ...]
+    output_paths: tuple[str, ...]
+    output_tree: Any = field(repr=False)
+    on_unknown: Literal["error", "freeze"] = "error"
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Paths of the trained leaves: those under ``params/`` where there is such a collection, else all of them."""
+        floating = [p for p, v in self.leaves.items() if jnp.issubdtype(v.dtype, jnp.floating)]
+        trained = [p for p in floating if p.startswith("params/")]
+        return tuple(trained or floating)
+
+    def state_leaf(self, output_path: str, shape: tuple[int, ...]) -> str | None:
+        """The variable that an output leaf is the updated value of, or None.
+
+        Networks in training mode return new running statistics beside the logits, as ``(y, {"batch_stats": …})``.
+        An output leaf whose path ends in the whole path of a variable of the same shape is that variable's next value.
+        """
+        for path, value in self.leaves.items():
+            if value.shape == shape and (output_path == path or output_path.endswith("/" + path)):
+                return path
+        return None
+
+
+def trace_graph(
+    apply: Callable, *, on_unknown: Literal["error", "freeze"] = "error"
+) -> Callable[..., Graph]:
+    """Turn ``apply(variables, *args)`` into a function of the same arguments that returns its :class:`Graph`.
+
+    Arguments may be arrays or ``jax.ShapeDtypeStruct``; nothing is computed. Costs scale with the batch dimension of
+    the traced input, so trace with a batch of one for per-image figures.
+
+    >>> import jax, jax.numpy as jnp
+    >>> graph = trace_graph(lambda w, x: jax.nn.relu(x @ w["kernel"]))({"kernel": jnp.ones((3, 4))}, jnp.ones((1, 3)))
+    >>> list(graph.leaves)
+    ['kernel']
+    """
+    if on_unknown not in ("error", "freeze"):
+        raise ValueError(f'on_unknown must be "error" or "freeze", got {on_unknown!r}.')
+
+    def traced(variables, *args) -> Graph:
+        structs = jax.tree.map(_struct, (variables, *args))
+        closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(*structs)
+        body = _read(closed.jaxpr, closed.consts)
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+        out_paths, out_tree = jax.tree_util.tree_flatten_with_path(out_shape)
+        return Graph(
+            body=body,
+            leaves=dict(zip(paths, body.inputs[: len(paths)], strict=True)),
+            arguments=body.inputs[len(paths) :],
+            output_paths=tuple(path_name(path) for path, _ in out_paths),
+            output_tree=out_tree,
+            on_unknown=on_unknown,
+        )
+
+    return traced
+
+
+def _struct(leaf) -> jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    dtype = getattr(leaf, "dtype", None)
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(dtype or np.result_type(leaf)))
+
+
+def _read(jaxpr: _compat.Jaxpr, consts) -> Body:
+    """A jaxpr as a :class:`Body` whose values are its own (JAX shares sub-jaxprs between call sites)."""
+    inputs = tuple(_value(var) for var in jaxpr.invars)
+    env: dict[_compat.Var, Operand] = dict(zip(jaxpr.invars, inputs, strict=True))
+    constants: dict[Value, Any] = {}
+    nodes: list[Node] = []
+    _inline(jaxpr, consts, env, constants, nodes)
+    return Body(inputs, constants, tuple(nodes), tuple(_operand(env, v) for v in jaxpr.outvars))
+
+
+def _inline(jaxpr: _compat.Jaxpr, consts, env, constants: dict[Value, Any], nodes: list[Node]) -> None:
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+        env[var] = Constant(const) if np.ndim(const) == 0 and _is_concrete(const) else _value(var)
+        if isinstance(env[var], Value):
+            constants[env[var]] = const
+    for eqn in jaxpr.eqns:
+        inputs = tuple(_operand(env, v) for v in eqn.invars)
+        if eqn.primitive.name in INLINED:
+            inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+            inner, inner_consts = _open(inner)
+            inner_env = dict(zip(inner.invars, inputs, strict=True))
+            _inline(inner, inner_consts, inner_env, constants, nodes)
+            env.update(zip(eqn.outvars, (_operand(inner_env, v) for v in inner.outvars), strict=True))
+            continue
+        outputs = tuple(_value(var) for var in eqn.outvars)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+        nodes.append(
+            Node(
+                primitive=eqn.primitive,
+                params=eqn.params,
+                inputs=inputs,
+                outputs=outputs,
+                source=_compat.source_line(eqn),
+                body=_call_body(eqn),
+                derivative=_call_derivative(eqn),
+            )
+        )
+
+
+def _call_body(eqn: _compat.JaxprEqn) -> Body | None:
+    if eqn.primitive.name in CUSTOM_RULE:
+        return _read(*_open(eqn.params["call_jaxpr"]))
+    if eqn.primitive.name in REMAT:
+        return _read(*_open(eqn.params["jaxpr"]))
+    return None
+
+
+def _call_derivative(eqn: _compat.JaxprEqn) -> Body | None:
+    """The custom derivative rule of a call, traced through the public ``jax.jvp`` and ``jax.vjp``."""
+    if eqn.primitive.name not in CUSTOM_RULE:
+        return None
+    primals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+
+    def call(*args):
+        return _compat.bind(eqn.primitive, args, eqn.params)
+
+    if eqn.primitive.name == "custom_jvp_call":
+        tangents = [jax.ShapeDtypeStruct(p.shape, _tangent_dtype(p.dtype)) for p in primals]
+        closed = jax.make_jaxpr(lambda p, t: jax.jvp(call, p, t))(tuple(primals), tuple(tangents))
+    else:
+        cotangents = [
+            jax.ShapeDtypeStruct(v.aval.shape, _tangent_dtype(v.aval.dtype)) for v in eqn.outvars
+        ]
+        closed = jax.make_jaxpr(lambda p, ct: jax.vjp(call, *p)[1](ct))(tuple(primals), cotangents)
+    return _read(closed.jaxpr, closed.consts)
+
+
+def _tangent_dtype(dtype):
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jax.dtypes.float0
+
+
+def _open(jaxpr) -> tuple[_compat.Jaxpr, list]:
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, _compat.ClosedJaxpr) else (jaxpr, [])
+
+
+def _value(var) -> Value:
+    return Value(tuple(var.aval.shape), var.aval.dtype)
+
+
+def _operand(env, var) -> Operand:
+    return Constant(var.val) if isinstance(var, _compat.Literal) else env[var]
+
+
+def _is_concrete(const) -> bool:
+    return not isinstance(const, jax.core.Tracer)
