@@ -1,1 +1,31 @@
+"""Functions as graphs: tracing, channel groups and costs."""
 
+from ehap_jax.graph.channels import (
+    ChannelGroup,
+    ChannelStructure,
+    UnknownPrimitiveError,
+    channel_groups,
+    channel_structure,
+)
+from ehap_jax.graph.cost import Cost, count_cost
+from ehap_jax.graph.interpret import RULES, Rule, evaluate, evaluate_call, register
+from ehap_jax.graph.trace import Graph, Node, Value, trace_graph
+
+__all__ = [
+    "RULES",
+    "ChannelGroup",
+    "ChannelStructure",
+    "Cost",
+    "Graph",
+    "Node",
+    "Rule",
+    "UnknownPrimitiveError",
+    "Value",
+    "channel_groups",
+    "channel_structure",
+    "count_cost",
+    "evaluate",
+    "evaluate_call",
+    "register",
+    "trace_graph",
+]

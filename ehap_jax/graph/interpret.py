@@ -65,31 +65,32 @@ def evaluate(body: Body, args: Sequence, handle: Handler, constants: dict[Value,
     return [read(operand) for operand in body.outputs]
 
 
-def evaluate_call(node: Node, args: Sequence, run: Callable[[Body, Sequence], list]) -> list:
-    """A custom-derivative or checkpoint call with its bodies evaluated by ``run``, its meaning kept.
+def evaluate_call(node: Node, args: Sequence, run: Callable, run_derivative: Callable) -> list:
+    """A custom-derivative or checkpoint call with its bodies evaluated anew, its meaning kept.
 
-    custom_jvp and custom_vjp keep their derivative rule (evaluated by ``run`` as well), checkpoint its policy.
+    ``run(body, args)`` evaluates the inside. custom_jvp and custom_vjp keep their derivative rule, evaluated by
+    ``run_derivative(node, args)`` when it is asked for; checkpoint keeps its policy.
     """
-    body, derivative = node.body, node.derivative
+    body = node.body
     assert body is not None
     if node.name in REMAT:
         call = jax.checkpoint(
             lambda *a: run(body, a), policy=node.params["policy"], prevent_cse=node.params["prevent_cse"]
         )
         return call(*args)
-    assert node.name in CUSTOM_RULE and derivative is not None
+    assert node.name in CUSTOM_RULE
     if node.name == "custom_jvp_call":
         call = jax.custom_jvp(lambda *a: run(body, a))
 
         def jvp(primals, tangents):
-            outs = run(derivative, (*primals, *tangents))
+            outs = run_derivative(node, (*primals, *tangents))
             return outs[: len(node.outputs)], outs[len(node.outputs) :]
 
         call.defjvp(jvp)
         return call(*args)
     call = jax.custom_vjp(lambda *a: run(body, a))
     # The traced rule recomputes the forward pass from the inputs; under jit XLA shares it with the primal.
-    call.defvjp(lambda *a: (run(body, a), a), lambda saved, cts: tuple(run(derivative, (*saved, *cts))))
+    call.defvjp(lambda *a: (run(body, a), a), lambda saved, cts: tuple(run_derivative(node, (*saved, *cts))))
     return call(*args)
 
 

@@ -59,9 +59,7 @@ Operand = Value | Constant
 class Node:
     """One operation: ``outputs = primitive(*inputs, **params)``.
 
-    ``source`` is the user's line. ``body`` is the traced inside of a call; ``derivative`` that of its custom rule
-    (inputs then tangents to outputs then output tangents for custom_jvp, inputs then cotangents to input cotangents
-    for custom_vjp), each None elsewhere.
+    ``source`` is the user's line. ``body`` is the traced inside of a call, None elsewhere.
     """
 
     primitive: Any
@@ -70,11 +68,30 @@ class Node:
     outputs: tuple[Value, ...]
     source: str
     body: Body | None = None
-    derivative: Body | None = None
 
     @property
     def name(self) -> str:
         return self.primitive.name
+
+    @cached_property
+    def derivative(self) -> Body:
+        """The rule of a custom_jvp or custom_vjp call, traced when first asked for (a rule may call itself).
+
+        custom_jvp: inputs then tangents to outputs then output tangents. custom_vjp: inputs then cotangents to input
+        cotangents.
+        """
+        primals = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in self.inputs)
+
+        def call(*args):
+            return _compat.bind(self.primitive, args, self.params)
+
+        if self.name == "custom_jvp_call":
+            tangents = tuple(jax.ShapeDtypeStruct(v.shape, _tangent_dtype(v.dtype)) for v in self.inputs)
+            closed = jax.make_jaxpr(lambda p, t: jax.jvp(call, p, t))(primals, tangents)
+        else:
+            cotangents = [jax.ShapeDtypeStruct(v.shape, _tangent_dtype(v.dtype)) for v in self.outputs]
+            closed = jax.make_jaxpr(lambda p, ct: jax.vjp(call, *p)[1](ct))(primals, cotangents)
+        return _read(closed.jaxpr, closed.consts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +126,7 @@ class Graph:
     output_paths: tuple[str, ...]
     output_tree: Any = field(repr=False)
     on_unknown: Literal["error", "freeze"] = "error"
+    structures: dict[str, Any] = field(default_factory=dict, repr=False)  # by coupling, filled by channel_structure
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -129,9 +147,7 @@ class Graph:
         return None
 
 
-def trace_graph(
-    apply: Callable, *, on_unknown: Literal["error", "freeze"] = "error"
-) -> Callable[..., Graph]:
+def trace_graph(apply: Callable, *, on_unknown: Literal["error", "freeze"] = "error") -> Callable[..., Graph]:
     """Turn ``apply(variables, *args)`` into a function of the same arguments that returns its :class:`Graph`.
 
     Arguments may be arrays or ``jax.ShapeDtypeStruct``; nothing is computed. Costs scale with the batch dimension of
@@ -204,7 +220,6 @@ def _inline(jaxpr: _compat.Jaxpr, consts, env, constants: dict[Value, Any], node
                 outputs=outputs,
                 source=_compat.source_line(eqn),
                 body=_call_body(eqn),
-                derivative=_call_derivative(eqn),
             )
         )
 
@@ -215,26 +230,6 @@ def _call_body(eqn: _compat.JaxprEqn) -> Body | None:
     if eqn.primitive.name in REMAT:
         return _read(*_open(eqn.params["jaxpr"]))
     return None
-
-
-def _call_derivative(eqn: _compat.JaxprEqn) -> Body | None:
-    """The custom derivative rule of a call, traced through the public ``jax.jvp`` and ``jax.vjp``."""
-    if eqn.primitive.name not in CUSTOM_RULE:
-        return None
-    primals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-
-    def call(*args):
-        return _compat.bind(eqn.primitive, args, eqn.params)
-
-    if eqn.primitive.name == "custom_jvp_call":
-        tangents = [jax.ShapeDtypeStruct(p.shape, _tangent_dtype(p.dtype)) for p in primals]
-        closed = jax.make_jaxpr(lambda p, t: jax.jvp(call, p, t))(tuple(primals), tuple(tangents))
-    else:
-        cotangents = [
-            jax.ShapeDtypeStruct(v.aval.shape, _tangent_dtype(v.aval.dtype)) for v in eqn.outvars
-        ]
-        closed = jax.make_jaxpr(lambda p, ct: jax.vjp(call, *p)[1](ct))(tuple(primals), cotangents)
-    return _read(closed.jaxpr, closed.consts)
 
 
 def _tangent_dtype(dtype):

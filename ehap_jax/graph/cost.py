@@ -1,0 +1,68 @@
+"""Parameters, multiply-accumulates and bytes of a network, in full or under a plan."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ehap_jax.graph.channels import ChannelStructure, channel_structure
+from ehap_jax.graph.interpret import RULES
+from ehap_jax.graph.structure import Coupling
+from ehap_jax.graph.trace import Graph, Operand
+
+
+class Cost(NamedTuple):
+    """params: trained numbers. macs: multiply-accumulates of convs and matrix products, for the input shape the graph
+    was traced with. bytes: storage of all variables, running statistics included, in their own dtypes."""
+
+    params: int
+    macs: int
+    bytes: int
+
+
+class Plan(Protocol):
+    """What :func:`count_cost` reads of a pruning plan."""
+
+    @property
+    def coupling(self) -> Coupling: ...
+
+    @property
+    def keep(self) -> dict[str, np.ndarray]: ...
+
+
+def count_cost(graph: Graph, plan: Plan | None = None) -> Cost:
+    """Cost of ``graph``, or of what ``plan`` leaves of it.
+
+    >>> import jax.numpy as jnp
+    >>> from ehap_jax.graph import trace_graph
+    >>> count_cost(trace_graph(lambda w, x: x @ w)(jnp.ones((3, 4)), jnp.ones((1, 3))))
+    Cost(params=12, macs=12, bytes=48)
+    """
+    if plan is None:
+        structure = channel_structure(graph)
+        return cost_of_alive(structure, structure.alive({}))
+    structure = channel_structure(graph, plan.coupling)
+    return cost_of_alive(structure, structure.alive(plan.keep))
+
+
+def cost_of_alive(structure: ChannelStructure, alive: np.ndarray) -> Cost:
+    """Cost when only the label classes ``alive`` remain."""
+    graph = structure.graph
+
+    def shape(operand: Operand) -> tuple[int, ...]:
+        kept = structure.kept(operand, alive)
+        return tuple(n if k is None else len(k) for n, k in zip(operand.shape, kept, strict=True))
+
+    shapes = {path: shape(value) for path, value in graph.leaves.items()}
+    macs = 0
+    for node in graph.body.walk():
+        rule = RULES.get(node.name)
+        if rule is not None and rule.macs is not None:
+            macs += rule.macs(node, [shape(v) for v in node.inputs], [shape(v) for v in node.outputs])
+    return Cost(
+        params=sum(prod(shapes[path]) for path in graph.parameters),
+        macs=macs,
+        bytes=sum(prod(shapes[path]) * np.dtype(value.dtype).itemsize for path, value in graph.leaves.items()),
+    )

@@ -1,0 +1,177 @@
+"""Slices, padding and gathers: the kept indices of operand and result tell which positions to read."""
+
+from __future__ import annotations
+
+import numpy as np
+from jax import lax
+
+from ehap_jax._compat import bind
+from ehap_jax.graph.interpret import register
+from ehap_jax.graph.rules.elementwise import expand
+from ehap_jax.graph.rules.shape import select, sizes
+from ehap_jax.graph.structure import Axis, Labels, Structure
+from ehap_jax.graph.trace import Constant, Node
+
+
+def _positions(have: np.ndarray | None, wanted: np.ndarray) -> np.ndarray:
+    """Where the full-size indices ``wanted`` stand in an axis that keeps only ``have``."""
+    return wanted if have is None else np.searchsorted(have, wanted)
+
+
+def _window(structure: Structure, node: Node, value: Labels, indices: list[np.ndarray | None]) -> Labels:
+    axes: list[Axis] = []
+    for axis, index in zip(value.axes, indices, strict=True):
+        axes.append(axis if index is None else tuple(labels[index] for labels in axis))
+    return Labels(tuple(axes), value.zero, value.from_variables)
+
+
+def _slice_indices(node: Node) -> list[np.ndarray | None]:
+    strides = node.params["strides"] or (1,) * len(node.params["start_indices"])
+    spans = zip(node.params["start_indices"], node.params["limit_indices"], strides, node.inputs[0].shape, strict=True)
+    return [None if (a, b, s) == (0, n, 1) else np.arange(a, b, s) for a, b, s, n in spans]
+
+
+def resize_slice(node: Node, args, kept_inputs, kept_outputs):
+    return [_resize_window(args[0], _slice_indices(node), kept_inputs[0], kept_outputs[0])]
+
+
+def _resize_window(array, indices, kept_in, kept_out):
+    for axis, index in enumerate(indices):
+        if index is not None:
+            wanted = index if kept_out[axis] is None else index[kept_out[axis]]
+            array = select(array, axis, _positions(kept_in[axis], wanted))
+    return array
+
+
+@register("slice", resize=resize_slice)
+def slice_(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    return [_window(structure, node, inputs[0], _slice_indices(node))]
+
+
+def _split_indices(node: Node):
+    axis, start = node.params["axis"], 0
+    for size in node.params["sizes"]:
+        indices: list[np.ndarray | None] = [None] * len(node.inputs[0].shape)
+        indices[axis] = np.arange(start, start + size)
+        start += size
+        yield indices
+
+
+def resize_split(node: Node, args, kept_inputs, kept_outputs):
+    return [
+        _resize_window(args[0], indices, kept_inputs[0], kept_out)
+        for indices, kept_out in zip(_split_indices(node), kept_outputs, strict=True)
+    ]
+
+
+@register("split", resize=resize_split)
+def split(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    return [_window(structure, node, inputs[0], indices) for indices in _split_indices(node)]
+
+
+def _pad_source(size: int, low: int, high: int, interior: int) -> np.ndarray:
+    """For every index of a padded axis the operand's index, or -1 where it is padding."""
+    length = size + max(size - 1, 0) * interior + low + high
+    source = np.full(length, -1)
+    at = low + np.arange(size) * (interior + 1)
+    inside = (at >= 0) & (at < length)
+    source[at[inside]] = np.flatnonzero(inside)
+    return source
+
+
+def resize_pad(node: Node, args, kept_inputs, kept_outputs):
+    array, value = args
+    config = list(node.params["padding_config"])
+    for axis, (low, high, interior) in enumerate(config):
+        have, want = kept_inputs[0][axis], kept_outputs[0][axis]
+        if have is None and want is None:
+            continue
+        source = _pad_source(node.inputs[0].shape[axis], low, high, interior)
+        source = source if want is None else source[want]
+        array = _place(array, axis, source, have, node.inputs[0].shape[axis])
+        config[axis] = (0, 0, 0)
+    return [lax.pad(array, value, config)]
+
+
+def _place(array, axis: int, source: np.ndarray, have: np.ndarray | None, size: int):
+    """Operand channels at their places along ``axis``, zero elsewhere (only zero padding keeps labels)."""
+    inside = source >= 0
+    read = select(array, axis, _positions(have, source[inside]))
+    return expand(read, axis, np.flatnonzero(inside), None, len(source)) if not inside.all() else read
+
+
+@register("pad", resize=resize_pad)
+def pad(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """Zero padding creates channels that are zero whatever is pruned; other padding cannot shrink."""
+    value, shape = inputs[0], node.inputs[0].shape
+    filler = node.inputs[1]
+    zero_fill = -1 in inputs[1].zero or (isinstance(filler, Constant) and not np.any(filler.value))
+    axes: list[Axis] = []
+    zero: set[int] = set()
+    for i, (axis, config) in enumerate(zip(value.axes, node.params["padding_config"], strict=True)):
+        if config == (0, 0, 0):
+            axes.append(axis)
+            if zero_fill and i in value.zero:
+                zero.add(i)
+        elif not zero_fill or len(axis) != 1:
+            structure.freeze(axis, f"padding along the axis at {node.source}")
+            axes.append(())
+        else:
+            source = _pad_source(shape[i], *config)
+            labels = structure.fresh(len(source))
+            labels[source >= 0] = axis[0][source[source >= 0]]
+            axes.append((labels,))
+            if i in value.zero:
+                zero.add(i)
+    return [Labels(tuple(axes), frozenset(zero), value.from_variables)]
+
+
+def _whole(structure: Structure, node: Node, value: Labels, whole: list[bool]) -> None:
+    for axis, stays in zip(value.axes, whole, strict=True):
+        if not stays:
+            structure.freeze(axis, f"{node.name} along the axis at {node.source}")
+
+
+def resize_dynamic_slice(node: Node, args, kept_inputs, kept_outputs):
+    return bind(node.primitive, args, {**node.params, "slice_sizes": sizes(node, kept_outputs)})
+
+
+@register("dynamic_slice", resize=resize_dynamic_slice)
+def dynamic_slice(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    value = inputs[0]
+    whole = [n == m for n, m in zip(node.params["slice_sizes"], node.inputs[0].shape, strict=True)]
+    _whole(structure, node, value, whole)
+    axes = tuple(a if stays else () for a, stays in zip(value.axes, whole, strict=True))
+    return [Labels(axes, value.zero, value.from_variables)]
+
+
+def resize_gather(node: Node, args, kept_inputs, kept_outputs):
+    slice_sizes = list(node.params["slice_sizes"])
+    for axis, kept in enumerate(kept_inputs[0]):
+        if kept is not None:
+            slice_sizes[axis] = len(kept)
+    return bind(node.primitive, args, {**node.params, "slice_sizes": tuple(slice_sizes)})
+
+
+@register("gather", resize=resize_gather)
+def gather(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """Operand axes that are read whole pass; those that are indexed cannot shrink (embedding tables, takes)."""
+    value, indices = inputs
+    dims, shape = node.params["dimension_numbers"], node.inputs[0].shape
+    batching = getattr(dims, "operand_batching_dims", ())
+    gone = {*dims.collapsed_slice_dims, *batching}
+    whole = [
+        i not in gone and i not in dims.start_index_map and node.params["slice_sizes"][i] == n
+        for i, n in enumerate(shape)
+    ]
+    _whole(structure, node, value, whole)
+    for axis in indices.axes:
+        structure.freeze(axis, f"indices of a gather at {node.source}")
+    axes: list[Axis] = [()] * len(node.outputs[0].shape)
+    zero: set[int] = set()
+    for out, operand in zip(dims.offset_dims, (i for i in range(len(shape)) if i not in gone), strict=True):
+        if whole[operand]:
+            axes[out] = value.axes[operand]
+            if operand in value.zero:
+                zero.add(out)
+    return [Labels(tuple(axes), frozenset(zero), value.from_variables)]

@@ -1,0 +1,158 @@
+"""From scores to a plan: the least important groups go until a budget is met."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from ehap_jax.graph.channels import ChannelGroup, ChannelStructure, channel_structure
+from ehap_jax.graph.cost import Cost, cost_of_alive
+from ehap_jax.graph.structure import Coupling
+from ehap_jax.graph.trace import Graph
+from ehap_jax.pruning.plan import PruningPlan
+from ehap_jax.pruning.scores import Scores
+
+AGGREGATE = {"sum": np.sum, "mean": np.mean, "max": np.max}
+
+
+def allocate(
+    graph: Graph,
+    scores: Scores,
+    *,
+    params: float | None = None,
+    macs: float | None = None,
+    channels: float | None = None,
+    coupling: Coupling = "group",
+    max_layer_ratio: float = 0.95,
+    round_to: int = 1,
+    aggregate: Literal["sum", "mean", "max"] = "sum",
+) -> PruningPlan:
+    """Remove groups in ascending order of score until at most a fraction of the network is kept.
+
+    Exactly one of ``params``, ``macs`` and ``channels`` (of the prunable kernels) is the fraction in (0, 1] that is
+    kept; the result is within one group of it. A group's score is the ``aggregate`` of its producers' channels; ties
+    go by ‖w‖², then by position. No kernel loses more than ``max_layer_ratio`` of its output channels (its best ones
+    stay), and with ``round_to`` the kept number of every pruned kernel is a multiple of it where its size allows.
+
+    Raises ValueError for a fraction out of (0, 1] or below what the limits allow (the range is given).
+    """
+    budget, fraction = _budget(params=params, macs=macs, channels=channels)
+    if not 0 <= max_layer_ratio < 1:
+        raise ValueError(f"max_layer_ratio must be in [0, 1), got {max_layer_ratio!r}.")
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1, got {round_to!r}.")
+    if aggregate not in AGGREGATE:
+        raise ValueError(f"aggregate must be one of {', '.join(AGGREGATE)}, got {aggregate!r}.")
+    structure = channel_structure(graph, coupling)
+    order = _ranked(structure.groups(), scores, aggregate)
+    removable = _within_layer_limit(order, structure, max_layer_ratio)
+    total = _measure(structure, [], order, budget)
+
+    def kept_fraction(count: int) -> float:
+        removed = _rounded(removable[:count], order, structure, round_to)
+        return _measure(structure, removed, order, budget) / total
+
+    lowest = kept_fraction(len(removable))
+    if lowest > fraction:
+        raise ValueError(
+            f"{budget}={fraction:g} is out of reach: with max_layer_ratio={max_layer_ratio:g} and round_to={round_to} "
+            f"this network can keep between {lowest:.4f} and 1 of its {budget}."
+        )
+    low, high = 0, len(removable)
+    while low < high:
+        middle = (low + high) // 2
+        if kept_fraction(middle) <= fraction:
+            high = middle
+        else:
+            low = middle + 1
+    removed = _rounded(removable[:low], order, structure, round_to)
+    cost, full = (_cost(structure, gone) for gone in (removed, []))
+    provenance = {
+        "criterion": scores.criterion,
+        "budget": {budget: fraction},
+        "max_layer_ratio": max_layer_ratio,
+        "round_to": round_to,
+        "aggregate": aggregate,
+        "cost": cost._asdict(),
+        "full_cost": full._asdict(),
+    }
+    return PruningPlan.from_keep(graph, _keep(structure, removed), coupling=coupling, provenance=provenance)
+
+
+def _budget(**given: float | None) -> tuple[str, float]:
+    named = [(name, value) for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {', '.join(n for n, _ in named) or 'none'}.")
+    name, fraction = named[0]
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{name} is the fraction that is kept, in (0, 1]; got {fraction!r}.")
+    return name, fraction
+
+
+def _ranked(groups: Sequence[ChannelGroup], scores: Scores, aggregate: str) -> list[ChannelGroup]:
+    def total(group: ChannelGroup, of) -> float:
+        missing = [path for path in group.producers if path not in of]
+        if missing:
+            raise KeyError(f"the scores have no entry for kernel {missing[0]}; they are for another network.")
+        return float(AGGREGATE[aggregate](np.concatenate([of[p][list(i)] for p, i in group.producers.items()])))
+
+    keys = [(total(group, scores.values), total(group, scores.norms), i) for i, group in enumerate(groups)]
+    return [groups[i] for *_, i in sorted(keys)]
+
+
+def _within_layer_limit(order, structure: ChannelStructure, max_layer_ratio: float) -> list[ChannelGroup]:
+    """The groups of ``order`` that may go: whatever would take a kernel beyond its limit stays."""
+    leaves, axes = structure.graph.leaves, structure.kernel_axes
+    limit = {p: min(int(max_layer_ratio * leaves[p].shape[a]), leaves[p].shape[a] - 1) for p, a in axes.items()}
+    gone: Counter[str] = Counter()
+    removable = []
+    for group in order:
+        loss = {path: len(indices) for path, indices in group.producers.items()}
+        if all(gone[path] + count <= limit[path] for path, count in loss.items()):
+            gone.update(loss)
+            removable.append(group)
+    return removable
+
+
+def _rounded(removed, order, structure: ChannelStructure, round_to: int) -> list[ChannelGroup]:
+    """``removed`` less the best groups that must come back for every kernel to keep a multiple of ``round_to``."""
+    if round_to == 1:
+        return list(removed)
+    removed = list(removed)
+    leaves, axes = structure.graph.leaves, structure.kernel_axes
+    gone = Counter[str]()
+    for group in removed:
+        gone.update({path: len(indices) for path, indices in group.producers.items()})
+    settled = False
+    while not settled:
+        settled = True
+        for path, axis in axes.items():
+            while gone[path] and (leaves[path].shape[axis] - gone[path]) % round_to:
+                back = next(g for g in reversed(removed) if path in g.producers)
+                removed.remove(back)
+                gone.subtract({p: len(indices) for p, indices in back.producers.items()})
+                settled = False
+    return removed
+
+
+def _keep(structure: ChannelStructure, removed) -> dict[str, np.ndarray]:
+    gone: dict[str, set[int]] = {}
+    for group in removed:
+        for path, indices in group.producers.items():
+            gone.setdefault(path, set()).update(indices)
+    leaves, axes = structure.graph.leaves, structure.kernel_axes
+    return {p: np.setdiff1d(np.arange(leaves[p].shape[axes[p]]), sorted(lost)) for p, lost in gone.items()}
+
+
+def _cost(structure: ChannelStructure, removed) -> Cost:
+    return cost_of_alive(structure, structure.alive(_keep(structure, removed)))
+
+
+def _measure(structure: ChannelStructure, removed, groups, budget: str) -> int:
+    if budget == "channels":
+        size = sum(len(indices) for group in groups for indices in group.producers.values())
+        return size - sum(len(indices) for group in removed for indices in group.producers.values())
+    return getattr(_cost(structure, removed), budget)

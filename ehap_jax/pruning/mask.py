@@ -1,0 +1,30 @@
+"""Masked networks: full shapes, zeros where channels are pruned."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ehap_jax.graph.trace import path_name
+from ehap_jax.pruning.plan import PruningPlan, check_fits
+
+
+def mask_variables(variables, plan: PruningPlan):
+    """``variables`` with every slice of what is pruned set to zero, shapes unchanged.
+
+    Producers' outputs, the affine parameters after them and the consumers' inputs all become zero, so that a pruned
+    channel contributes exactly zero whatever the activation function does at 0. Training a masked network stays masked
+    if this is applied after every update.
+
+    Raises KeyError or ValueError (path and both shapes) where the plan is for another network.
+    """
+    check_fits(variables, plan.shapes, "plan")
+
+    def mask(path, leaf):
+        for axis, kept in plan.slices.get(path_name(path), {}).items():
+            stays = jnp.zeros(leaf.shape[axis], bool).at[kept].set(True)
+            stays = stays.reshape([-1 if i == axis else 1 for i in range(leaf.ndim)])
+            leaf = jnp.where(stays, leaf, jnp.zeros((), leaf.dtype))
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(mask, variables)

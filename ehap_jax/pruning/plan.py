@@ -1,0 +1,158 @@
+"""A pruning decision as data: which output channels every kernel keeps. A small JSON file, never code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ehap_jax.graph.channels import channel_structure
+from ehap_jax.graph.structure import Coupling
+from ehap_jax.graph.trace import Graph, path_name
+
+FORMAT = "ehap_jax.pruning_plan"
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class PruningPlan:
+    """What a network keeps.
+
+    keep: kernel path -> kept output indices, sorted; kernels that keep all their outputs are left out.
+    slices: variable path -> {axis: kept indices}, for every variable that gets smaller, ``keep`` included.
+    shapes: full shape of every variable of the network that the plan is for.
+    axes: kernel path -> its output axis. coupling: "group" or "union" (see ``channel_groups``).
+    provenance: free text and numbers on how the plan came about (criterion, targets, costs).
+    """
+
+    keep: Mapping[str, np.ndarray]
+    slices: Mapping[str, Mapping[int, np.ndarray]]
+    shapes: Mapping[str, tuple[int, ...]]
+    axes: Mapping[str, int]
+    coupling: Coupling = "group"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_keep(
+        cls,
+        graph: Graph,
+        keep: Mapping[str, Sequence[int]],
+        *,
+        coupling: Coupling = "group",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> PruningPlan:
+        """The plan that keeps the output channels ``keep`` of the kernels it names and all of the others.
+
+        Raises KeyError for a path that is no kernel of ``graph``, ValueError for indices out of range, a kernel left
+        with nothing, or channels that the network ties together and ``keep`` does not.
+        """
+        structure = channel_structure(graph, coupling)
+        checked: dict[str, np.ndarray] = {}
+        for path, indices in keep.items():
+            if path not in structure.kernel_axes:
+                known = ", ".join(sorted(structure.kernel_axes))
+                raise KeyError(f"{path!r} is not a conv or dense kernel of this network; its kernels are: {known}.")
+            size = graph.leaves[path].shape[structure.kernel_axes[path]]
+            kept = np.unique(np.asarray(indices, dtype=np.int64))
+            if not len(kept):
+                raise ValueError(f"{path} would keep no channel at all; keep at least one.")
+            if kept[0] < 0 or kept[-1] >= size:
+                raise ValueError(f"{path} has output channels 0 to {size - 1}, but the plan keeps {kept[-1]}.")
+            if len(kept) < size:
+                checked[path] = kept
+        alive = structure.alive(checked)
+        return cls(
+            keep=checked,
+            slices=structure.kept_slices(alive),
+            shapes={path: tuple(value.shape) for path, value in graph.leaves.items()},
+            axes=dict(structure.kernel_axes),
+            coupling=coupling,
+            provenance=dict(provenance or {}),
+        )
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the plan as JSON (to a temporary name first). Raises FileExistsError rather than overwrite."""
+        target = Path(path)
+        if target.exists():
+            raise FileExistsError(f"{target} exists; remove it or save the plan under another name.")
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "coupling": self.coupling,
+            "keep": {p: kept.tolist() for p, kept in self.keep.items()},
+            "slices": {p: {str(a): kept.tolist() for a, kept in s.items()} for p, s in self.slices.items()},
+            "axes": dict(self.axes),
+            "shapes": {p: list(shape) for p, shape in self.shapes.items()},
+            "provenance": dict(self.provenance),
+        }
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(temporary, target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PruningPlan:
+        """Read a plan. Raises ValueError where the file is not a well-formed plan, naming the field."""
+        try:
+            document = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a JSON file: {error}.") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f'{path} is not a pruning plan: "format" is not {FORMAT!r}.')
+        if document.get("version") != VERSION:
+            raise ValueError(f"{path} has plan version {document.get('version')!r}; this library reads {VERSION}.")
+        if document.get("coupling") not in ("group", "union"):
+            raise ValueError(f'{path}: "coupling" must be "group" or "union".')
+        try:
+            shapes = {p: tuple(int(n) for n in shape) for p, shape in document["shapes"].items()}
+            plan = cls(
+                keep={p: np.asarray(kept, np.int64) for p, kept in document["keep"].items()},
+                slices={
+                    p: {int(a): np.asarray(kept, np.int64) for a, kept in s.items()}
+                    for p, s in document["slices"].items()
+                },
+                shapes=shapes,
+                axes={p: int(a) for p, a in document["axes"].items()},
+                coupling=document["coupling"],
+                provenance=document.get("provenance", {}),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a well-formed pruning plan: {type(error).__name__}: {error}.") from error
+        plan._check_indices(path)
+        return plan
+
+    def _check_indices(self, source) -> None:
+        entries = [(p, a, kept) for p, s in self.slices.items() for a, kept in s.items()]
+        entries += [(p, self.axes.get(p), kept) for p, kept in self.keep.items()]
+        for path, axis, kept in entries:
+            shape = self.shapes.get(path)
+            if shape is None or axis is None or not 0 <= axis < len(shape):
+                raise ValueError(f"{source}: {path} axis {axis} does not fit the plan's own shapes.")
+            if kept.ndim != 1 or not len(kept) or kept[0] < 0 or kept[-1] >= shape[axis] or (np.diff(kept) <= 0).any():
+                raise ValueError(f"{source}: {path} axis {axis}: indices must ascend within 0 to {shape[axis] - 1}.")
+
+    def shrunk_shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a variable once its pruned slices are gone."""
+        slices = self.slices.get(path, {})
+        return tuple(len(slices[a]) if a in slices else n for a, n in enumerate(self.shapes[path]))
+
+
+def check_fits(variables, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise unless ``variables`` has exactly the paths and shapes given (KeyError and ValueError, naming the path)."""
+    found = {path_name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    if missing or extra:
+        raise KeyError(
+            f"these variables are not those of the {what}: missing {missing[:5] or 'nothing'}, "
+            f"unexpected {extra[:5] or 'nothing'}."
+        )
+    for path, shape in shapes.items():
+        if found[path] != tuple(shape):
+            raise ValueError(f"{path} has shape {found[path]}, but the {what} is for shape {tuple(shape)}.")
