@@ -1,0 +1,229 @@
+"""PyTorch checkpoints into JAX variables, with every tensor used exactly once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interop.layouts import (
+    AKAMASTER,
+    INDEX_BUFFERS,
+    CheckpointError,
+    Layout,
+    Part,
+    flax_path,
+    recognise,
+    to_flax_axes,
+)
+from interop.network import residual_network
+from interop.read import read_checkpoint
+from interop.spec import ResNetSpec, read_spec
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What was found in a checkpoint.
+
+    Attributes:
+        layout: the layout that was used; also_fits are other names of the same one.
+        spec: the widths of the network.
+        shortcut: "A" (parameter-free), "B" (projection) or "indexed" (sums by index, a pruned network).
+        model: the `ehap_jax.models` module that `apply` runs, or None where the network is not one of them.
+        normalisation: (mean, std) per RGB channel that this family of checkpoints expects, for images in [0, 1].
+        metadata: numbers and strings saved beside the weights (accuracy, epoch, …).
+        indices: positions of the operands of sums by index ("layer1.0.branch_index" -> positions).
+        counters: tensors that no forward pass reads (`num_batches_tracked`) and their values.
+        dtypes: the dtypes in the file, before conversion.
+    """
+
+    layout: str
+    also_fits: tuple[str, ...]
+    spec: ResNetSpec
+    shortcut: str
+    model: Any
+    normalisation: tuple[tuple[float, float, float], tuple[float, float, float]]
+    metadata: Mapping[str, Any]
+    indices: Mapping[str, np.ndarray] = field(repr=False)
+    counters: Mapping[str, int] = field(repr=False)
+    dtypes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """The number of logits."""
+        return self.spec.num_classes
+
+    @property
+    def depth(self) -> int:
+        """6n + 2 for three stages of n blocks."""
+        return self.spec.depth
+
+
+def from_torch(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    layout: str = "auto",
+    *,
+    num_classes: int | None = None,
+    dtype: Any = None,
+) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any], CheckpointInfo]:
+    """Read a PyTorch checkpoint of a residual network.
+
+    Args:
+        source: a PyTorch file, a `.safetensors` file, or a state dict (of torch tensors or arrays).
+        layout: the naming of the file, one of `interop.layouts.LAYOUTS`, or "auto" to find it by the names.
+        num_classes: where given, the number of classes the checkpoint must have.
+        dtype: the floating dtype of the variables; None keeps float32 and float64 (float64 only where JAX's x64 mode
+            is on) and widens 16-bit formats to float32, which loses nothing.
+
+    Returns:
+        (apply, variables, info). apply(variables, x) maps images (N, H, W, channels), normalised as
+        `info.normalisation` says, to logits (N, classes), in eval mode. variables is
+        {"params": …, "batch_stats": …} with the paths of `ehap_jax.models`. info is a `CheckpointInfo`.
+
+    Raises:
+        FileNotFoundError, TypeError, KeyError (unknown layout).
+        CheckpointError: names that fit no layout or several, tensors left over or missing, shapes that contradict
+            each other, the wrong number of classes, non-finite weights, damaged files, or files that would have to
+            run code to be read.
+
+    Example:
+        >>> import numpy as np
+        >>> from interop.torch_models import cifar_resnet
+        >>> net = cifar_resnet(8, widths=(4, 8, 16)).eval()
+        >>> apply, variables, info = from_torch(net.state_dict())
+        >>> apply(variables, np.zeros((2, 8, 8, 3), np.float32)).shape, info.layout, info.depth
+        ((2, 10), 'akamaster', 8)
+    """
+    tensors, metadata = read_checkpoint(source)
+    found, names = recognise(tensors, layout)
+    canonical, counters, original = _rename(found.layout, found.parts, tensors)
+    _check_finite(canonical, original)
+    canonical |= _published_indices(found.layout, found.parts, tensors)
+    spec = read_spec({key: value.shape for key, value in canonical.items()}, original)
+    if num_classes is not None and num_classes != spec.num_classes:
+        key = original[AKAMASTER.key(Part("linear", 0, 0, "weight"))]
+        raise CheckpointError(
+            f"{key}: expected {num_classes} classes, found {spec.num_classes}; the checkpoint was trained on other data"
+        )
+    indices = {key: value for key, value in canonical.items() if key.endswith(INDEX_BUFFERS)}
+    _check_indices(spec, indices)
+    variables: dict[str, Any] = {}
+    for key, value in canonical.items():
+        if key not in indices:
+            part = AKAMASTER.part(key)
+            assert part is not None
+            _put(variables, flax_path(part), _convert(original[key], value, dtype))
+    model, apply = _choose_apply(spec, indices)
+    info = CheckpointInfo(
+        layout=found.layout.name,
+        also_fits=tuple(name for name in names if name != found.layout.name),
+        spec=spec,
+        shortcut=_shortcut(spec),
+        model=model,
+        normalisation=(found.layout.mean, found.layout.std),
+        metadata=metadata,
+        indices=indices,
+        counters=counters,
+        dtypes=tuple(sorted({str(value.dtype) for value in canonical.values()})),
+    )
+    return apply, variables, info
+
+
+def _rename(
+    layout: Layout, parts: Mapping[str, Part], tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, str]]:
+    """Tensors under akamaster's names, the counters, and canonical name -> name in the file."""
+    canonical: dict[str, np.ndarray] = {}
+    counters: dict[str, int] = {}
+    original: dict[str, str] = {}
+    for key, part in parts.items():
+        if part.leaf == "num_batches_tracked":
+            counters[key] = int(tensors[key])
+        elif part.leaf not in layout.index_leaves:
+            name = AKAMASTER.key(part)
+            canonical[name] = tensors[key]
+            original[name] = key
+    return canonical, counters, original
+
+
+def _published_indices(
+    layout: Layout, parts: Mapping[str, Part], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The positions in each residual sum that EHAP's released code gives its pruned channels.
+
+    That code enumerates `list(set(branch + residual))`, whose order is the hash table's and not the sorted one, so at
+    some widths it adds other channels than were meant; weights fine-tuned that way only work that way.
+    """
+    indices: dict[str, np.ndarray] = {}
+    kept = {part: tensors[key] for key, part in parts.items() if part.leaf in layout.index_leaves}
+    for part, out in kept.items():
+        if part.role != "conv2" or part.leaf != "out_indices":
+            continue
+        projected = Part("shortcut_conv", part.stage, part.block, "out_indices")
+        plain = Part("conv1", part.stage, part.block, "in_indices")
+        residual_part = projected if projected in kept else plain
+        if residual_part not in kept:
+            raise CheckpointError(f"missing tensor {layout.key(plain)!r}, which says what the residual holds")
+        branch = [int(i) for i in out]
+        residual = [int(i) for i in kept[residual_part]]
+        if len(set(branch)) != len(branch) or len(set(residual)) != len(residual):
+            raise CheckpointError(f"{layout.key(part)}: kept indices repeat")
+        order = list(set(branch + residual))
+        for buffer, members in zip(INDEX_BUFFERS, (set(branch), set(residual)), strict=True):
+            positions = [position for position, index in enumerate(order) if index in members]
+            indices[f"layer{part.stage}.{part.block}.{buffer}"] = np.asarray(positions, dtype=np.int64)
+    return indices
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray], original: Mapping[str, str]) -> None:
+    bad = {key: int(np.sum(~np.isfinite(v))) for key, v in tensors.items() if np.issubdtype(v.dtype, np.floating)}
+    bad = {key: count for key, count in bad.items() if count}
+    if bad:
+        raise CheckpointError(
+            f"{sum(bad.values())} weights in {len(bad)} tensors are not finite; the first is in "
+            f"{original[next(iter(bad))]!r}"
+        )
+
+
+def _check_indices(spec: ResNetSpec, indices: Mapping[str, np.ndarray]) -> None:
+    for number, stage in enumerate(spec.blocks, start=1):
+        for position, block in enumerate(stage):
+            for buffer in INDEX_BUFFERS:
+                key = f"layer{number}.{position}.{buffer}"
+                index = indices.get(key, np.arange(0))
+                if np.unique(index).size != index.size or np.any((index < 0) | (index >= block.outputs)):
+                    raise CheckpointError(f"{key}: expected distinct positions below {block.outputs}")
+
+
+def _convert(key: str, value: np.ndarray, dtype: Any) -> jax.Array:
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise CheckpointError(f"{key}: expected floating-point weights, found {value.dtype}")
+    if dtype is None:
+        keep_double = value.dtype == np.float64 and jax.config.read("jax_enable_x64")
+        dtype = jnp.float64 if keep_double else jnp.float32
+    return jnp.asarray(np.ascontiguousarray(to_flax_axes(value)).astype(dtype))
+
+
+def _put(tree: dict[str, Any], path: str, value: jax.Array) -> None:
+    *parents, leaf = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[leaf] = value
+
+
+def _shortcut(spec: ResNetSpec) -> str:
+    blocks = [block for stage in spec.blocks for block in stage]
+    if any(block.indexed for block in blocks):
+        return "indexed"
+    return "B" if any(block.shortcut is not None for block in blocks) else "A"
+
+
+def _choose_apply(
+    spec: ResNetSpec, indices: Mapping[str, np.ndarray]
+) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
+    return None, residual_network(spec, indices)
