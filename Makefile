@@ -1,29 +1,35 @@
 # `make quickstart` runs the main job, `make test` the tests; both set up .venv first and write only in this folder.
 PYTHON ?= python3
+EXTRAS ?= test
+SEEDS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+comma := ,
+
 export JAX_PLATFORMS ?= cpu
+export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-SEEDS ?= 3
+export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: quickstart test lint clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("ehap_jax needs Python 3.11 or newer; set PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-cache-dir --constraint constraints.txt --editable '.[test]'
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("ehap_jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-cache-dir --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
-quickstart: $(VENV)/.installed
+quickstart: $(INSTALLED)
 	$(BIN)/python -m recipes.quickstart --seeds $(SEEDS) $(ARGS)
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -p no:cacheprovider $(ARGS)
 
-lint: $(VENV)/.installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+lint: $(INSTALLED)
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
+	$(BIN)/basedpyright
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
