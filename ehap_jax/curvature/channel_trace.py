@@ -1,0 +1,462 @@
+"""Hutchinson's estimate of the Hessian's trace, one number per output channel of every kernel at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ehap_jax.curvature.hvp import require_same_shapes
+from ehap_jax.curvature.precision import LARGEST_LOSS_SCALE, SMALLEST_SCALE, Policy
+from ehap_jax.curvature.probes import is_kernel, rademacher
+from ehap_jax.curvature.problem import Layout, Problem, prepare
+
+__all__ = ["TraceEstimate", "TraceState", "channel_trace", "probe_channel_products"]
+
+PyTree = Any
+DEFAULT_PROBES_PER_STEP = 16
+MIN_PROBES_FOR_RTOL = 16
+
+
+class Moments(NamedTuple):
+    """Running mean and sum of squared deviations (Welford, 1962) of the same pytree."""
+
+    mean: PyTree
+    squares: PyTree
+
+
+class TraceState(NamedTuple):
+    """Where an estimate stands, all of it on the device; pass it back to go on.
+
+    Attributes:
+      key: the random key; probe i is drawn from ``fold_in(key, i)``.
+      count: probes that are in the mean.
+      rejected: products that were not finite and were repeated with a lower scale.
+      loss_scale, probe_scale: the float16 scales now in use.
+      failure: -1, or the number of the first leaf whose product stayed non-finite at the smallest scale.
+      moments: of the traces of one probe: ``{"channel": {path: (channels,)}, "layer": {path: ()}, "total": ()}``.
+    """
+
+    key: jax.Array
+    count: jax.Array
+    rejected: jax.Array
+    loss_scale: jax.Array
+    probe_scale: jax.Array
+    failure: jax.Array
+    moments: Moments
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mean", "sem", "count", "rejected", "state"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TraceEstimate:
+    """Estimated traces of the diagonal Hessian blocks, with their standard errors.
+
+    Attributes:
+      mean: like ``params``: ``(channels,)`` for a probed leaf, the estimated trace of the Hessian block of each
+        output channel; None for the others. Divide by the weights in a channel for HAP's average.
+      sem: like ``mean``: the standard error of the mean over probes (ddof = 1; NaN after one probe).
+      count: the number of probes.
+      rejected: how many float16 products were repeated with a lower scale.
+      state: pass it to `channel_trace` to add probes.
+    """
+
+    mean: PyTree
+    sem: PyTree
+    count: int
+    rejected: int
+    state: TraceState
+
+    def layer(self) -> dict[str, float]:
+        """``{path: estimated trace of the whole kernel's Hessian block}``."""
+        return {path: float(np.sum(np.asarray(m, np.float64))) for path, m in self._channels().items()}
+
+    def layer_sem(self) -> dict[str, float]:
+        """``{path: standard error of layer()[path]}``; channels of one probe are correlated, and this knows."""
+        moments = self.state.moments
+        return {path: float(_sem(s, self.count)) for path, s in jax.device_get(moments.squares["layer"]).items()}
+
+    def total(self) -> float:
+        """The estimated sum of all the traces, added up in float64."""
+        return sum(self.layer().values())
+
+    def total_sem(self) -> float:
+        """The standard error of ``total()``."""
+        return float(_sem(jax.device_get(self.state.moments.squares["total"]), self.count))
+
+    def _channels(self) -> dict[str, np.ndarray]:
+        return jax.device_get(self.state.moments.mean["channel"])
+
+
+def channel_trace(
+    loss: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    num_probes: int,
+    policy: Policy = Policy(),  # noqa: B008 (frozen)
+    probes_per_step: int | None = None,
+    microbatch: int | None = None,
+    rtol: float | None = None,
+    state: TraceState | None = None,
+    select: Callable[[str, jax.Array], bool] = is_kernel,
+    channel_axis: int | Mapping[str, int] = -1,
+    until: Callable[[TraceEstimate], bool] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TraceEstimate:
+    """Estimate ``Tr(H_cc)`` for every output channel c of every selected leaf (HAP eq. 8; EHAP).
+
+    ``mean_i v_i,c . (H v_i)_c`` over Rademacher probes ``v_i`` on all selected leaves at once (Hutchinson, 1989),
+    H the Hessian of the mean loss. It is unbiased. Leaves that are not selected stay constant. Nothing is
+    synchronised with the host within a chunk of probes, and the compiled step is kept for the next call with
+    the same loss function (the same object: do not pass a fresh lambda each time) and the same shapes.
+
+    Args:
+      loss: ``loss(params, batch)`` returning the mean loss of the batch. It is given the floating-point leaves
+        of both in the policy's dtype (integers as they are), and takes its softmax in float32 itself.
+      params: pytree of arrays; may hold constants such as running statistics beside the weights.
+      batch: pytree of arrays with a common first axis of examples.
+      key: probe i is drawn from ``jax.random.fold_in(key, i)``: the same for every policy and chunking.
+      num_probes: how many probes the mean holds in the end, those in ``state`` included.
+      policy: the numerical precision.
+      probes_per_step: probes between two looks at the result by the host (progress, ``rtol``, ``until``); 16 by
+        default.
+      microbatch: differentiate at most this many examples at a time; chunks are weighted by their number of
+        examples, so an uneven last one is exact.
+      rtol: stop early once the standard error of the total trace is at most ``rtol * |total|``, looked at after
+        every chunk once there are 16 probes.
+      state: ``TraceEstimate.state`` of an earlier call with the same arguments, to add probes to it. The result
+        is bit-identical to that of one uninterrupted call.
+      select: ``select(path, leaf)``, whether to probe a leaf; by default those with two axes or more.
+      channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
+      until: stop early once ``until(estimate)`` is true, looked at when ``rtol`` is.
+      progress: called as ``progress(done, num_probes)`` after every chunk.
+
+    Returns:
+      A `TraceEstimate`.
+
+    Raises:
+      TypeError: the loss does not return one floating-point scalar; a selected parameter is an integer.
+      ValueError: nothing is selected; batch leaves differ in length; NaN or infinity in ``params`` or ``batch``,
+        named by path; the loss is not deterministic, or with ``microbatch`` not a mean over examples; ``state``
+        is of another key, policy or set of leaves; options out of range.
+      FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale; names the first such leaf.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def loss(p, batch):
+    ...     return 0.5 * ((batch @ p["kernel"]) ** 2).sum(-1).mean()
+    >>> p = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+    >>> trace = channel_trace(loss, p, jnp.eye(2), key=jax.random.key(0), num_probes=4)
+    >>> trace.mean["kernel"].tolist(), trace.mean["bias"], trace.total()
+    ([1.0, 1.0, 1.0], None, 3.0)
+    """
+    if num_probes < 1:
+        raise ValueError(f"num_probes must be at least 1; got {num_probes}")
+    chunk = DEFAULT_PROBES_PER_STEP if probes_per_step is None else probes_per_step
+    if chunk < 1:
+        raise ValueError(f"probes_per_step must be at least 1; got {probes_per_step}")
+    if rtol is not None and not rtol > 0:
+        raise ValueError(f"rtol must be positive; got {rtol}")
+    problem = prepare(
+        loss, params, batch, policy=policy, select=select, channel_axis=channel_axis, microbatch=microbatch
+    )
+    if state is None:
+        state = _first_state(loss, problem, key, policy)
+    else:
+        _require_same_run(state, problem, key)
+
+    on_device = _loops_on_device(problem)
+    done = int(state.count)
+    while done < num_probes:
+        state = _advance(loss, problem, state, min(done + chunk, num_probes) - done, on_device)
+        done, failure = (int(x) for x in jax.device_get((state.count, state.failure)))
+        if failure >= 0:
+            raise _not_finite(problem.layout, failure, state)
+        if progress is not None:
+            progress(done, num_probes)
+        if (rtol is not None or until is not None) and done >= MIN_PROBES_FOR_RTOL:
+            estimate = _estimate(problem.layout, state)
+            if rtol is not None and estimate.total_sem() <= rtol * abs(estimate.total()):
+                break
+            if until is not None and until(estimate):
+                break
+    return _estimate(problem.layout, state)
+
+
+def probe_channel_products(
+    loss: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    v: PyTree,
+    batch: PyTree,
+    *,
+    policy: Policy = Policy(),  # noqa: B008 (frozen)
+    microbatch: int | None = None,
+    select: Callable[[str, jax.Array], bool] = is_kernel,
+    channel_axis: int | Mapping[str, int] = -1,
+) -> PyTree:
+    """``v_c . (H v)_c`` per output channel for one explicit probe: what `channel_trace` averages.
+
+    Args:
+      v: like ``params``; leaves that are not selected are ignored. The policy casts it to its dtype. The scales
+        are the policy's own (1 where it names none): nothing is searched or repeated.
+
+    Returns:
+      Like ``params``: ``(channels,)`` in float32 (float64 for that policy), None for leaves not selected.
+
+    Raises:
+      FloatingPointError: ``Hv`` is not finite. ValueError and TypeError as `channel_trace`.
+
+    >>> import jax.numpy as jnp
+    >>> loss = lambda p, batch: (p["kernel"] ** 2).sum() + 0 * batch.sum()
+    >>> p, v = {"kernel": jnp.ones((2, 2))}, {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+    >>> probe_channel_products(loss, p, v, jnp.zeros(1))["kernel"].tolist()
+    [20.0, 40.0]
+    """
+    problem = prepare(
+        loss,
+        params,
+        batch,
+        policy=policy,
+        select=select,
+        channel_axis=channel_axis,
+        microbatch=microbatch,
+        check_loss=False,
+    )
+    layout = problem.layout
+    require_same_shapes(params, v)
+    directions, _ = layout.split(jax.tree.leaves(policy.cast(v)))
+    scales = _scales(policy, policy.loss_scale or 1.0, policy.probe_scale or 1.0)
+    found = _zeros(problem)
+    for examples, weight in zip(problem.chunks, problem.weights, strict=True):
+        found = _add_products(loss, layout, problem.leaves, directions, examples, weight, scales, found)
+    if bool(found.any_bad):
+        leaf = layout.paths[int(jnp.argmax(found.leaf_bad))]
+        raise FloatingPointError(f"Hv is not finite at {leaf!r} in {policy.compute}")
+    return layout.like_params(found.channels)
+
+
+class _Products(NamedTuple):
+    """The channel products of one probe, summed over chunks, and what in them was not finite."""
+
+    channels: dict[str, jax.Array]
+    gradient_bad: jax.Array
+    tangent_bad: jax.Array
+    leaf_bad: jax.Array  # (leaves,): its gradient or its product
+
+    @property
+    def any_bad(self) -> jax.Array:
+        return self.gradient_bad | self.tangent_bad | self.leaf_bad.any()
+
+
+def _zeros(problem: Problem) -> _Products:
+    layout = problem.layout
+    channels = {
+        path: jnp.zeros(problem.leaves[place].shape[axis], layout.policy.sums)
+        for path, place, axis in zip(layout.paths, layout.places, layout.axes, strict=True)
+    }
+    return _Products(channels, jnp.array(False), jnp.array(False), jnp.zeros(len(layout.paths), bool))
+
+
+def _products(loss, layout: Layout, leaves, v, examples, weight, scales, found: _Products) -> _Products:
+    """Add ``weight * v_c . (H v)_c`` of one chunk to ``found``."""
+    loss_scale, probe_scale = scales
+    sums = layout.policy.sums
+    probed, rest = layout.split(leaves)
+    direction = {path: v[path] * probe_scale.astype(v[path].dtype) for path in layout.paths}
+
+    def scaled_loss(p):
+        return jnp.asarray(loss(layout.join(p, rest), examples)).astype(sums) * loss_scale
+
+    (_, gradient), (slope, Hv) = jax.jvp(jax.value_and_grad(scaled_loss), (probed,), (direction,))
+    # Each scale is divided out on its own: their product could leave the range of float32.
+    unscaled = {path: Hv[path].astype(sums) / loss_scale / probe_scale for path in layout.paths}
+    products = layout.channel_sums({path: v[path].astype(sums) * unscaled[path] for path in layout.paths})
+    gradient_bad = ~jnp.stack([jnp.isfinite(gradient[path]).all() for path in layout.paths])
+    product_bad = ~jnp.stack([jnp.isfinite(products[path]).all() for path in layout.paths])
+    return _Products(
+        {path: found.channels[path] + weight * products[path] for path in layout.paths},
+        found.gradient_bad | gradient_bad.any(),
+        found.tangent_bad | ~jnp.isfinite(slope),
+        found.leaf_bad | gradient_bad | product_bad,
+    )
+
+
+def _drawn_products(loss, layout: Layout, leaves, examples, weight, state: TraceState, found: _Products):
+    probed, _ = layout.split(leaves)
+    v = rademacher(jax.random.fold_in(state.key, state.count), probed)
+    return _products(loss, layout, leaves, v, examples, weight, (state.loss_scale, state.probe_scale), found)
+
+
+def _update(layout: Layout, state: TraceState, found: _Products) -> TraceState:
+    """Take the probe into the mean; or, if anything was not finite, lower the guilty scale and count no probe."""
+    bad = found.any_bad
+    layer = {path: channels.sum() for path, channels in found.channels.items()}
+    sample = {"channel": found.channels, "layer": layer, "total": sum(layer.values())}
+    count = state.count + jnp.int32(1)
+    n = count.astype(layout.policy.sums)
+    mean = jax.tree.map(lambda m, x: m + (x - m) / n, state.moments.mean, sample)
+    squares = jax.tree.map(
+        lambda s, x, old, new: s + (x - old) * (x - new), state.moments.squares, sample, state.moments.mean, mean
+    )
+    keep = partial(jax.tree.map, lambda old, new: jnp.where(bad, old, new))
+    lower_loss = _lowers_loss(found, state)
+    guilty = jnp.where(lower_loss, state.loss_scale, state.probe_scale)
+    exhausted = bad & (guilty <= SMALLEST_SCALE) if layout.policy.backs_off else bad
+    half = guilty / 2
+    return TraceState(
+        key=state.key,
+        count=jnp.where(bad, state.count, count),
+        rejected=state.rejected + bad.astype(jnp.int32),
+        loss_scale=jnp.where(bad & lower_loss, half, state.loss_scale),
+        probe_scale=jnp.where(bad & ~lower_loss, half, state.probe_scale),
+        failure=jnp.where(exhausted, jnp.argmax(found.leaf_bad).astype(jnp.int32), state.failure),
+        moments=keep(state.moments, Moments(mean, squares)),
+    )
+
+
+def _lowers_loss(found: _Products, state: TraceState) -> jax.Array:
+    """Whether the loss scale is the guilty one.
+
+    The gradient knows the loss scale alone and the slope of the loss along the probe knows the probe scale alone;
+    if both are finite, the product overflowed, and the larger of the two gives way.
+    """
+    larger = state.loss_scale >= state.probe_scale
+    return found.gradient_bad | (~found.tangent_bad & larger)
+
+
+_STATIC = ("loss", "layout")
+_add_products = partial(jax.jit, static_argnames=_STATIC)(_products)
+_add_drawn = partial(jax.jit, static_argnames=_STATIC)(_drawn_products)
+_update_step = partial(jax.jit, static_argnames="layout")(_update)
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def _advance_on_device(loss, layout, leaves, stacked, rest, full_weight, rest_weight, empty, state, target):
+    """Probes until ``target`` are in the mean or one has failed, as one loop on the device."""
+
+    def probe(state):
+        def add(found, examples):
+            return _drawn_products(loss, layout, leaves, examples, full_weight, state, found), None
+
+        found = empty if stacked is None else jax.lax.scan(add, empty, stacked)[0]
+        found = _drawn_products(loss, layout, leaves, rest, rest_weight, state, found)
+        return _update(layout, state, found)
+
+    return jax.lax.while_loop(lambda s: (s.count < target) & (s.failure < 0), probe, state)
+
+
+def _advance(loss, problem: Problem, state: TraceState, steps: int, on_device: bool) -> TraceState:
+    """Up to ``steps`` more probes without a word to the host.
+
+    On CPU a Python loop over a compiled step: XLA:CPU runs the weight gradients of convolutions about 20 times
+    slower inside a loop body (jax#12868). Elsewhere a loop on the device.
+    """
+    layout, leaves, chunks, weights = problem
+    empty = _zeros(problem)
+    if on_device:
+        *full, rest = chunks
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *full) if full else None
+        target = state.count + jnp.int32(steps)
+        return _advance_on_device(loss, layout, leaves, stacked, rest, weights[0], weights[-1], empty, state, target)
+    for _ in range(steps):
+        found = empty
+        for examples, weight in zip(chunks, weights, strict=True):
+            found = _add_drawn(loss, layout, leaves, examples, weight, state, found)
+        state = _update_step(layout, state, found)
+    return state
+
+
+def _loops_on_device(problem: Problem) -> bool:
+    return next(iter(problem.leaves[0].devices())).platform != "cpu"
+
+
+def _first_state(loss, problem: Problem, key: jax.Array, policy: Policy) -> TraceState:
+    """Count zero, with scales at which the first probe's product is finite and has a factor of 4 to spare."""
+    layout = problem.layout
+    searching = policy.backs_off and policy.loss_scale is None
+    loss_scale = policy.loss_scale or (LARGEST_LOSS_SCALE if searching else 1.0)
+    scales = _scales(policy, loss_scale, policy.probe_scale or 1.0)
+    channels = _zeros(problem).channels
+    layer = {path: jnp.zeros((), policy.sums) for path in layout.paths}
+    zero = {"channel": channels, "layer": layer, "total": jnp.zeros((), policy.sums)}
+    state = TraceState(
+        key=_typed(key),
+        count=jnp.int32(0),
+        rejected=jnp.int32(0),
+        loss_scale=scales[0],
+        probe_scale=scales[1],
+        failure=jnp.int32(-1),
+        moments=Moments(zero, jax.tree.map(jnp.zeros_like, zero)),
+    )
+    return _search_scales(loss, problem, state) if searching else state
+
+
+def _search_scales(loss, problem: Problem, state: TraceState) -> TraceState:
+    layout, leaves, chunks, weights = problem
+    while True:
+        found = _zeros(problem)
+        for examples, weight in zip(chunks, weights, strict=True):
+            found = _add_drawn(loss, layout, leaves, examples, weight, state, found)
+        if not bool(found.any_bad):
+            return state._replace(loss_scale=state.loss_scale / 4)
+        lower_loss = bool(_lowers_loss(found, state))
+        guilty = state.loss_scale if lower_loss else state.probe_scale
+        if float(guilty) <= SMALLEST_SCALE:
+            raise _not_finite(layout, int(jnp.argmax(found.leaf_bad)), state)
+        state = state._replace(**{"loss_scale" if lower_loss else "probe_scale": guilty / 4})
+
+
+def _scales(policy: Policy, loss_scale: float, probe_scale: float) -> tuple[jax.Array, jax.Array]:
+    return jnp.asarray(loss_scale, policy.sums), jnp.asarray(probe_scale, policy.sums)
+
+
+def _typed(key: jax.Array) -> jax.Array:
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if typed else jax.random.wrap_key_data(key)
+
+
+def _require_same_run(state: TraceState, problem: Problem, key: jax.Array) -> None:
+    expected = {path: x.shape for path, x in _zeros(problem).channels.items()}
+    actual = {path: x.shape for path, x in state.moments.mean["channel"].items()}
+    if expected != actual:
+        differing = sorted(p for p in {*expected, *actual} if expected.get(p) != actual.get(p))
+        raise ValueError(f"the state belongs to other parameters or another selection: {differing} differ")
+    if not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(_typed(key))):
+        raise ValueError("the state was started with another key; its next probe would not be the next one")
+    if state.moments.mean["total"].dtype != jnp.dtype(problem.layout.policy.sums):
+        raise ValueError(f"the state's sums are not in {problem.layout.policy.sums}: it has another policy")
+
+
+def _not_finite(layout: Layout, leaf: int, state: TraceState) -> FloatingPointError:
+    policy = layout.policy
+    scales = f", down to loss scale {float(state.loss_scale):g} and probe scale {float(state.probe_scale):g}"
+    return FloatingPointError(
+        f"Hv of probe {int(state.count)} is not finite in {policy.compute}{scales if policy.backs_off else ''}; "
+        f'the first leaf concerned is {layout.paths[leaf]!r}. Use Policy("float32") or check the model there'
+    )
+
+
+def _sem(squares, count: int):
+    squares = np.asarray(squares)
+    return np.sqrt(squares / (count - 1) / count) if count > 1 else np.full_like(squares, np.nan)
+
+
+def _estimate(layout: Layout, state: TraceState) -> TraceEstimate:
+    count = int(state.count)
+    squares = jax.device_get(state.moments.squares["channel"])
+    return TraceEstimate(
+        mean=layout.like_params(state.moments.mean["channel"]),
+        sem=layout.like_params({path: jnp.asarray(_sem(s, count)) for path, s in squares.items()}),
+        count=count,
+        rejected=int(state.rejected),
+        state=state,
+    )
