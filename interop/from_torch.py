@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax.models.resnet import ResNet, eval_apply
 from interop.layouts import (
     AKAMASTER,
     INDEX_BUFFERS,
@@ -226,4 +227,32 @@ def _shortcut(spec: ResNetSpec) -> str:
 def _choose_apply(
     spec: ResNetSpec, indices: Mapping[str, np.ndarray]
 ) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
-    return None, residual_network(spec, indices)
+    model = linen_model(spec)
+    return (model, residual_network(spec, indices)) if model is None else (model, eval_apply(model))
+
+
+def linen_model(spec: ResNetSpec) -> ResNet | None:
+    """The `ehap_jax.models` network with these widths, or None where it has a form of its own."""
+    widths = tuple(stage[0].outputs for stage in spec.blocks)
+    counts = {len(stage) for stage in spec.blocks}
+    if len(widths) != 3 or len(counts) != 1 or spec.stem != widths[0]:
+        return None
+    for width, stage in zip(widths, spec.blocks, strict=True):
+        for block in stage:
+            if block.indexed or {block.inner, block.branch, block.outputs} != {width}:
+                return None
+    projected = {
+        block.shortcut is not None
+        for stage in spec.blocks
+        for block in stage
+        if block.stride != 1 or block.inputs != block.outputs
+    }
+    needless = any(
+        block.shortcut is not None
+        for stage in spec.blocks
+        for block in stage
+        if block.stride == 1 and block.inputs == block.outputs
+    )
+    if needless or len(projected) != 1:
+        return None
+    return ResNet(spec.depth, spec.num_classes, shortcut="B" if projected.pop() else "A", widths=widths)

@@ -100,7 +100,7 @@ class Layout:
             if found is None:
                 continue
             known = leaf in LEAVES[role]
-            known |= leaf == "num_batches_tracked" and role.endswith("bn")
+            known |= leaf == "num_batches_tracked" and "bn" in role
             known |= leaf in self.index_leaves and (role in CONVS or role == "linear")
             if not known:
                 return None

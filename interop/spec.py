@@ -105,7 +105,8 @@ def read_spec(shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str] | 
             last = position + 1 == len(flat)
             after = Part("linear", 0, 0, "weight")
             if not last:
-                after = Part("conv1", *flat[position + 1], "weight")
+                next_stage, next_block = flat[position + 1]
+                after = Part("conv1", next_stage, next_block, "weight")
             outputs = shape(after)[1]
             residual = width if shortcut is None else shortcut
             for buffer, expected in zip(INDEX_BUFFERS, (branch, residual), strict=True):

@@ -22,7 +22,13 @@ from interop.layouts import (
 from interop.spec import read_spec
 
 
-def to_torch(variables: Any, plan: Any = None, *, layout: str = "akamaster") -> dict[str, Any]:
+def to_torch(
+    variables: Any,
+    plan: Any = None,
+    *,
+    indices: Mapping[str, np.ndarray] | None = None,
+    layout: str = "akamaster",
+) -> dict[str, Any]:
     """Write a residual network's variables as a PyTorch state dict.
 
     Args:
@@ -30,6 +36,7 @@ def to_torch(variables: Any, plan: Any = None, *, layout: str = "akamaster") -> 
             shrunk (`shrink_variables`).
         plan: the `PruningPlan` that shrunk the variables; None for dense and masked ones. With it, residual sums
             whose operands keep different channels get the buffers `branch_index` and `residual_index`.
+        indices: index buffers of a network that was pruned elsewhere (`info.indices` of `from_torch`); not with a plan.
         layout: the names to write, one of `interop.layouts.LAYOUTS`; index buffers exist only in "akamaster".
 
     Returns:
@@ -54,8 +61,9 @@ def to_torch(variables: Any, plan: Any = None, *, layout: str = "akamaster") -> 
         raise KeyError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     target = LAYOUTS[layout]
     arrays = canonical_arrays(variables)
-    if plan is not None:
-        arrays |= residual_indices(arrays, plan)
+    if plan is not None and indices:
+        raise CheckpointError("pass a plan or indices, not both: each says where the channels of a sum lie")
+    arrays |= dict(indices or {}) if plan is None else residual_indices(arrays, plan)
     read_spec({key: value.shape for key, value in arrays.items()})
     try:
         import torch

@@ -1,0 +1,311 @@
+"""Checkpoints in: every layout gives the network PyTorch computes, and every bad one is refused by name."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from interop import CheckpointError, from_torch, to_torch
+from interop.layouts import AKAMASTER, LAYOUTS
+from tests.interop.conftest import lively, torch_logits
+
+torch = pytest.importorskip("torch")
+
+
+def renamed(state_dict, layout):
+    """A dense state dict under another layout's names."""
+    return {layout.key(AKAMASTER.part(key)): value for key, value in state_dict.items()}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_pytorchs_logits(name, network, images):
+    state_dict = renamed(network.state_dict(), LAYOUTS[name])
+    apply, variables, info = from_torch(state_dict)
+    assert name in (info.layout, *info.also_fits)
+    assert info.model is not None
+    expected = torch_logits(network, images)
+    np.testing.assert_allclose(np.asarray(apply(variables, images)), expected, atol=1e-5)
+    assert np.abs(expected).max() > 0.1
+    explicit = from_torch(state_dict, name)[1]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), explicit, variables))
+
+
+def test_info_describes_the_network(network):
+    _, variables, info = from_torch(network.state_dict())
+    assert (info.layout, info.depth, info.num_classes) == ("akamaster", 8, 5)
+    assert info.shortcut == ("B" if any("shortcut" in key for key in network.state_dict()) else "A")
+    assert info.normalisation[0] == (0.485, 0.456, 0.406)
+    assert len(info.counters) == sum("num_batches" in key for key in network.state_dict())
+    fresh = jax.eval_shape(info.model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, variables)
+    leaves = len(jax.tree.leaves(variables))
+    assert leaves + len(info.counters) == len(network.state_dict())
+
+
+def test_four_stages_of_pytorch_cifar100(images):
+    from interop.torch_models import cifar_resnet
+
+    network = lively(cifar_resnet(10, widths=(4, 4, 8, 8), shortcut="B", num_classes=7))
+    apply, variables, info = from_torch(renamed(network.state_dict(), LAYOUTS["weiaicunzai"]))
+    assert info.layout == "weiaicunzai"
+    np.testing.assert_allclose(np.asarray(apply(variables, images)), torch_logits(network, images), atol=1e-5)
+
+
+def test_prefixes_containers_and_metadata(network, images, tmp_path):
+    wrapped = {"module." + key: value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": wrapped, "best_prec1": 91.5, "epoch": 3}, tmp_path / "net.th")
+    apply, variables, info = from_torch(tmp_path / "net.th")
+    assert dict(info.metadata) == {"best_prec1": 91.5, "epoch": 3}
+    np.testing.assert_allclose(np.asarray(apply(variables, images)), torch_logits(network, images), atol=1e-5)
+
+
+def test_options_saved_beside_the_weights_do_not_matter(network, tmp_path):
+    import argparse
+
+    saved = {"net": network.state_dict(), "acc": 93.0, "args": argparse.Namespace(depth=8)}
+    torch.save(saved, tmp_path / "net.t7")
+    assert from_torch(tmp_path / "net.t7")[2].metadata == {"acc": 93.0}
+
+
+def test_safetensors(network, images, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(network.state_dict(), tmp_path / "net.safetensors", metadata={"epoch": "3"})
+    apply, variables, info = from_torch(tmp_path / "net.safetensors")
+    assert info.metadata == {"epoch": "3"}
+    np.testing.assert_allclose(np.asarray(apply(variables, images)), torch_logits(network, images), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_widens_exactly(network, dtype):
+    halved = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    _, variables, _ = from_torch(halved)
+    expected = halved["conv1.weight"].float().numpy().transpose(2, 3, 1, 0)
+    assert variables["params"]["conv1"]["kernel"].dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(variables["params"]["conv1"]["kernel"]), expected)
+
+
+def ehap_pruned(kept_branch, kept_residual, widths):
+    """A one-block EHAP file whose stem keeps `kept_residual` and whose conv2 keeps `kept_branch`."""
+    stream = sorted(set(kept_branch) | set(kept_residual))
+    make = np.random.default_rng(1).normal
+    shapes = {
+        "features.init_block.conv.weight": (len(kept_residual), 3, 3, 3),
+        "features.stage1.unit1.body.conv1.conv.weight": (widths, len(kept_residual), 3, 3),
+        "features.stage1.unit1.body.conv2.conv.weight": (len(kept_branch), widths, 3, 3),
+        "output.weight": (5, len(stream)),
+        "output.bias": (5,),
+    }
+    tensors = {key: torch.tensor(make(size=shape) * 0.3).float() for key, shape in shapes.items()}
+    for conv in [key for key in shapes if key.endswith("conv.weight")]:
+        size = shapes[conv][0]
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            value = np.abs(make(size=size)) + 0.5 if leaf == "running_var" else make(size=size)
+            tensors[conv.replace("conv.weight", f"bn.{leaf}")] = torch.tensor(value).float()
+    unit = "features.stage1.unit1.body"
+    tensors |= {
+        "features.init_block.conv.out_indices": torch.IntTensor(kept_residual),
+        "features.init_block.conv.in_indices": torch.IntTensor([0, 1, 2]),
+        f"{unit}.conv1.conv.out_indices": torch.IntTensor(range(widths)),
+        f"{unit}.conv1.conv.in_indices": torch.IntTensor(kept_residual),
+        f"{unit}.conv2.conv.out_indices": torch.IntTensor(kept_branch),
+        f"{unit}.conv2.conv.in_indices": torch.IntTensor(range(widths)),
+        "output.out_indices": torch.IntTensor(range(5)),
+        "output.in_indices": torch.IntTensor(stream),
+    }
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("branch", "residual"), [([0, 2, 3], [1, 2]), ([1, 33, 64, 70], [0, 2, 64, 71]), ([5, 40], [5, 40])]
+)
+def test_pruned_ehap_network(branch, residual, images):
+    tensors = ehap_pruned(branch, residual, widths=3)
+    apply, variables, info = from_torch(tensors)
+    assert (info.layout, info.shortcut) == ("ehap", "indexed")
+
+    from torch.nn import functional as F
+
+    def unit(x, name):
+        x = F.conv2d(x, tensors[f"{name}.conv.weight"], padding=1)
+        moments = (tensors[f"{name}.bn.running_mean"], tensors[f"{name}.bn.running_var"])
+        return F.batch_norm(x, *moments, tensors[f"{name}.bn.weight"], tensors[f"{name}.bn.bias"])
+
+    x = unit(torch.tensor(images).permute(0, 3, 1, 2), "features.init_block").relu()
+    out = unit(x, "features.stage1.unit1.body.conv1").relu()
+    out = unit(out, "features.stage1.unit1.body.conv2")
+    # The published sum: channels in the order in which a Python set yields them, filled in one by one.
+    order = list(set(branch + residual))
+    total = torch.zeros(len(x), len(order), *x.shape[2:])
+    total[:, [i for i, c in enumerate(order) if c in branch]] += out
+    total[:, [i for i, c in enumerate(order) if c in residual]] += x
+    expected = F.linear(total.relu().mean((2, 3)), tensors["output.weight"], tensors["output.bias"])
+    np.testing.assert_allclose(np.asarray(apply(variables, images)), expected.numpy(), atol=1e-5)
+
+    from interop.torch_models import load
+
+    exported = to_torch(variables, indices=info.indices)
+    np.testing.assert_allclose(torch_logits(load(exported), images), expected.numpy(), atol=1e-5)
+    again, same_variables, _ = from_torch(exported)
+    np.testing.assert_array_equal(np.asarray(again(same_variables, images)), np.asarray(apply(variables, images)))
+
+
+def broken(network, **changes):
+    state_dict = dict(network.state_dict())
+    for key, value in changes.items():
+        if value is None:
+            del state_dict[key]
+        else:
+            state_dict[key] = value
+    return state_dict
+
+
+def test_missing_and_extra_keys_are_listed(network):
+    with pytest.raises(CheckpointError, match=r"missing    1 tensors: layer2\.0\.bn1\.running_var"):
+        from_torch(broken(network, **{"layer2.0.bn1.running_var": None}))
+    with pytest.raises(CheckpointError, match=r"left over  1 tensors: head\.scale"):
+        from_torch(broken(network, **{"head.scale": torch.ones(3)}))
+    with pytest.raises(CheckpointError, match=r"left over  2 tensors: a, b(.|\n)*known layouts: akamaster, chenyaofo"):
+        from_torch({"a": torch.ones(3), "b": torch.ones(1)})
+    with pytest.raises(KeyError, match="unknown layout 'resnets'"):
+        from_torch(network.state_dict(), "resnets")
+
+
+def test_missing_whole_block_is_noticed(network):
+    state_dict = {k: v for k, v in network.state_dict().items() if not k.startswith("layer2.")}
+    with pytest.raises(CheckpointError, match=r"layer2\.0\.conv1\.weight"):
+        from_torch(state_dict)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "told"),
+    [
+        ("layer1.0.conv2.weight", (4, 5, 3, 3), r"layer1\.0\.conv2\.weight: expected shape \(any, 4, 3, 3\)"),
+        ("layer2.0.bn1.weight", (7,), r"layer2\.0\.bn1\.weight: expected shape \(8\), found \(7,\)"),
+        ("linear.weight", (5, 15), r"linear\.weight: expected shape \(any, 16\), found \(5, 15\)"),
+        ("conv1.weight", (4, 3, 7, 7), r"conv1\.weight: expected shape \(any, any, 3, 3\), found \(4, 3, 7, 7\)"),
+    ],
+)
+def test_shapes_that_contradict_each_other(network, key, shape, told):
+    with pytest.raises(CheckpointError, match=told):
+        from_torch(broken(network, **{key: torch.ones(shape)}))
+
+
+def test_shape_errors_use_the_names_of_the_file(network):
+    state_dict = renamed(network.state_dict(), LAYOUTS["weiaicunzai"])
+    state_dict["conv3_x.0.residual_function.1.weight"] = torch.ones(7)
+    with pytest.raises(CheckpointError, match=r"conv3_x\.0\.residual_function\.1\.weight: expected shape"):
+        from_torch(state_dict)
+
+
+def test_wrong_number_of_classes(network):
+    with pytest.raises(CheckpointError, match=r"linear\.weight: expected 10 classes, found 5"):
+        from_torch(network.state_dict(), num_classes=10)
+    assert from_torch(network.state_dict(), num_classes=5)[2].num_classes == 5
+
+
+def test_non_finite_weights_are_counted(network):
+    bad = network.state_dict()["layer1.0.conv1.weight"].clone()
+    bad[0, 0, 0, :2] = float("nan")
+    with pytest.raises(CheckpointError, match=r"3 weights in 2 tensors .* first is in 'layer1\.0\.conv1\.weight'"):
+        from_torch(broken(network, **{"layer1.0.conv1.weight": bad, "linear.bias": torch.tensor([1, 1, np.inf, 0, 0])}))
+
+
+class Payload:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_pickled_objects_are_refused_and_never_run(network, tmp_path):
+    torch.save(network, tmp_path / "module.pth")
+    with pytest.raises(CheckpointError, match=r"weights_only=False\)\n  torch\.save\(module\.state_dict\(\)"):
+        from_torch(tmp_path / "module.pth")
+    witness = tmp_path / "witness"
+    torch.save({"state_dict": network.state_dict(), "extra": Payload(str(witness))}, tmp_path / "evil.pth")
+    torch.save(network, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    for name in ("evil.pth", "legacy.pth"):
+        with pytest.raises(CheckpointError, match="refused"):
+            from_torch(tmp_path / name)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 0.98])
+def test_truncated_files(network, tmp_path, fraction, new_format):
+    whole = tmp_path / "whole.pth"
+    torch.save(network.state_dict(), whole, _use_new_zipfile_serialization=new_format)
+    data = whole.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(data[: int(len(data) * fraction)])
+    with pytest.raises(CheckpointError, match=r"cut\.pth"):
+        from_torch(tmp_path / "cut.pth")
+
+
+def test_damaged_and_foreign_files(network, tmp_path):
+    torch.save(network.state_dict(), tmp_path / "whole.pth")
+    data = bytearray((tmp_path / "whole.pth").read_bytes())
+    middle = data.find(network.state_dict()["layer3.0.conv2.weight"].numpy().tobytes()[:64])
+    assert middle > 0
+    data[middle + 3] ^= 0x40
+    (tmp_path / "flipped.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum"):
+        from_torch(tmp_path / "flipped.pth")
+    (tmp_path / "text.pth").write_text("<!doctype html><html>404</html>")
+    with pytest.raises(CheckpointError, match=r"text\.pth"):
+        from_torch(tmp_path / "text.pth")
+    (tmp_path / "cut.safetensors").write_bytes(bytes(20))
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
+        from_torch(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
+        from_torch(tmp_path / "absent.pth")
+    with pytest.raises(TypeError, match=r"module\.state_dict\(\)"):
+        from_torch(network)
+
+
+def test_zip_that_lies_about_its_size(network, tmp_path):
+    import zipfile
+
+    torch.save(network.state_dict(), tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as old, zipfile.ZipFile(tmp_path / "bomb.pth", "w") as new:
+        for entry in old.infolist():
+            deflate = entry.filename.endswith("data/0")
+            kind = zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED
+            new.writestr(entry.filename, bytes(10_000_000) if deflate else old.read(entry), kind)
+    with pytest.raises(CheckpointError, match="compressed"):
+        from_torch(tmp_path / "bomb.pth")
+
+    data = bytearray((tmp_path / "whole.pth").read_bytes())
+    directory = data.find(b"PK\x01\x02")
+    data[directory + 20 : directory + 28] = (2**31 - 1).to_bytes(4, "little") * 2
+    (tmp_path / "liar.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="claims 2147483647 bytes"):
+        from_torch(tmp_path / "liar.pth")
+
+
+def test_tensor_that_is_larger_than_its_storage(network):
+    state_dict = broken(network, **{"linear.bias": torch.ones(1).expand(5)})
+    with pytest.raises(CheckpointError, match=r"linear\.bias: shape \(5,\) claims 20 bytes, stored are 4"):
+        from_torch(state_dict)
+
+
+def test_several_state_dicts_are_ambiguous(network):
+    weights = network.state_dict()
+    with pytest.raises(CheckpointError, match="several: state_dict, model"):
+        from_torch({"state_dict": weights, "model": weights})
+    with pytest.raises(CheckpointError, match="none of"):
+        from_torch({"epoch": 3})
+
+
+def test_importing_does_not_import_torch():
+    code = (
+        "import sys, pkgutil, importlib, ehap_jax, interop\n"
+        "for room in pkgutil.walk_packages(ehap_jax.__path__, 'ehap_jax.'): importlib.import_module(room.name)\n"
+        "assert 'torch' not in sys.modules and 'safetensors' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
