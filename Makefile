@@ -4,8 +4,8 @@ EXTRAS ?= test
 SEEDS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 comma := ,
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 export JAX_PLATFORMS ?= cpu
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
