@@ -1,1 +1,8 @@
+"""Data sets held as uint8, and the augmentation that runs inside jit."""
 
+from ehap_jax.data.augment import Augmentation as Augmentation
+from ehap_jax.data.augment import augment as augment
+from ehap_jax.data.augment import normalise as normalise
+from ehap_jax.data.dataset import Dataset as Dataset
+from ehap_jax.data.dataset import make_dataset as make_dataset
+from ehap_jax.data.load import load_dataset as load_dataset

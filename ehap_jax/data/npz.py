@@ -1,0 +1,50 @@
+"""Data sets in a NumPy archive: `npz:PATH` with x_train, y_train, x_test and y_test."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ehap_jax.data.augment import Augmentation
+from ehap_jax.data.dataset import Dataset, make_dataset
+
+_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def load_npz(path: str | Path, *, validation_fraction: float = 0.1, seed: int = 0) -> Dataset:
+    """Images uint8 (N, H, W, C) and integer labels (N,) from an .npz file; pickled arrays are refused.
+
+    Classes are 0 .. the largest label of either split. Augmentation is CIFAR's: a crop after padding by 4 pixels
+    (an eighth of the height, at least 1) and a flip.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not an .npz file, a key is missing (the message lists those found), or an array does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such data file: {path}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError(f"{path} holds a single array; expected an .npz archive with {', '.join(_KEYS)}")
+            missing = [key for key in _KEYS if key not in archive.files]
+            if missing:
+                raise ValueError(
+                    f"{path} has no {', '.join(missing)}; it holds: {', '.join(archive.files) or 'nothing'}"
+                )
+            x_train, y_train, x_test, y_test = (archive[key] for key in _KEYS)
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a readable .npz archive: {error}") from error
+    labels = [y for y in (y_train, y_test) if y.size and np.issubdtype(y.dtype, np.integer)]
+    num_classes = max((int(y.max()) for y in labels), default=0) + 1
+    padding = max(1, x_train.shape[1] // 8) if x_train.ndim == 4 else 1
+    return make_dataset(
+        path.stem,
+        (x_train, y_train),
+        (x_test, y_test),
+        num_classes=num_classes,
+        augmentation=Augmentation(crop_padding=padding, flip=True),
+        validation_fraction=validation_fraction,
+        seed=seed,
+    )

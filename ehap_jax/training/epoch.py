@@ -1,0 +1,164 @@
+"""One pass over the training data, with the data, its order and its augmentation on the device."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ehap_jax.data.augment import augment, normalise
+from ehap_jax.data.dataset import Dataset
+from ehap_jax.training.state import TrainState
+
+Forward = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
+Prepare = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class EpochMetrics(NamedTuple):
+    """Mean loss and accuracy over the augmented batches of one epoch, each as the weights stood at its step."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+
+
+class _Totals(NamedTuple):
+    loss: jax.Array
+    correct: jax.Array
+
+
+def forward_from_apply(apply: Callable[[Any, jax.Array], tuple[jax.Array, Any]]) -> Forward:
+    """`forward(params, model_state, x) -> (logits, new_model_state)` from `apply(variables, x) -> (logits, updates)`.
+
+    Collections that `apply` does not return, such as masks, are carried on as they are.
+    """
+
+    def forward(params: Any, model_state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        logits, updates = apply({"params": params, **model_state}, x)
+        return logits, {**model_state, **updates}
+
+    return forward
+
+
+def frozen_forward(apply: Callable[[Any, jax.Array], jax.Array]) -> Forward:
+    """A `forward` that trains the evaluation function `apply(variables, x) -> logits`; statistics stay frozen."""
+
+    def forward(params: Any, model_state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        return apply({"params": params, **model_state}, x), model_state
+
+    return forward
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Softmax cross-entropy per example in nats, in float32 or wider: (N, K), (N,) -> (N,)."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def training_inputs(dataset: Dataset) -> Prepare:
+    """`prepare(key, uint8 images) -> float32 images`: the data set's augmentation, then normalisation."""
+
+    def prepare(key: jax.Array, images: jax.Array) -> jax.Array:
+        return normalise(augment(key, images, dataset.augmentation), dataset.mean, dataset.std)
+
+    return prepare
+
+
+def make_epoch(
+    forward: Forward,
+    optimizer: optax.GradientTransformation,
+    prepare: Prepare,
+    *,
+    batch_size: int,
+    num_examples: int,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+    project: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+    loop: str = "auto",
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, EpochMetrics]]:
+    """A function `epoch(state, images, labels) -> (state, metrics)` over a fresh shuffle of the training data.
+
+    The last `num_examples % batch_size` images of the shuffle wait for another epoch. Order and augmentation are
+    functions of `state.key` and `state.step`, so an epoch repeated from the same state gives the same bits. Call it
+    for several seeds, or several masks kept in `model_state`, and it compiles once.
+
+    XLA's CPU backend runs gradients of convolutions inside a loop body about twenty times slower than outside, so
+    there the epoch is a Python loop over one jitted step; elsewhere it is one jitted scan.
+
+    Args:
+        forward: `forward(params, model_state, x) -> (logits, new_model_state)`, pure; see `forward_from_apply`.
+        optimizer: an optax transformation, the one the state was created with.
+        prepare: `prepare(key, uint8 batch) -> float batch`; see `training_inputs`.
+        batch_size: images per step.
+        num_examples: images per epoch, the length of `images`.
+        loss: per-example loss of (logits, labels), (N,).
+        project: after every step, `project(variables) -> variables` (of the same structure), such as masking again.
+        loop: "scan", "step", or "auto" by backend.
+
+    Raises:
+        ValueError: the batch is larger than the data set, or `loop` is unknown; by `epoch`, `images` and `labels`
+            do not have `num_examples` rows.
+    """
+    if not 1 <= batch_size <= num_examples:
+        raise ValueError(
+            f"batch size {batch_size} is not between 1 and the {num_examples} images of the training split; "
+            "choose a smaller batch"
+        )
+    if loop not in ("auto", "scan", "step"):
+        raise ValueError(f"loop must be 'auto', 'scan' or 'step', not {loop!r}")
+    steps = num_examples // batch_size
+
+    def step(
+        state: TrainState, totals: _Totals, order: jax.Array, images: jax.Array, labels: jax.Array
+    ) -> tuple[TrainState, _Totals]:
+        start = jnp.mod(state.step, steps) * batch_size
+        chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))
+        # Keys of steps and of shuffles come from two different streams.
+        x = prepare(jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step), images[chosen])
+        y = labels[chosen]
+
+        def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            logits, model_state = forward(params, state.model_state, x)
+            return jnp.mean(loss(logits, y)), (logits, model_state)
+
+        (value, (logits, model_state)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        if project is not None:
+            projected = dict(project({"params": params, **model_state}))
+            params = projected.pop("params")
+            model_state = projected
+        correct = jnp.sum(jnp.argmax(logits, axis=-1).astype(y.dtype) == y, dtype=jnp.int32)
+        totals = _Totals(totals.loss + value.astype(jnp.float32), totals.correct + correct)
+        return TrainState(params, model_state, opt_state, state.step + 1, state.key), totals
+
+    def shuffle(state: TrainState) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step // steps)
+        return jax.random.permutation(key, num_examples)
+
+    def scanned(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, _Totals]:
+        order = shuffle(state)
+        carry, _ = jax.lax.scan(
+            lambda carry, _: (step(*carry, order, images, labels), None), (state, _zero_totals()), length=steps
+        )
+        return carry
+
+    jitted_scan, jitted_shuffle, jitted_step = jax.jit(scanned), jax.jit(shuffle), jax.jit(step)
+
+    def epoch(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, EpochMetrics]:
+        if len(images) != num_examples or len(labels) != num_examples:
+            raise ValueError(
+                f"this epoch is for {num_examples} examples, but got {len(images)} images and {len(labels)} labels"
+            )
+        if loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu"):
+            state, totals = jitted_scan(state, images, labels)
+        else:
+            order, totals = jitted_shuffle(state), _zero_totals()
+            for _ in range(steps):
+                state, totals = jitted_step(state, totals, order, images, labels)
+        return state, EpochMetrics(totals.loss / steps, totals.correct / (steps * batch_size))
+
+    return epoch
+
+
+def _zero_totals() -> _Totals:
+    return _Totals(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
