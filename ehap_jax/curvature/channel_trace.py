@@ -2,98 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.hvp import require_same_shapes
 from ehap_jax.curvature.precision import LARGEST_LOSS_SCALE, SMALLEST_SCALE, Policy
 from ehap_jax.curvature.probes import is_kernel, rademacher
 from ehap_jax.curvature.problem import Layout, Problem, prepare
+from ehap_jax.curvature.saved_trace import fingerprint, load_trace, save_trace
 
-__all__ = ["TraceEstimate", "TraceState", "channel_trace", "probe_channel_products"]
+__all__ = ["channel_trace", "probe_channel_products"]
 
 PyTree = Any
 DEFAULT_PROBES_PER_STEP = 16
-MIN_PROBES_FOR_RTOL = 16
-
-
-class Moments(NamedTuple):
-    """Running mean and sum of squared deviations (Welford, 1962) of the same pytree."""
-
-    mean: PyTree
-    squares: PyTree
-
-
-class TraceState(NamedTuple):
-    """Where an estimate stands, all of it on the device; pass it back to go on.
-
-    Attributes:
-      key: the random key; probe i is drawn from ``fold_in(key, i)``.
-      count: probes that are in the mean.
-      rejected: products that were not finite and were repeated with a lower scale.
-      loss_scale, probe_scale: the float16 scales now in use.
-      failure: -1, or the number of the first leaf whose product stayed non-finite at the smallest scale.
-      moments: of the traces of one probe: ``{"channel": {path: (channels,)}, "layer": {path: ()}, "total": ()}``.
-    """
-
-    key: jax.Array
-    count: jax.Array
-    rejected: jax.Array
-    loss_scale: jax.Array
-    probe_scale: jax.Array
-    failure: jax.Array
-    moments: Moments
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["mean", "sem", "count", "rejected", "state"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class TraceEstimate:
-    """Estimated traces of the diagonal Hessian blocks, with their standard errors.
-
-    Attributes:
-      mean: like ``params``: ``(channels,)`` for a probed leaf, the estimated trace of the Hessian block of each
-        output channel; None for the others. Divide by the weights in a channel for HAP's average.
-      sem: like ``mean``: the standard error of the mean over probes (ddof = 1; NaN after one probe).
-      count: the number of probes.
-      rejected: how many float16 products were repeated with a lower scale.
-      state: pass it to `channel_trace` to add probes.
-    """
-
-    mean: PyTree
-    sem: PyTree
-    count: int
-    rejected: int
-    state: TraceState
-
-    def layer(self) -> dict[str, float]:
-        """``{path: estimated trace of the whole kernel's Hessian block}``."""
-        return {path: float(np.sum(np.asarray(m, np.float64))) for path, m in self._channels().items()}
-
-    def layer_sem(self) -> dict[str, float]:
-        """``{path: standard error of layer()[path]}``; channels of one probe are correlated, and this knows."""
-        moments = self.state.moments
-        return {path: float(_sem(s, self.count)) for path, s in jax.device_get(moments.squares["layer"]).items()}
-
-    def total(self) -> float:
-        """The estimated sum of all the traces, added up in float64."""
-        return sum(self.layer().values())
-
-    def total_sem(self) -> float:
-        """The standard error of ``total()``."""
-        return float(_sem(jax.device_get(self.state.moments.squares["total"]), self.count))
-
-    def _channels(self) -> dict[str, np.ndarray]:
-        return jax.device_get(self.state.moments.mean["channel"])
+MIN_PROBES_TO_STOP = 16
 
 
 def channel_trace(
@@ -111,6 +41,8 @@ def channel_trace(
     select: Callable[[str, jax.Array], bool] = is_kernel,
     channel_axis: int | Mapping[str, int] = -1,
     until: Callable[[TraceEstimate], bool] | None = None,
+    save_to: str | Path | None = None,
+    save_every: float = 30.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> TraceEstimate:
     """Estimate ``Tr(H_cc)`` for every output channel c of every selected leaf (HAP eq. 8; EHAP).
@@ -139,6 +71,10 @@ def channel_trace(
       select: ``select(path, leaf)``, whether to probe a leaf; by default those with two axes or more.
       channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
       until: stop early once ``until(estimate)`` is true, looked at when ``rtol`` is.
+      save_to: a file for the state. It is written about every ``save_every`` seconds, between chunks, and at the
+        end. If it is there already, it must be of the same arguments (see `fingerprint`), and the run goes on from
+        it: a run killed at any moment and repeated gives bit-identical results.
+      save_every: seconds between two writes.
       progress: called as ``progress(done, num_probes)`` after every chunk.
 
     Returns:
@@ -148,7 +84,8 @@ def channel_trace(
       TypeError: the loss does not return one floating-point scalar; a selected parameter is an integer.
       ValueError: nothing is selected; batch leaves differ in length; NaN or infinity in ``params`` or ``batch``,
         named by path; the loss is not deterministic, or with ``microbatch`` not a mean over examples; ``state``
-        is of another key, policy or set of leaves; options out of range.
+        is of another key, policy or set of leaves; ``save_to`` is of something else, or comes with ``state``;
+        options out of range.
       FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale; names the first such leaf.
 
     >>> import jax, jax.numpy as jnp
@@ -169,27 +106,50 @@ def channel_trace(
     problem = prepare(
         loss, params, batch, policy=policy, select=select, channel_axis=channel_axis, microbatch=microbatch
     )
+    made_from = None
+    if save_to is not None:
+        made_from = fingerprint(
+            loss,
+            params,
+            batch,
+            key=key,
+            num_probes=num_probes,
+            policy=policy,
+            microbatch=microbatch,
+            select=select,
+            channel_axis=channel_axis,
+        )
+        if Path(save_to).exists():
+            if state is not None:
+                raise ValueError(f"both state= and a saved trace, {save_to}: give one of them to go on from")
+            state = load_trace(save_to, params, made_from).state
     if state is None:
         state = _first_state(loss, problem, key, policy)
     else:
         _require_same_run(state, problem, key)
 
+    def enough(state: TraceState) -> bool:
+        if int(state.count) < MIN_PROBES_TO_STOP or (rtol is None and until is None):
+            return False
+        now = estimate_of(problem.layout.like_params, state)
+        precise = rtol is not None and now.total_sem() <= rtol * abs(now.total())
+        return precise or (until is not None and bool(until(now)))
+
     on_device = _loops_on_device(problem)
-    done = int(state.count)
-    while done < num_probes:
+    done, saved_at = int(state.count), time.monotonic()
+    while done < num_probes and not enough(state):
         state = _advance(loss, problem, state, min(done + chunk, num_probes) - done, on_device)
         done, failure = (int(x) for x in jax.device_get((state.count, state.failure)))
         if failure >= 0:
             raise _not_finite(problem.layout, failure, state)
+        if made_from is not None and save_to is not None and time.monotonic() - saved_at >= save_every:
+            save_trace(save_to, estimate_of(problem.layout.like_params, state), made_from)
+            saved_at = time.monotonic()
         if progress is not None:
             progress(done, num_probes)
-        if (rtol is not None or until is not None) and done >= MIN_PROBES_FOR_RTOL:
-            estimate = _estimate(problem.layout, state)
-            if rtol is not None and estimate.total_sem() <= rtol * abs(estimate.total()):
-                break
-            if until is not None and until(estimate):
-                break
-    return _estimate(problem.layout, state)
+    if made_from is not None and save_to is not None:
+        save_trace(save_to, estimate_of(problem.layout.like_params, state), made_from)
+    return estimate_of(problem.layout.like_params, state)
 
 
 def probe_channel_products(
@@ -442,21 +402,4 @@ def _not_finite(layout: Layout, leaf: int, state: TraceState) -> FloatingPointEr
     return FloatingPointError(
         f"Hv of probe {int(state.count)} is not finite in {policy.compute}{scales if policy.backs_off else ''}; "
         f'the first leaf concerned is {layout.paths[leaf]!r}. Use Policy("float32") or check the model there'
-    )
-
-
-def _sem(squares, count: int):
-    squares = np.asarray(squares)
-    return np.sqrt(squares / (count - 1) / count) if count > 1 else np.full_like(squares, np.nan)
-
-
-def _estimate(layout: Layout, state: TraceState) -> TraceEstimate:
-    count = int(state.count)
-    squares = jax.device_get(state.moments.squares["channel"])
-    return TraceEstimate(
-        mean=layout.like_params(state.moments.mean["channel"]),
-        sem=layout.like_params({path: jnp.asarray(_sem(s, count)) for path, s in squares.items()}),
-        count=count,
-        rejected=int(state.rejected),
-        state=state,
     )

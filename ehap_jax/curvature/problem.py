@@ -13,7 +13,7 @@ import numpy as np
 
 from ehap_jax.curvature.precision import Policy
 
-__all__ = ["Layout", "Problem", "prepare"]
+__all__ = ["Layout", "Problem", "layout_of", "prepare"]
 
 PyTree = Any
 
@@ -91,7 +91,7 @@ def prepare(
 ) -> Problem:
     """Check a loss, its parameters and its batch, and cast and cut them; raises what `channel_trace` lists."""
     policy.require_available()
-    layout = _layout(params, policy, select, channel_axis)
+    layout = layout_of(params, policy, select, channel_axis)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
     size = batch_size(batch)
     if microbatch is not None and microbatch < 1:
@@ -135,7 +135,13 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _layout(params, policy, select, channel_axis) -> Layout:
+def layout_of(
+    params: PyTree,
+    policy: Policy,
+    select: Callable[[str, jax.Array], bool],
+    channel_axis: int | Mapping[str, int],
+) -> Layout:
+    """Which leaves are probed and along which axes their channels lie; raises what `channel_trace` lists."""
     paths, places, axes = [], [], []
     named = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     if isinstance(channel_axis, Mapping) and (unknown := set(channel_axis) - {name for name, _ in named}):

@@ -1,0 +1,107 @@
+"""An estimate of traces with its standard errors, and the state from which it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["TraceEstimate", "TraceState"]
+
+PyTree = Any
+
+
+class Moments(NamedTuple):
+    """Running mean and sum of squared deviations (Welford, 1962) of the same pytree."""
+
+    mean: PyTree
+    squares: PyTree
+
+
+class TraceState(NamedTuple):
+    """Where an estimate stands, all of it on the device; pass it back to go on.
+
+    Attributes:
+      key: the random key; probe i is drawn from ``fold_in(key, i)``.
+      count: probes that are in the mean.
+      rejected: products that were not finite and were repeated with a lower scale.
+      loss_scale, probe_scale: the float16 scales now in use.
+      failure: -1, or the number of the first leaf whose product stayed non-finite at the smallest scale.
+      moments: of the traces of one probe: ``{"channel": {path: (channels,)}, "layer": {path: ()}, "total": ()}``.
+    """
+
+    key: jax.Array
+    count: jax.Array
+    rejected: jax.Array
+    loss_scale: jax.Array
+    probe_scale: jax.Array
+    failure: jax.Array
+    moments: Moments
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mean", "sem", "count", "rejected", "state"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TraceEstimate:
+    """Estimated traces of the diagonal Hessian blocks, with their standard errors.
+
+    Attributes:
+      mean: like ``params``: ``(channels,)`` for a probed leaf, the estimated trace of the Hessian block of each
+        output channel; None for the others. Divide by the weights in a channel for HAP's average.
+      sem: like ``mean``: the standard error of the mean over probes (ddof = 1; NaN after one probe).
+      count: the number of probes.
+      rejected: how many float16 products were repeated with a lower scale.
+      state: pass it to `channel_trace` to add probes.
+    """
+
+    mean: PyTree
+    sem: PyTree
+    count: int
+    rejected: int
+    state: TraceState
+
+    def layer(self) -> dict[str, float]:
+        """``{path: estimated trace of the whole kernel's Hessian block}``."""
+        return {path: float(np.sum(np.asarray(m, np.float64))) for path, m in self._channels().items()}
+
+    def layer_sem(self) -> dict[str, float]:
+        """``{path: standard error of layer()[path]}``; channels of one probe are correlated, and this knows."""
+        moments = self.state.moments
+        return {path: float(_sem(s, self.count)) for path, s in jax.device_get(moments.squares["layer"]).items()}
+
+    def total(self) -> float:
+        """The estimated sum of all the traces, added up in float64."""
+        return sum(self.layer().values())
+
+    def total_sem(self) -> float:
+        """The standard error of ``total()``."""
+        return float(_sem(jax.device_get(self.state.moments.squares["total"]), self.count))
+
+    def _channels(self) -> dict[str, np.ndarray]:
+        return jax.device_get(self.state.moments.mean["channel"])
+
+
+def _sem(squares, count: int):
+    squares = np.asarray(squares)
+    return np.sqrt(squares / (count - 1) / count) if count > 1 else np.full_like(squares, np.nan)
+
+
+def estimate_of(like_params: Callable[[dict], PyTree], state: TraceState) -> TraceEstimate:
+    """The estimate a state stands for; ``like_params`` puts ``{path: value}`` into a pytree like ``params``."""
+    count = int(state.count)
+    squares = jax.device_get(state.moments.squares["channel"])
+    return TraceEstimate(
+        mean=like_params(state.moments.mean["channel"]),
+        sem=like_params({path: jnp.asarray(_sem(s, count)) for path, s in squares.items()}),
+        count=count,
+        rejected=int(state.rejected),
+        state=state,
+    )

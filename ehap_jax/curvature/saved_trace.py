@@ -1,0 +1,188 @@
+"""Traces on disk: what was estimated, from what, and where to go on; written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
+from ehap_jax.curvature.precision import Policy
+from ehap_jax.curvature.probes import is_kernel
+from ehap_jax.curvature.problem import layout_of, path_name
+
+__all__ = ["TraceFingerprint", "fingerprint", "load_trace", "save_trace"]
+
+PyTree = Any
+FORMAT = "ehap_jax trace 1"
+
+
+@dataclass(frozen=True)
+class TraceFingerprint:
+    """Everything that determines a trace, each part as a short text; SHA-256 where it is large.
+
+    Attributes:
+      weights: of every leaf of ``params``: path, shape, dtype and bytes.
+      batch: of every leaf of the batch, the same.
+      loss: the loss as JAX traces it (its jaxpr and constants), so renaming or moving the function changes nothing
+        and a changed temperature, label smoothing or layer does. Another JAX version may trace it differently.
+      policy: the precision and any first scales that were asked for.
+      key: the random key.
+      selection: the probed paths and their channel axes.
+      microbatch: the chunk size, which changes the rounding.
+      probes: how many probes were asked for; None matches any number.
+    """
+
+    weights: str
+    batch: str
+    loss: str
+    policy: str
+    key: str
+    selection: str
+    microbatch: str
+    probes: str | None = None
+
+
+def fingerprint(
+    loss: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batch: PyTree,
+    *,
+    key: jax.Array,
+    num_probes: int | None = None,
+    policy: Policy = Policy(),  # noqa: B008 (frozen)
+    microbatch: int | None = None,
+    select: Callable[[str, jax.Array], bool] = is_kernel,
+    channel_axis: int | Mapping[str, int] = -1,
+) -> TraceFingerprint:
+    """The fingerprint of `channel_trace` called with the same arguments. Traces the loss, runs nothing.
+
+    >>> import jax, jax.numpy as jnp
+    >>> of = lambda s: fingerprint(
+    ...     lambda p, b: s * (p["w"] ** 2).sum(), {"w": jnp.ones((2, 2))}, jnp.ones(1), key=jax.random.key(0)
+    ... )
+    >>> of(1.0) == of(1.0), of(1.0).loss == of(2.0).loss, of(1.0).weights == of(2.0).weights
+    (True, False, True)
+    """
+    layout = layout_of(params, policy, select, channel_axis)
+    traced = jax.make_jaxpr(loss)(*jax.tree.map(jnp.asarray, (params, batch)))
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
+    return TraceFingerprint(
+        weights=_digest(params),
+        batch=_digest(batch),
+        loss=_digest([np.frombuffer(text.encode(), np.uint8), *traced.consts]),
+        policy=repr(policy),
+        key=_key_text(key),
+        selection=repr(tuple(zip(layout.paths, layout.axes, strict=True))),
+        microbatch=str(microbatch),
+        probes=None if num_probes is None else str(num_probes),
+    )
+
+
+def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) -> None:
+    """Write ``estimate`` and its fingerprint to ``path`` (npz, no pickle), replacing what is there at once.
+
+    The file is written under another name in the same folder, flushed to the disk and then renamed: whoever reads
+    ``path``, after a kill at any moment too, finds the old trace or the new one, whole.
+    """
+    state = estimate.state
+    arrays: dict[str, Any] = {
+        "format": FORMAT,
+        "fingerprint": json.dumps(asdict(of)),
+        "key": jax.random.key_data(state.key),
+        "key_impl": str(jax.random.key_impl(state.key)),
+    }
+    scalars = ("count", "rejected", "loss_scale", "probe_scale", "failure")
+    arrays |= {name: getattr(state, name) for name in scalars}
+    for kind, moments in state.moments._asdict().items():
+        arrays[f"{kind}/total"] = moments["total"]
+        arrays |= {f"{kind}/{level}/{p}": x for level in ("channel", "layer") for p, x in moments[level].items()}
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        np.savez(file, **jax.device_get(arrays))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> TraceEstimate:
+    """Read what `save_trace` wrote, for a network with the structure of ``params``.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not a whole saved trace; or the trace is of something else than ``expected``, with the
+        names of the parts that differ.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a saved trace, or is damaged: {error}") from error
+    if str(arrays.get("format")) != FORMAT:
+        raise ValueError(f"{path} is not a saved trace of this version: its format is {arrays.get('format')}")
+    saved = TraceFingerprint(**json.loads(str(arrays["fingerprint"])))
+    require_same(saved, expected, str(path))
+
+    def moments(kind):
+        found: dict[str, Any] = {"channel": {}, "layer": {}, "total": jnp.asarray(arrays[f"{kind}/total"])}
+        for name, x in arrays.items():
+            if name.startswith(f"{kind}/") and name != f"{kind}/total":
+                _, level, leaf = name.split("/", 2)
+                found[level][leaf] = jnp.asarray(x)
+        return found
+
+    state = TraceState(
+        key=jax.random.wrap_key_data(jnp.asarray(arrays["key"]), impl=str(arrays["key_impl"])),
+        count=jnp.asarray(arrays["count"]),
+        rejected=jnp.asarray(arrays["rejected"]),
+        loss_scale=jnp.asarray(arrays["loss_scale"]),
+        probe_scale=jnp.asarray(arrays["probe_scale"]),
+        failure=jnp.asarray(arrays["failure"]),
+        moments=Moments(moments("mean"), moments("squares")),
+    )
+
+    def like_params(probed):
+        return jax.tree_util.tree_map_with_path(lambda p, _: probed.get(path_name(p)), params)
+
+    return estimate_of(like_params, state)
+
+
+def require_same(saved: TraceFingerprint, expected: TraceFingerprint, where: str) -> None:
+    """Raise a ValueError that names every part in which two fingerprints differ."""
+    differing = []
+    for field in fields(TraceFingerprint):
+        a, b = getattr(saved, field.name), getattr(expected, field.name)
+        if a != b and not (field.name == "probes" and None in (a, b)):
+            differing.append(f"{field.name} (saved {a}, now {b})")
+    if differing:
+        raise ValueError(
+            f"the trace in {where} was made from something else; these differ: {'; '.join(differing)}. "
+            "Remove the file, or name another one"
+        )
+
+
+def _key_text(key: jax.Array) -> str:
+    typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return f"{jax.random.key_impl(typed)}:{np.asarray(jax.random.key_data(typed)).tolist()}"
+
+
+def _digest(tree: PyTree) -> str:
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        found.update(f"{path_name(path)}|{array.shape}|{array.dtype}|".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:32]

@@ -1,0 +1,176 @@
+"""Saved traces: bit-identical after a kill, refused when anything that determines them differs."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ehap_jax.curvature import Policy, channel_trace, fingerprint, load_trace, save_trace
+
+KEY = jax.random.key(5)
+PARAMS = {"kernel": jnp.linspace(-1.0, 1.0, 24).reshape(6, 4), "bias": jnp.ones(4)}
+BATCH = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+FLOAT16 = Policy("float16")
+
+
+def loss(p, batch):
+    h = jnp.tanh(batch @ p["kernel"] + p["bias"][None, :])
+    return (h.astype(jnp.float32) ** 2).sum(1).mean()
+
+
+def values(estimate):
+    leaves = jax.tree.leaves(estimate)
+    typed = [isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+    return [np.asarray(jax.random.key_data(x) if t else x) for x, t in zip(leaves, typed, strict=True)]
+
+
+def assert_identical(a, b):
+    assert jax.tree.structure(a.mean) == jax.tree.structure(b.mean)
+    for x, y in zip(values(a), values(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return channel_trace(loss, PARAMS, BATCH, key=KEY, num_probes=60, policy=FLOAT16)
+
+
+def test_what_is_read_is_what_was_written(whole, tmp_path):
+    of = fingerprint(loss, PARAMS, BATCH, key=KEY, num_probes=60, policy=FLOAT16)
+    save_trace(tmp_path / "trace.npz", whole, of)
+    assert_identical(load_trace(tmp_path / "trace.npz", PARAMS, of), whole)
+    assert_identical(load_trace(tmp_path / "trace.npz", PARAMS, replace(of, probes=None)), whole)
+    assert os.listdir(tmp_path) == ["trace.npz"]
+
+
+KILLED = """
+import sys
+import jax
+from ehap_jax.curvature import channel_trace
+from tests.curvature.test_saved_trace import BATCH, FLOAT16, KEY, PARAMS, loss
+
+def progress(done, total):
+    print(done, flush=True)
+    sys.stdin.readline()
+
+channel_trace(
+    loss, PARAMS, BATCH, key=KEY, num_probes=60, policy=FLOAT16, probes_per_step=7, save_to=sys.argv[1],
+    save_every=0, progress=progress,
+)
+"""
+
+
+def test_a_run_killed_and_repeated_is_bit_identical(whole, tmp_path):
+    file = tmp_path / "trace.npz"
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "strict"},
+    )
+    assert child.stdin is not None and child.stdout is not None
+    for done in (7, 14, 21):
+        assert child.stdout.readline() == f"{done}\n"
+        if done < 21:
+            child.stdin.write("\n")
+            child.stdin.flush()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    (tmp_path / ".trace.npz.partial").write_bytes(b"a write that the kill cut off")
+    seen = []
+    resumed = channel_trace(
+        loss,
+        PARAMS,
+        BATCH,
+        key=KEY,
+        num_probes=60,
+        policy=FLOAT16,
+        probes_per_step=7,
+        save_to=file,
+        progress=lambda done, total: seen.append(done),
+    )
+    assert seen[0] == 28
+    assert_identical(resumed, whole)
+    assert os.listdir(tmp_path) == ["trace.npz"]
+    again = channel_trace(loss, PARAMS, BATCH, key=KEY, num_probes=60, policy=FLOAT16, save_to=file)
+    assert_identical(again, whole)
+
+
+def test_a_run_that_stopped_early_is_not_continued(tmp_path):
+    options = dict(key=KEY, num_probes=500, probes_per_step=20, save_to=tmp_path / "trace.npz")
+    options["until"] = lambda estimate: estimate.count >= 30
+    first = channel_trace(loss, PARAMS, BATCH, **options)
+    assert first.count == 40
+    assert_identical(channel_trace(loss, PARAMS, BATCH, **options), first)
+
+
+def colder(p, batch):
+    return 0.5 * loss(p, batch)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("weights", dict(params=PARAMS | {"bias": PARAMS["bias"].at[0].add(1e-6)})),
+        ("batch", dict(batch=BATCH.at[3, 2].add(1.0))),
+        ("loss", dict(loss=colder)),
+        ("policy", dict(policy=Policy("bfloat16"))),
+        ("key", dict(key=jax.random.key(6))),
+        ("selection", dict(select=lambda path, leaf: True)),
+        ("selection", dict(channel_axis={"kernel": 0})),
+        ("microbatch", dict(microbatch=4)),
+        ("probes", dict(num_probes=4)),
+    ],
+)
+def test_a_trace_of_something_else_is_refused_by_name(part, change, tmp_path):
+    file = tmp_path / "trace.npz"
+    arguments = dict(loss=loss, params=PARAMS, batch=BATCH, key=KEY, num_probes=3, save_to=file)
+
+    def run(loss, params, batch, **options):
+        return channel_trace(loss, params, batch, **options)
+
+    run(**arguments)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=f"these differ: {part} ") as error:
+        run(**(arguments | change))
+    assert str(error.value).count("(saved ") == 1
+    assert file.read_bytes() == before
+
+
+def test_the_loss_is_known_by_what_it_computes():
+    def of(f):
+        return fingerprint(f, PARAMS, BATCH, key=KEY).loss
+
+    table = np.arange(4, dtype=np.float32)
+    assert of(loss) == of(lambda p, b: loss(p, b))
+    assert of(lambda p, b: loss(p, b) + p["bias"] @ table) != of(lambda p, b: loss(p, b) + p["bias"] @ (table + 1))
+    assert of(lambda p, b: 0.1234567 * loss(p, b)) != of(lambda p, b: 0.1234568 * loss(p, b))
+    assert of(lambda p, b: jax.nn.relu(p["bias"]).sum()) == of(lambda p, b: jax.nn.relu(p["bias"]).sum())
+
+
+def test_files_that_are_not_whole_traces(whole, tmp_path):
+    of = fingerprint(loss, PARAMS, BATCH, key=KEY, num_probes=60, policy=FLOAT16)
+    file = tmp_path / "trace.npz"
+    with pytest.raises(FileNotFoundError):
+        load_trace(file, PARAMS, of)
+    save_trace(file, whole, of)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_trace(file, PARAMS, of)
+    np.savez(file, x=np.zeros(3))
+    with pytest.raises(ValueError, match="not a saved trace of this version"):
+        load_trace(file, PARAMS, of)
+
+
+def test_a_state_and_a_saved_trace_at_once_is_an_error(whole, tmp_path):
+    file = tmp_path / "trace.npz"
+    channel_trace(loss, PARAMS, BATCH, key=KEY, num_probes=3, policy=FLOAT16, save_to=file)
+    with pytest.raises(ValueError, match="both state="):
+        channel_trace(loss, PARAMS, BATCH, key=KEY, num_probes=3, policy=FLOAT16, save_to=file, state=whole.state)
