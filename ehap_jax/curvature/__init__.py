@@ -6,13 +6,16 @@ from ehap_jax.curvature.hvp import hvp
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel, rademacher
 from ehap_jax.curvature.saved_trace import TraceFingerprint, fingerprint, load_trace, save_trace
+from ehap_jax.curvature.stopping import VarianceParts, expected_misplaced, split_variance, stable_decision
 
 __all__ = [
     "Policy",
     "TraceEstimate",
     "TraceFingerprint",
     "TraceState",
+    "VarianceParts",
     "channel_trace",
+    "expected_misplaced",
     "fingerprint",
     "hvp",
     "is_kernel",
@@ -20,4 +23,6 @@ __all__ = [
     "probe_channel_products",
     "rademacher",
     "save_trace",
+    "split_variance",
+    "stable_decision",
 ]

@@ -1,0 +1,155 @@
+"""When to stop probing, and how to divide a budget between probes and mini-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy.special import ndtr
+
+from ehap_jax.curvature.estimate import TraceEstimate
+from ehap_jax.curvature.problem import path_name
+
+__all__ = ["VarianceParts", "expected_misplaced", "split_variance", "stable_decision"]
+
+PyTree = Any
+
+
+def expected_misplaced(scores: np.ndarray, sems: np.ndarray, pruned: int) -> float:
+    """The expected number of channels that lie on the wrong side of the pruning threshold.
+
+    The threshold is half-way between the ``pruned``-th smallest score and the next. A channel at a distance of d
+    standard errors from it is on the wrong side with probability Phi(-d), its estimate being normal; the
+    threshold, an order statistic of many scores, is taken as known.
+
+    Args:
+      scores: ``(channels,)``, the lowest are pruned.
+      sems: ``(channels,)``, their standard errors; 0 is a channel known exactly.
+      pruned: how many channels are pruned, more than none and fewer than all.
+
+    Returns:
+      A number of channels, between 0 and half of all.
+
+    Raises:
+      ValueError: ``pruned`` out of range; arrays of different shapes.
+
+    >>> round(expected_misplaced(np.array([0.0, 2.0]), np.array([1.0, 1.0]), 1), 4)
+    0.3173
+    """
+    scores, sems = np.asarray(scores, np.float64), np.asarray(sems, np.float64)
+    if scores.shape != sems.shape or scores.ndim != 1:
+        raise ValueError(f"scores and sems must be vectors of one length; got {scores.shape} and {sems.shape}")
+    if not 0 < pruned < scores.size:
+        raise ValueError(f"pruned must be between 1 and {scores.size - 1}; got {pruned}")
+    below, above = np.partition(scores, (pruned - 1, pruned))[pruned - 1 : pruned + 1]
+    distance = np.abs(scores - (below + above) / 2)
+    known = sems == 0
+    return float(np.where(known, 0.0, ndtr(-distance / np.where(known, 1.0, sems))).sum())
+
+
+def stable_decision(
+    params: PyTree, *, prune: float, tolerance: float = 0.01, channel_axis: int | Mapping[str, int] = -1
+) -> Callable[[TraceEstimate], bool]:
+    """A rule for ``channel_trace(..., until=)``: stop when which channels to prune has settled.
+
+    Channels are scored as ``Tr(H_cc) / p_c * ||w_c||^2`` (HAP eq. 8) and ranked over all probed leaves together.
+    The rule is true once `expected_misplaced` is at most ``tolerance`` times the number of channels. A trace can
+    be imprecise where it does not matter, far from the threshold, so this stops long before every trace is precise,
+    and unlike a running mean that has happened to settle it knows how wrong it may still be.
+
+    Args:
+      params: the parameters the trace is of.
+      prune: the fraction of channels that will be pruned, between 0 and 1.
+      tolerance: the accepted fraction of misplaced channels.
+      channel_axis: as for `channel_trace`.
+
+    Raises:
+      ValueError: ``prune`` or ``tolerance`` not between 0 and 1.
+
+    >>> import jax.numpy as jnp
+    >>> from ehap_jax.curvature import channel_trace
+    >>> p = {"kernel": jnp.array([[1.0, 2.0], [1.0, 2.0]])}
+    >>> trace = channel_trace(
+    ...     lambda p, x: ((x @ p["kernel"]) ** 2).sum(1).mean(), p, jnp.eye(2),
+    ...     key=jax.random.key(0), num_probes=500, until=stable_decision(p, prune=0.5),
+    ... )
+    >>> trace.count
+    16
+    """
+    for name, value in (("prune", prune), ("tolerance", tolerance)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is a fraction between 0 and 1; got {value}")
+    weights = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+
+    def settled(estimate: TraceEstimate) -> bool:
+        scores, sems = [], []
+        means = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(estimate.mean)}
+        errors = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(estimate.sem)}
+        for path, mean in means.items():
+            w = np.asarray(weights[path], np.float64)
+            axis = channel_axis.get(path, -1) if isinstance(channel_axis, Mapping) else channel_axis
+            factor = (np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1) ** 2).mean(1)
+            scores.append(np.asarray(mean, np.float64) * factor)
+            sems.append(np.asarray(errors[path], np.float64) * factor)
+        score, sem = np.concatenate(scores), np.concatenate(sems)
+        if score.size < 2 or not np.isfinite(sem).all():
+            return False
+        pruned = min(max(round(prune * score.size), 1), score.size - 1)
+        return expected_misplaced(score, sem, pruned) <= tolerance * score.size
+
+    return settled
+
+
+class VarianceParts(NamedTuple):
+    """Where the uncertainty of a total trace comes from.
+
+    Attributes:
+      probe: variance over probes, of one probe on one mini-batch.
+      batch: variance over mini-batches, of the exact trace of one mini-batch. An estimate: it is 0 where the
+        mini-batches differ less than their probes explain.
+    """
+
+    probe: float
+    batch: float
+
+    def variance(self, batches: int, probes: int) -> float:
+        """The variance of the mean over ``batches`` mini-batches with ``probes`` probes each."""
+        return (self.batch + self.probe / probes) / batches
+
+    def best_probes(self, batch_cost: float) -> int:
+        """Probes per mini-batch that give the least variance for a budget.
+
+        Args:
+          batch_cost: what a new mini-batch costs (loading, transfer), in units of one probe's time. Where it costs
+            nothing, one probe per mini-batch is best; the rule is ``sqrt(batch_cost * probe / batch)``.
+        """
+        if batch_cost < 0:
+            raise ValueError(f"batch_cost must not be negative; got {batch_cost}")
+        if self.probe == 0 or batch_cost == 0:
+            return 1
+        return max(1, round(min(math.sqrt(batch_cost * self.probe / max(self.batch, 1e-30)), 1e9)))
+
+
+def split_variance(estimates: Sequence[TraceEstimate]) -> VarianceParts:
+    """Split the variance of ``total()`` into probes and mini-batches (one-way random-effects analysis of variance).
+
+    Args:
+      estimates: of two or more mini-batches of one size, each with its own key and the same number of probes,
+        two or more.
+
+    Raises:
+      ValueError: fewer than two estimates, or unequal or too few probes.
+    """
+    counts = {estimate.count for estimate in estimates}
+    if len(estimates) < 2 or len(counts) != 1 or min(counts) < 2:
+        raise ValueError(
+            "give at least two estimates with the same number of probes, two or more; "
+            f"got {len(estimates)} with {sorted(counts)}"
+        )
+    n = counts.pop()
+    within = float(np.mean([estimate.total_sem() ** 2 * n for estimate in estimates]))
+    between = float(np.var([estimate.total() for estimate in estimates], ddof=1))
+    return VarianceParts(probe=within, batch=max(0.0, between - within / n))

@@ -1,0 +1,141 @@
+"""Stopping rules: the decision rule against simulation and exact traces, beside the running-mean rule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from ehap_jax.curvature import (
+    Policy,
+    VarianceParts,
+    channel_trace,
+    expected_misplaced,
+    split_variance,
+    stable_decision,
+)
+
+
+def squares(p, batch):
+    """A quadratic form in every output channel; channel c has its own curvature ``gain[c]``."""
+    y = batch @ p["kernel"]
+    return 0.5 * (y**2 * p["gain"][None, :]).sum(1).mean()
+
+
+def squares_problem(channels=30, seed=0):
+    rng = np.random.default_rng(seed)
+    batch = rng.normal(size=(16, 8))
+    gain = np.linspace(0.5, 4.0, channels)
+    params = {"kernel": jnp.ones((8, channels)), "gain": jnp.asarray(gain, jnp.float32)}
+    return params, jnp.asarray(batch, jnp.float32), gain * np.trace(batch.T @ batch) / 16
+
+
+def test_expected_misplaced_counts_what_a_simulation_counts():
+    rng = np.random.default_rng(0)
+    scores, sems = np.sort(rng.uniform(0, 10, 1000)), rng.uniform(0, 1, 1000)
+    pruned = 300
+    threshold = (scores[pruned - 1] + scores[pruned]) / 2
+    truth = scores + sems * rng.normal(size=(2000, 1000))
+    wrong = ((truth < threshold) != (scores < threshold)).sum(1)
+    assert abs(wrong.mean() - expected_misplaced(scores, sems, pruned)) < 4 * stats.sem(wrong)
+
+
+def test_expected_misplaced_of_channels_known_exactly():
+    assert expected_misplaced(np.array([0.0, 0.0, 1.0]), np.zeros(3), 1) == 0
+    assert expected_misplaced(np.zeros(4), np.ones(4), 2) == 2
+
+
+def test_the_decision_rule_keeps_its_promise():
+    """Over 40 keys, the channels really misplaced average at most the tolerance (with a binomial margin)."""
+    params, batch, exact = squares_problem()
+    tolerance, pruned, wrong, counts = 0.05, 15, [], []
+    for key in jax.random.split(jax.random.key(0), 40):
+        found = channel_trace(
+            squares,
+            params,
+            batch,
+            key=key,
+            num_probes=2000,
+            probes_per_step=16,
+            select=lambda path, leaf: path == "kernel",
+            until=stable_decision(params, prune=0.5, tolerance=tolerance),
+        )
+        chosen = set(np.argsort(np.asarray(found.mean["kernel"]))[:pruned].tolist())
+        wrong.append(len(chosen - set(np.argsort(exact)[:pruned].tolist())) * 2 / 30)
+        counts.append(found.count)
+    assert np.mean(wrong) <= tolerance + stats.norm.isf(1e-3) * np.std(wrong) / np.sqrt(40)
+    assert max(counts) < 2000 and min(counts) >= 16
+    loose = stable_decision(params, prune=0.5, tolerance=0.2)
+    assert loose(found) and not stable_decision(params, prune=0.5, tolerance=1e-6)(found)
+
+
+def test_a_running_mean_stops_by_luck():
+    """PyHessian stops when one probe moves the running mean by less than a tolerance. On the same probes its error
+    at that moment is many times the tolerance it claims; rtol's is what it says."""
+    params, batch, exact = squares_problem(channels=3)
+    tolerance, running, ours = 1e-2, [], []
+    options = dict(select=lambda path, leaf: path == "kernel")
+    for key in jax.random.split(jax.random.key(1), 20):
+        means, state = [], None
+        for n in range(1, 100):
+            one = channel_trace(squares, params, batch, key=key, num_probes=n, state=state, **options)
+            state = one.state
+            means.append(one.total())
+            if n > 1 and abs(means[-1] - means[-2]) < tolerance * abs(means[-1]):
+                break
+        running.append(abs(means[-1] / exact.sum() - 1))
+        ours.append(
+            channel_trace(squares, params, batch, key=key, num_probes=9999, rtol=tolerance, **options).total()
+            / exact.sum()
+            - 1
+        )
+    assert np.sqrt(np.mean(np.square(running))) > 3 * tolerance
+    assert np.sqrt(np.mean(np.square(ours))) < 1.6 * tolerance
+
+
+def test_variance_is_split_into_its_parts():
+    """Totals with a known batch variance of 4 and a known probe variance: Rademacher, 2 * off-diagonal squares."""
+    A = np.array([[2.0, 1.0], [1.0, 2.0]])
+    probe_variance = 4 * A[0, 1] ** 2
+
+    def loss(p, batch):
+        w = p["kernel"][:, 0]
+        return 0.5 * (w @ jnp.asarray(A, jnp.float32) @ w) + 0.25 * batch.mean() * (w**2).sum()
+
+    rng = np.random.default_rng(0)
+    shifts = 2 * 2 * rng.normal(size=60)
+    estimates = [
+        channel_trace(loss, {"kernel": jnp.ones((2, 1))}, jnp.full((1,), s, jnp.float32), key=key, num_probes=20)
+        for s, key in zip(shifts, jax.random.split(jax.random.key(0), 60), strict=True)
+    ]
+    parts = split_variance(estimates)
+    low, high = stats.chi2.interval(0.999, 59)
+    batch_variance = np.var(shifts, ddof=1)
+    assert parts.probe == pytest.approx(probe_variance, rel=0.15)
+    assert low / 59 * batch_variance < parts.batch + parts.probe / 20 < high / 59 * (batch_variance + 1)
+    assert parts.variance(10, 5) == pytest.approx((parts.batch + parts.probe / 5) / 10)
+
+
+def test_a_budget_is_spent_where_the_variance_is_least():
+    parts = VarianceParts(probe=100.0, batch=4.0)
+    cost, budget = 9.0, 6000.0
+    best = min(range(1, 100), key=lambda n: parts.variance(1, n) * (cost + n) / budget)
+    assert parts.best_probes(cost) == best == 15
+    assert parts.best_probes(0.0) == 1
+    assert VarianceParts(0.0, 1.0).best_probes(5.0) == 1
+
+
+def test_errors():
+    params, batch, _ = squares_problem()
+    for options in (dict(prune=0.0), dict(prune=1.5), dict(prune=0.5, tolerance=0.0)):
+        with pytest.raises(ValueError, match="fraction between 0 and 1"):
+            stable_decision(params, **options)
+    with pytest.raises(ValueError, match="between 1 and 2"):
+        expected_misplaced(np.zeros(3), np.zeros(3), 3)
+    with pytest.raises(ValueError, match="one length"):
+        expected_misplaced(np.zeros(3), np.zeros(2), 1)
+    one = channel_trace(squares, params, batch, key=jax.random.key(0), num_probes=2, policy=Policy())
+    with pytest.raises(ValueError, match="at least two estimates"):
+        split_variance([one])
+    with pytest.raises(ValueError, match="must not be negative"):
+        VarianceParts(1.0, 1.0).best_probes(-1.0)
