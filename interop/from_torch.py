@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ehap_jax.models.resnet import ResNet, eval_apply
+from ehap_jax.models import ResNet, eval_apply
 from interop.layouts import (
     AKAMASTER,
     INDEX_BUFFERS,
