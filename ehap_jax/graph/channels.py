@@ -50,13 +50,11 @@ class ChannelStructure:
                 by_class[int(of_index[index])].append(int(index))
             for cls, indices in by_class.items():
                 slices[cls][leaf.path, leaf.axis] = tuple(indices)
-        return tuple(
-            ChannelGroup(
-                {path: idx for (path, axis), idx in members.items() if self.kernel_axes.get(path) == axis},
-                members,
-            )
+        producers = [
+            {path: idx for (path, axis), idx in members.items() if self.kernel_axes.get(path) == axis}
             for members in slices.values()
-        )
+        ]
+        return tuple(ChannelGroup(p, members) for p, members in zip(producers, slices.values(), strict=True) if p)
 
     def alive(self, keep: Mapping[str, Sequence[int]]) -> np.ndarray:
         """Which classes live when kernels keep only the output channels ``keep`` (others keep all).
@@ -106,11 +104,17 @@ class ChannelStructure:
 def channel_structure(graph: Graph, coupling: Coupling = "group") -> ChannelStructure:
     """Labels propagated through ``graph`` and solved for ``coupling``; kept with the graph."""
     if coupling not in graph.structures:
-        graph.structures[coupling] = _derive(graph, coupling)
+        if "labels" not in graph.structures:
+            graph.structures["labels"] = _label(graph)
+        labels, structure = graph.structures["labels"]
+        solution = structure.solve(coupling)
+        axes = _kernel_axes(structure, solution) if coupling == "group" else channel_structure(graph).kernel_axes
+        graph.structures[coupling] = ChannelStructure(graph, labels, solution, axes)
     return graph.structures[coupling]
 
 
-def _derive(graph: Graph, coupling: Coupling) -> ChannelStructure:
+def _label(graph: Graph) -> tuple[dict[Value, Labels], Structure]:
+    """Labels of every value of ``graph`` and the constraints between them."""
     structure = Structure()
     labels: dict[Value, Labels] = {}
     for path, value in graph.leaves.items():
@@ -120,14 +124,15 @@ def _derive(graph: Graph, coupling: Coupling) -> ChannelStructure:
     _propagate(structure, graph.body, labels, graph.on_unknown)
     for path, operand in zip(graph.output_paths, graph.body.outputs, strict=True):
         _close_output(structure, graph, labels, path, operand)
-    return ChannelStructure(graph, labels, structure.solve(coupling), _kernel_axes(structure))
+    return labels, structure
 
 
 def channel_groups(graph: Graph, *, coupling: Coupling = "group") -> tuple[ChannelGroup, ...]:
     """The prunable channel groups of ``graph``: one per set of output channels that can only go together.
 
     Under ``"group"`` coupling all writers of a residual stream lose a channel together (DepGraph, arXiv 2301.12900);
-    under ``"union"`` each loses its own and a stream channel goes when every writer has lost it (HAP, arXiv 2101.08940).
+    under ``"union"`` each loses its own, and a stream channel goes when every writer has lost it (HAP, arXiv
+    2101.08940).
 
     Raises :class:`UnknownPrimitiveError` where a channel axis reaches a primitive without a rule, unless the graph was
     traced with ``on_unknown="freeze"``.
@@ -241,10 +246,13 @@ def _zero_axes(array) -> range:
     return range(-1, np.ndim(array)) if is_zero else range(0)
 
 
-def _kernel_axes(structure: Structure) -> dict[str, int]:
-    produced = np.unique(np.concatenate(structure._produced)) if structure._produced else np.zeros(0, int)
-    axes: dict[str, int] = {}
+def _kernel_axes(structure: Structure, solution: Solution) -> dict[str, int]:
+    """The output axis of every kernel: of several (a kernel used both ways round), the first that can lose channels."""
+    produced, prunable = structure.produced(), solution.produced_classes()
+    axes: dict[str, tuple[bool, int]] = {}
     for leaf in structure.leaves:
-        if np.isin(np.arange(leaf.start, leaf.start + leaf.size), produced).any():
-            axes.setdefault(leaf.path, leaf.axis)
-    return axes
+        labels = np.intersect1d(np.arange(leaf.start, leaf.start + leaf.size), produced)
+        if len(labels):
+            fixed = not np.isin(solution.classes[labels], prunable).any()
+            axes[leaf.path] = min(axes.get(leaf.path, (True, leaf.axis)), (fixed, leaf.axis))
+    return {path: axis for path, (_, axis) in axes.items()}

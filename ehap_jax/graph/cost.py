@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import NamedTuple, Protocol
 
@@ -41,20 +42,22 @@ def count_cost(graph: Graph, plan: Plan | None = None) -> Cost:
     Cost(params=12, macs=12, bytes=48)
     """
     if plan is None:
-        structure = channel_structure(graph)
-        return cost_of_alive(structure, structure.alive({}))
+        return _cost(graph, lambda operand: operand.shape)
     structure = channel_structure(graph, plan.coupling)
     return cost_of_alive(structure, structure.alive(plan.keep))
 
 
 def cost_of_alive(structure: ChannelStructure, alive: np.ndarray) -> Cost:
     """Cost when only the label classes ``alive`` remain."""
-    graph = structure.graph
 
     def shape(operand: Operand) -> tuple[int, ...]:
         kept = structure.kept(operand, alive)
         return tuple(n if k is None else len(k) for n, k in zip(operand.shape, kept, strict=True))
 
+    return _cost(structure.graph, shape)
+
+
+def _cost(graph: Graph, shape: Callable[[Operand], tuple[int, ...]]) -> Cost:
     shapes = {path: shape(value) for path, value in graph.leaves.items()}
     macs = 0
     for node in graph.body.walk():

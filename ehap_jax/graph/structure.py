@@ -15,6 +15,7 @@ Label 0 is the index that never goes.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -57,6 +58,7 @@ class Leaf:
     axis: int
     start: int
     size: int
+    rank: int
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Structure:
         axes = []
         for axis, size in enumerate(shape):
             labels = self.fresh(size)
-            self.leaves.append(Leaf(path, axis, int(labels[0]) if size else self._count, size))
+            self.leaves.append(Leaf(path, axis, int(labels[0]) if size else self._count, size, len(shape)))
             axes.append((labels,))
         return Labels(tuple(axes), frozenset(range(len(shape))), True)
 
@@ -97,7 +99,14 @@ class Structure:
         for x, y in zip(a, b, strict=True):
             if x is not y:
                 self._equal.append((x, y))
-        return min(a, b, key=lambda axis: int(axis[0].min(initial=0)))
+        return min(a, b, key=self._order)
+
+    def _order(self, axis: Axis) -> tuple[int, int]:
+        """Results are named after the variable of highest rank: a kernel rather than the gain it is scaled by."""
+        first = int(axis[0][0]) if axis[0].size else 0
+        i = bisect_right(self.leaves, first, key=lambda leaf: leaf.start) - 1
+        is_leaf = i >= 0 and first < self.leaves[i].start + self.leaves[i].size
+        return (-self.leaves[i].rank if is_leaf else 0, first)
 
     def add(self, a: Axis, b: Axis, both_zero: bool, why: str) -> Axis:
         """The labels of a sum of two activations. ``both_zero``: pruned indices of both operands are exactly zero."""
@@ -121,14 +130,21 @@ class Structure:
         """State that these are the output channels of a conv or dense kernel."""
         self._produced.extend(axis)
 
+    def produced(self) -> np.ndarray:
+        """Every label that is an output channel of a kernel, sorted."""
+        return np.unique(np.concatenate(self._produced)) if self._produced else np.zeros(0, int)
+
     def paths(self, labels: Iterable[Labels]) -> list[str]:
-        """Paths of the variables whose labels occur here."""
+        """Paths of the variables that these labels come from or are tied to."""
         held = [a for value in labels for axis in value.axes for a in axis]
         if not held:
             return []
-        ids = np.unique(np.concatenate(held))
+        ties = [*self._equal, *((r, a) for r, a, _, _ in self._adds), *((r, b) for r, _, b, _ in self._adds)]
+        ties = [(a[both], b[both]) for a, b in ties for both in [(a != ALIVE) & (b != ALIVE)]]
+        classes = self._components(ties)
+        ids = np.unique(classes[np.concatenate(held)])
         return sorted(
-            {leaf.path for leaf in self.leaves if np.any((ids >= leaf.start) & (ids < leaf.start + leaf.size))}
+            {leaf.path for leaf in self.leaves if np.isin(classes[leaf.start : leaf.start + leaf.size], ids).any()}
         )
 
     def solve(self, coupling: Coupling) -> Solution:
@@ -142,7 +158,7 @@ class Structure:
             return Solution(self, self._components(edges), np.zeros((0, 3), int))
         adds = np.concatenate([np.stack([r, a, b], 1) for r, a, b, _ in self._adds])
         union = np.concatenate([np.full(len(r), zero) for r, _, _, zero in self._adds])
-        produced = np.unique(np.concatenate(self._produced)) if self._produced else np.zeros(0, int)
+        produced = self.produced()
         while True:
             merged = adds[~union]
             classes = self._components([*edges, (merged[:, 0], merged[:, 1]), (merged[:, 0], merged[:, 2])])
@@ -188,10 +204,7 @@ class Solution:
 
     def produced_classes(self) -> np.ndarray:
         """Classes that contain an output channel of a kernel and nothing frozen, sorted."""
-        produced = self.structure._produced
-        if not produced:
-            return np.zeros(0, int)
-        found = np.unique(self.classes[np.concatenate(produced)])
+        found = np.unique(self.classes[self.structure.produced()])
         return found[(found != self.frozen_class) & ~np.isin(found, self.unions[:, 0])]
 
     def alive(self, pruned_classes: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ class Graph:
     output_paths: tuple[str, ...]
     output_tree: Any = field(repr=False)
     on_unknown: Literal["error", "freeze"] = "error"
-    structures: dict[str, Any] = field(default_factory=dict, repr=False)  # by coupling, filled by channel_structure
+    structures: dict[str, Any] = field(default_factory=dict, repr=False)  # what channel_structure derived
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -139,10 +139,12 @@ class Graph:
         """The variable that an output leaf is the updated value of, or None.
 
         Networks in training mode return new running statistics beside the logits, as ``(y, {"batch_stats": …})``.
-        An output leaf whose path ends in the whole path of a variable of the same shape is that variable's next value.
+        An output leaf whose path ends in the whole path of a variable of the same shape is that variable's next value,
+        if that path has a name in it: positions alone (``0/1``) identify nothing.
         """
         for path, value in self.leaves.items():
-            if value.shape == shape and (output_path == path or output_path.endswith("/" + path)):
+            named = not all(part.isdigit() for part in path.split("/"))
+            if named and value.shape == shape and (output_path == path or output_path.endswith("/" + path)):
                 return path
         return None
 
@@ -209,6 +211,9 @@ def _inline(jaxpr: _compat.Jaxpr, consts, env, constants: dict[Value, Any], node
             inner_env = dict(zip(inner.invars, inputs, strict=True))
             _inline(inner, inner_consts, inner_env, constants, nodes)
             env.update(zip(eqn.outvars, (_operand(inner_env, v) for v in inner.outvars), strict=True))
+            continue
+        if eqn.primitive.name == "convert_element_type" and isinstance(inputs[0], Constant):
+            env[eqn.outvars[0]] = Constant(np.asarray(inputs[0].value).astype(eqn.params["new_dtype"]))
             continue
         outputs = tuple(_value(var) for var in eqn.outvars)
         env.update(zip(eqn.outvars, outputs, strict=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import floor
 from typing import Literal
 
 import numpy as np
@@ -33,9 +34,10 @@ def allocate(
     """Remove groups in ascending order of score until at most a fraction of the network is kept.
 
     Exactly one of ``params``, ``macs`` and ``channels`` (of the prunable kernels) is the fraction in (0, 1] that is
-    kept; the result is within one group of it. A group's score is the ``aggregate`` of its producers' channels; ties
-    go by ‖w‖², then by position. No kernel loses more than ``max_layer_ratio`` of its output channels (its best ones
-    stay), and with ``round_to`` the kept number of every pruned kernel is a multiple of it where its size allows.
+    kept; the result is within one group of it. A group's score is the ``aggregate`` of its producers' channels; groups
+    of exact zeros (dead channels) go first, ties by ‖w‖², then by position. No kernel loses more than
+    ``max_layer_ratio`` of its output channels (its best ones stay), and with ``round_to`` the kept number of every
+    pruned kernel is a multiple of it where its size allows.
 
     Raises ValueError for a fraction out of (0, 1] or below what the limits allow (the range is given).
     """
@@ -48,11 +50,12 @@ def allocate(
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATE)}, got {aggregate!r}.")
     structure = channel_structure(graph, coupling)
     order = _ranked(structure.groups(), scores, aggregate)
-    removable = _within_layer_limit(order, structure, max_layer_ratio)
+    sizes = {path: graph.leaves[path].shape[axis] for path, axis in structure.kernel_axes.items()}
+    removable = _within_layer_limit(order, sizes, max_layer_ratio)
     total = _measure(structure, [], order, budget)
 
     def kept_fraction(count: int) -> float:
-        removed = _rounded(removable[:count], order, structure, round_to)
+        removed = _rounded(removable[:count], sizes, round_to)
         return _measure(structure, removed, order, budget) / total
 
     lowest = kept_fraction(len(removable))
@@ -68,7 +71,7 @@ def allocate(
             high = middle
         else:
             low = middle + 1
-    removed = _rounded(removable[:low], order, structure, round_to)
+    removed = _rounded(removable[:low], sizes, round_to)
     cost, full = (_cost(structure, gone) for gone in (removed, []))
     provenance = {
         "criterion": scores.criterion,
@@ -76,6 +79,7 @@ def allocate(
         "max_layer_ratio": max_layer_ratio,
         "round_to": round_to,
         "aggregate": aggregate,
+        "negative_scores": scores.negative,
         "cost": cost._asdict(),
         "full_cost": full._asdict(),
     }
@@ -93,20 +97,25 @@ def _budget(**given: float | None) -> tuple[str, float]:
 
 
 def _ranked(groups: Sequence[ChannelGroup], scores: Scores, aggregate: str) -> list[ChannelGroup]:
-    def total(group: ChannelGroup, of) -> float:
-        missing = [path for path in group.producers if path not in of]
+    """Ascending: exact zeros (dead channels), then by score, by norm, by position."""
+
+    def of(group: ChannelGroup, values) -> np.ndarray:
+        missing = [path for path in group.producers if path not in values]
         if missing:
             raise KeyError(f"the scores have no entry for kernel {missing[0]}; they are for another network.")
-        return float(AGGREGATE[aggregate](np.concatenate([of[p][list(i)] for p, i in group.producers.items()])))
+        return np.concatenate([values[path][list(i)] for path, i in group.producers.items()])
 
-    keys = [(total(group, scores.values), total(group, scores.norms), i) for i, group in enumerate(groups)]
-    return [groups[i] for *_, i in sorted(keys)]
+    keys = []
+    for position, group in enumerate(groups):
+        values, norms = of(group, scores.values), of(group, scores.norms)
+        combine = AGGREGATE[aggregate]
+        keys.append((bool(values.any()), float(combine(values)), float(combine(norms)), position))
+    return [groups[position] for *_, position in sorted(keys)]
 
 
-def _within_layer_limit(order, structure: ChannelStructure, max_layer_ratio: float) -> list[ChannelGroup]:
+def _within_layer_limit(order, sizes: Mapping[str, int], max_layer_ratio: float) -> list[ChannelGroup]:
     """The groups of ``order`` that may go: whatever would take a kernel beyond its limit stays."""
-    leaves, axes = structure.graph.leaves, structure.kernel_axes
-    limit = {p: min(int(max_layer_ratio * leaves[p].shape[a]), leaves[p].shape[a] - 1) for p, a in axes.items()}
+    limit = {path: min(floor(max_layer_ratio * size + 1e-9), size - 1) for path, size in sizes.items()}
     gone: Counter[str] = Counter()
     removable = []
     for group in order:
@@ -117,25 +126,25 @@ def _within_layer_limit(order, structure: ChannelStructure, max_layer_ratio: flo
     return removable
 
 
-def _rounded(removed, order, structure: ChannelStructure, round_to: int) -> list[ChannelGroup]:
+def _rounded(removed: Sequence[ChannelGroup], sizes: Mapping[str, int], round_to: int) -> list[ChannelGroup]:
     """``removed`` less the best groups that must come back for every kernel to keep a multiple of ``round_to``."""
-    if round_to == 1:
-        return list(removed)
-    removed = list(removed)
-    leaves, axes = structure.graph.leaves, structure.kernel_axes
-    gone = Counter[str]()
-    for group in removed:
-        gone.update({path: len(indices) for path, indices in group.producers.items()})
-    settled = False
-    while not settled:
-        settled = True
-        for path, axis in axes.items():
-            while gone[path] and (leaves[path].shape[axis] - gone[path]) % round_to:
-                back = next(g for g in reversed(removed) if path in g.producers)
-                removed.remove(back)
-                gone.subtract({p: len(indices) for p, indices in back.producers.items()})
-                settled = False
-    return removed
+    gone: Counter[str] = Counter()
+    members: dict[str, list[int]] = {}
+    for position, group in enumerate(removed):
+        for path, indices in group.producers.items():
+            gone[path] += len(indices)
+            members.setdefault(path, []).append(position)
+    back: set[int] = set()
+
+    def uneven() -> str | None:
+        return next((p for p in members if gone[p] and (sizes[p] - gone[p]) % round_to), None)
+
+    while (path := uneven()) is not None:
+        position = members[path].pop()
+        if position not in back:
+            back.add(position)
+            gone.subtract({p: len(indices) for p, indices in removed[position].producers.items()})
+    return [group for position, group in enumerate(removed) if position not in back]
 
 
 def _keep(structure: ChannelStructure, removed) -> dict[str, np.ndarray]:

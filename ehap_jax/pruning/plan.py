@@ -59,11 +59,12 @@ class PruningPlan:
                 known = ", ".join(sorted(structure.kernel_axes))
                 raise KeyError(f"{path!r} is not a conv or dense kernel of this network; its kernels are: {known}.")
             size = graph.leaves[path].shape[structure.kernel_axes[path]]
-            kept = np.unique(np.asarray(indices, dtype=np.int64))
+            kept = np.unique(_indices(indices, path))
             if not len(kept):
                 raise ValueError(f"{path} would keep no channel at all; keep at least one.")
             if kept[0] < 0 or kept[-1] >= size:
-                raise ValueError(f"{path} has output channels 0 to {size - 1}, but the plan keeps {kept[-1]}.")
+                wrong = kept[0] if kept[0] < 0 else kept[-1]
+                raise ValueError(f"{path} has output channels 0 to {size - 1}, but the plan keeps {wrong}.")
             if len(kept) < size:
                 checked[path] = kept
         alive = structure.alive(checked)
@@ -113,11 +114,8 @@ class PruningPlan:
         try:
             shapes = {p: tuple(int(n) for n in shape) for p, shape in document["shapes"].items()}
             plan = cls(
-                keep={p: np.asarray(kept, np.int64) for p, kept in document["keep"].items()},
-                slices={
-                    p: {int(a): np.asarray(kept, np.int64) for a, kept in s.items()}
-                    for p, s in document["slices"].items()
-                },
+                keep={p: _indices(kept, p) for p, kept in document["keep"].items()},
+                slices={p: {int(a): _indices(kept, p) for a, kept in s.items()} for p, s in document["slices"].items()},
                 shapes=shapes,
                 axes={p: int(a) for p, a in document["axes"].items()},
                 coupling=document["coupling"],
@@ -130,18 +128,27 @@ class PruningPlan:
 
     def _check_indices(self, source) -> None:
         entries = [(p, a, kept) for p, s in self.slices.items() for a, kept in s.items()]
-        entries += [(p, self.axes.get(p), kept) for p, kept in self.keep.items()]
+        for path, kept in self.keep.items():
+            if not np.array_equal(self.slices.get(path, {}).get(self.axes.get(path, -1), []), kept):
+                raise ValueError(f'{source}: "keep" and "slices" disagree on the output channels of {path}.')
         for path, axis, kept in entries:
             shape = self.shapes.get(path)
-            if shape is None or axis is None or not 0 <= axis < len(shape):
+            if shape is None or not 0 <= axis < len(shape):
                 raise ValueError(f"{source}: {path} axis {axis} does not fit the plan's own shapes.")
-            if kept.ndim != 1 or not len(kept) or kept[0] < 0 or kept[-1] >= shape[axis] or (np.diff(kept) <= 0).any():
+            if not len(kept) or kept[0] < 0 or kept[-1] >= shape[axis] or (np.diff(kept) <= 0).any():
                 raise ValueError(f"{source}: {path} axis {axis}: indices must ascend within 0 to {shape[axis] - 1}.")
 
     def shrunk_shape(self, path: str) -> tuple[int, ...]:
         """Shape of a variable once its pruned slices are gone."""
         slices = self.slices.get(path, {})
         return tuple(len(slices[a]) if a in slices else n for a, n in enumerate(self.shapes[path]))
+
+
+def _indices(given, path: str) -> np.ndarray:
+    array = np.asarray(given)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{path}: channels to keep must be a list of integers, got {given!r}.")
+    return array.astype(np.int64)
 
 
 def check_fits(variables, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:

@@ -21,13 +21,26 @@ class Scores:
     norms: Mapping[str, np.ndarray]
     criterion: str
 
+    def __post_init__(self) -> None:
+        for path, values in self.values.items():
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"{path}: {(~np.isfinite(values)).sum()} of {values.size} scores are not finite; look for "
+                    "NaN in the weights or the trace."
+                )
+
+    @property
+    def negative(self) -> int:
+        """How many scores are below zero (noise of a trace estimate; they rank lowest, after exact zeros)."""
+        return sum(int((values < 0).sum()) for values in self.values.values())
+
 
 def hessian_scores(graph: Graph, variables, trace) -> Scores:
     """Second-order sensitivity ``S_c = Tr(H_cc) / p_c · ‖w_c‖²`` (HAP, arXiv 2101.08940, eq. 8).
 
     ``p_c`` is the number of weights of channel c, ``trace`` a TraceEstimate (or its mean) over ``variables`` or over
     its ``params`` collection. Estimates are taken as they are: a negative one is noise of the estimator and stays
-    negative, so that its channel goes first.
+    negative, so that its channel goes early, right after those that are exactly zero (``Scores.negative`` counts them).
 
     Raises KeyError for a kernel without a trace, ValueError for a trace of another length or with NaN.
     """
@@ -45,7 +58,7 @@ def hessian_scores(graph: Graph, variables, trace) -> Scores:
                 f"{path} has {norm.shape[0]} output channels, but its trace has shape {channel_trace.shape}."
             )
         values[path] = channel_trace / sizes[path] * norm
-    return _checked(Scores(values, norms, "hessian"))
+    return Scores(values, norms, "hessian")
 
 
 def magnitude_scores(graph: Graph, variables, *, order: int = 2) -> Scores:
@@ -54,7 +67,7 @@ def magnitude_scores(graph: Graph, variables, *, order: int = 2) -> Scores:
         raise ValueError(f"order must be 1 or 2, got {order!r}.")
     norms, sizes = _kernels(graph, variables)
     sums = norms if order == 2 else _kernels(graph, variables, power=1)[0]
-    return _checked(Scores({p: (s / sizes[p]) ** (1 / order) for p, s in sums.items()}, norms, f"magnitude l{order}"))
+    return Scores({p: (s / sizes[p]) ** (1 / order) for p, s in sums.items()}, norms, f"magnitude l{order}")
 
 
 def random_scores(graph: Graph, *, key) -> Scores:
@@ -80,13 +93,3 @@ def _kernels(graph: Graph, variables, power: int = 2) -> tuple[dict[str, np.ndar
         sums[path] = (kernel.reshape(kernel.shape[0], -1) ** power).sum(1)
         sizes[path] = kernel[0].size
     return sums, sizes
-
-
-def _checked(scores: Scores) -> Scores:
-    for path, values in scores.values.items():
-        if not np.isfinite(values).all():
-            raise ValueError(
-                f"{path}: {(~np.isfinite(values)).sum()} of {values.size} scores are not finite; look for "
-                "NaN in the weights or the trace."
-            )
-    return scores

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax._compat import bind
 from ehap_jax.graph.interpret import register
 from ehap_jax.graph.structure import Axis, Labels, Structure
-from ehap_jax.graph.trace import Node
+from ehap_jax.graph.trace import Constant, Node
 
 # f(0) = 0, so that a pruned and masked channel stays exactly zero.
 ZERO_KEEPING = [
@@ -27,7 +29,6 @@ ZERO_KEEPING = [
     "expm1",
     "floor",
     "imag",
-    "is_finite",
     "log1p",
     "neg",
     "real",
@@ -47,22 +48,51 @@ ZERO_KEEPING = [
 ]
 NOT_ZERO_KEEPING = [
     "acos",
-    "acosh",
+    "atan2",
     "cos",
     "cosh",
-    "digamma",
     "erfc",
     "exp",
     "exp2",
-    "lgamma",
+    "is_finite",
     "logistic",
     "not",
+    "nextafter",
     "population_count",
 ]
 # Infinite or undefined at 0: a masked channel would be infinite, and 0 · ∞ is not 0.
-SINGULAR_AT_ZERO = ("log", "rsqrt")
-ZERO_IF_BOTH = ["max", "min", "or", "xor", "add_any", "nextafter"]
+SINGULAR_AT_ZERO = ("acosh", "digamma", "lgamma", "log", "rsqrt")
+ZERO_IF_BOTH = ["or", "xor", "add_any"]
+SHIFTS = ["shift_left", "shift_right_arithmetic", "shift_right_logical"]
 COMPARISONS = ["eq", "ne", "lt", "le", "gt", "ge"]
+
+
+def elementwise(*names: str, resize: Callable | None = None):
+    """``register`` for rules whose operands are full size, scalars, or of size one where they are spread."""
+
+    def decorate(propagate):
+        def aligned(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+            return propagate(structure, node, [_spread(structure, node, i, v) for i, v in enumerate(inputs)])
+
+        register(*names, resize=resize)(aligned)
+        return propagate
+
+    return decorate
+
+
+def _spread(structure: Structure, node: Node, position: int, value: Labels) -> Labels:
+    """An operand as if broadcast: an axis of size one that is spread cannot go, its copies adopt what they meet."""
+    have, want = node.inputs[position].shape, node.outputs[0].shape
+    if len(have) != len(want) or have == want:
+        return value
+    axes, zero = list(value.axes), set(value.zero)
+    for i, (a, b) in enumerate(zip(have, want, strict=True)):
+        if a != b:
+            structure.freeze(axes[i], f"broadcast from size one at {node.source}")
+            axes[i] = (structure.fresh(b),)
+            if -1 not in zero:
+                zero.discard(i)
+    return Labels(tuple(axes), frozenset(zero), value.from_variables)
 
 
 def joined(structure: Structure, node: Node, inputs: list[Labels]) -> list[Axis]:
@@ -95,59 +125,86 @@ def keeps_zero(structure: Structure, node: Node, inputs: list[Labels]) -> list[L
     return [Labels(v.axes, v.zero, v.from_variables) for v in inputs[: len(node.outputs)]]
 
 
-@register(*NOT_ZERO_KEEPING)
+@elementwise(*NOT_ZERO_KEEPING)
 def loses_zero(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     return _result(structure, node, inputs, frozenset())
 
 
-@register(*SINGULAR_AT_ZERO)
+@elementwise(*SINGULAR_AT_ZERO)
 def singular_at_zero(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     _freeze_zero(structure, node, inputs[0])
     return _result(structure, node, inputs, frozenset())
 
 
-@register(*ZERO_IF_BOTH)
+@elementwise(*ZERO_IF_BOTH)
 def zero_if_both(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     rank = len(node.outputs[0].shape)
     return _result(structure, node, inputs, frozenset.intersection(*(zeros(v, rank) for v in inputs)))
 
 
-@register("mul", "and")
+@elementwise("mul", "and")
 def zero_if_any(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     rank = len(node.outputs[0].shape)
     return _result(structure, node, inputs, frozenset.union(*(zeros(v, rank) for v in inputs)))
 
 
-@register("div", "rem", "atan2")
+@elementwise("max", "min")
+def extremum(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """Zero if both operands are, or if the other is a bound that zero satisfies (``min(x, 6)``)."""
+    rank = len(node.outputs[0].shape)
+    kept = [zeros(v, rank) for v in inputs]
+    for i, operand in enumerate(node.inputs):
+        bound = operand.value if isinstance(operand, Constant) else None
+        if bound is not None and (bound >= 0 if node.name == "min" else bound <= 0):
+            kept[i] = kept[1 - i]
+    return _result(structure, node, inputs, frozenset.intersection(*kept))
+
+
+@elementwise(*SHIFTS)
+def shift(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    return _result(structure, node, inputs, zeros(inputs[0], len(node.outputs[0].shape)))
+
+
+@register("bitcast_convert_type")
+def bitcast(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """The bits of zero are zero; a change of width adds or removes the last axis."""
+    value, rank = inputs[0], len(node.outputs[0].shape)
+    for axis in value.axes[rank:]:
+        structure.freeze(axis, f"bitcast to a wider type at {node.source}")
+    axes = (*value.axes[:rank], *((),) * (rank - len(value.axes)))
+    return [Labels(axes, frozenset(i for i in value.zero if i < rank), value.from_variables)]
+
+
+@elementwise("div", "rem")
 def zero_if_numerator(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     _freeze_zero(structure, node, inputs[1])
     return _result(structure, node, inputs, zeros(inputs[0], len(node.outputs[0].shape)))
 
 
-@register("pow", "integer_pow")
+@elementwise("pow", "integer_pow")
 def power(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
-    if node.params.get("y", 1) < 0:
+    exponent = node.params["y"] if node.name == "integer_pow" else getattr(node.inputs[1], "value", None)
+    keeps = exponent is not None and bool(exponent > 0)
+    if not keeps and exponent != 0:
         _freeze_zero(structure, node, inputs[0])
-    keeps = node.name == "integer_pow" and node.params["y"] > 0
     zero = zeros(inputs[0], len(node.outputs[0].shape)) if keeps else frozenset()
     return _result(structure, node, inputs, zero)
 
 
-@register(*COMPARISONS)
+@elementwise(*COMPARISONS)
 def comparison(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     return _result(structure, node, inputs, frozenset())
 
 
-@register("select_n")
+@elementwise("select_n")
 def select(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     rank = len(node.outputs[0].shape)
     return _result(structure, node, inputs, frozenset.intersection(*(zeros(v, rank) for v in inputs[1:])))
 
 
-@register("clamp")
+@elementwise("clamp")
 def clamp(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
-    low, value, high = (getattr(operand, "value", None) for operand in node.inputs)
-    del value
+    low, high = (getattr(node.inputs[i], "value", None) for i in (0, 2))
     known = low is not None and high is not None and np.ndim(low) == 0 and np.ndim(high) == 0
     keeps = known and low <= 0 <= high
     rank = len(node.outputs[0].shape)
@@ -167,7 +224,7 @@ def resize_sum(node: Node, args, kept_inputs, kept_outputs):
     return bind(node.primitive, args, node.params)
 
 
-@register("add", "sub", resize=resize_sum)
+@elementwise("add", "sub", resize=resize_sum)
 def addition(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     rank = len(node.outputs[0].shape)
     zero = frozenset.intersection(*(zeros(v, rank) for v in inputs))

@@ -142,7 +142,7 @@ def dynamic_slice(structure: Structure, node: Node, inputs: list[Labels]) -> lis
     whole = [n == m for n, m in zip(node.params["slice_sizes"], node.inputs[0].shape, strict=True)]
     _whole(structure, node, value, whole)
     axes = tuple(a if stays else () for a, stays in zip(value.axes, whole, strict=True))
-    return [Labels(axes, value.zero, value.from_variables)]
+    return [Labels(axes, value.zero, all(v.from_variables for v in inputs))]
 
 
 def resize_gather(node: Node, args, kept_inputs, kept_outputs):
@@ -174,4 +174,4 @@ def gather(structure: Structure, node: Node, inputs: list[Labels]) -> list[Label
             axes[out] = value.axes[operand]
             if operand in value.zero:
                 zero.add(out)
-    return [Labels(tuple(axes), frozenset(zero), value.from_variables)]
+    return [Labels(tuple(axes), frozenset(zero), value.from_variables and indices.from_variables)]

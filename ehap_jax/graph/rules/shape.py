@@ -75,7 +75,7 @@ def resize_reshape(node: Node, args, kept_inputs, kept_outputs):
 
 @register("reshape", resize=resize_reshape)
 def reshape(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
-    """Axes are products of factors: merged ones carry the labels of both, split ones pass them to the factor they follow.
+    """Axes are products of factors: merged ones carry the labels of both, split ones pass them to their factor.
 
     Labels that vary along several factors of a split stay with the first (whole heads, whole normalisation groups).
     """
