@@ -49,8 +49,11 @@ def allocate(
     if aggregate not in AGGREGATE:
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATE)}, got {aggregate!r}.")
     structure = channel_structure(graph, coupling)
-    order = _ranked(structure.groups(), scores, aggregate)
     sizes = {path: graph.leaves[path].shape[axis] for path, axis in structure.kernel_axes.items()}
+    for path, size in sizes.items():
+        if path in scores.values and len(scores.values[path]) != size:
+            raise ValueError(f"{path} has {size} output channels, but {len(scores.values[path])} scores.")
+    order = _ranked(structure.groups(), scores, aggregate)
     removable = _within_layer_limit(order, sizes, max_layer_ratio)
     total = _measure(structure, [], order, budget)
 
