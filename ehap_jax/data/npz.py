@@ -25,17 +25,16 @@ def load_npz(path: str | Path, *, validation_fraction: float = 0.1, seed: int = 
     if not path.is_file():
         raise FileNotFoundError(f"no such data file: {path}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError(f"{path} holds a single array; expected an .npz archive with {', '.join(_KEYS)}")
-            missing = [key for key in _KEYS if key not in archive.files]
-            if missing:
-                raise ValueError(
-                    f"{path} has no {', '.join(missing)}; it holds: {', '.join(archive.files) or 'nothing'}"
-                )
-            x_train, y_train, x_test, y_test = (archive[key] for key in _KEYS)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable .npz archive: {error}") from error
+        loaded = np.load(path, allow_pickle=False)
+        arrays = dict(loaded.items()) if isinstance(loaded, np.lib.npyio.NpzFile) else None
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable .npz archive of plain arrays: {error}") from error
+    if arrays is None:
+        raise ValueError(f"{path} holds a single array; expected an .npz archive with {', '.join(_KEYS)}")
+    missing = [key for key in _KEYS if key not in arrays]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}; it holds: {', '.join(arrays) or 'nothing'}")
+    x_train, y_train, x_test, y_test = (arrays[key] for key in _KEYS)
     labels = [y for y in (y_train, y_test) if y.size and np.issubdtype(y.dtype, np.integer)]
     num_classes = max((int(y.max()) for y in labels), default=0) + 1
     padding = max(1, x_train.shape[1] // 8) if x_train.ndim == 4 else 1

@@ -4,51 +4,13 @@
 pretrained networks); `shortcut="B"` is a 1x1 convolution and BatchNorm (EHAP's thin ResNet-32 and ResNet-56).
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-
-BATCH_NORM_MOMENTUM = 0.9
-BATCH_NORM_EPSILON = 1e-5
-
-
-def convolution(features: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
-    """A square convolution without bias whose padding is PyTorch's `padding=size // 2`, whatever the stride."""
-    pad = size // 2
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
-        use_bias=False,
-        kernel_init=he_normal,
-        dtype=dtype,
-        name=name,
-    )
-
-
-def batch_norm(train: bool, dtype: Any, name: str) -> nn.BatchNorm:
-    """BatchNorm with PyTorch's defaults (its momentum 0.1 is 0.9 here)."""
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=BATCH_NORM_MOMENTUM,
-        epsilon=BATCH_NORM_EPSILON,
-        dtype=dtype,
-        name=name,
-    )
-
-
-def classifier_head(x: jax.Array, num_classes: int, dtype: Any, name: str = "linear") -> jax.Array:
-    """Logits from features (N, F). With a 16-bit `dtype` the head computes in float32."""
-    if dtype is not None:
-        x = x.astype(jnp.promote_types(dtype, jnp.float32))
-    head = nn.Dense(num_classes, kernel_init=he_normal, dtype=None if dtype is None else x.dtype, name=name)
-    return head(x)
+from ehap_jax.models.layers import batch_norm, classifier_head, convolution
 
 
 def parameter_free_shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
@@ -70,15 +32,17 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = partial(batch_norm, train, self.dtype)
-        y = nn.relu(norm("bn1")(convolution(self.features, 3, self.stride, self.dtype, "conv1")(x)))
-        y = norm("bn2")(convolution(self.features, 3, 1, self.dtype, "conv2")(y))
-        if self.stride != 1 or x.shape[-1] != self.features:
+        dtype, width, stride = self.dtype, self.features, self.stride
+        y = convolution(x, width, 3, stride, dtype=dtype, name="conv1")
+        y = nn.relu(batch_norm(y, train, dtype=dtype, name="bn1"))
+        y = convolution(y, width, 3, dtype=dtype, name="conv2")
+        y = batch_norm(y, train, dtype=dtype, name="bn2")
+        if stride != 1 or x.shape[-1] != width:
             if self.shortcut == "A":
-                x = parameter_free_shortcut(x, self.features, self.stride)
+                x = parameter_free_shortcut(x, width, stride)
             else:
-                x = convolution(self.features, 1, self.stride, self.dtype, "downsample_conv")(x)
-                x = norm("downsample_bn")(x)
+                x = convolution(x, width, 1, stride, dtype=dtype, name="downsample_conv")
+                x = batch_norm(x, train, dtype=dtype, name="downsample_bn")
         return nn.relu(y + x)
 
 
@@ -124,12 +88,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = convolution(self.widths[0], 3, 1, self.dtype, "conv1")(x)
-        x = nn.relu(batch_norm(train, self.dtype, "bn1")(x))
+        x = convolution(x, self.widths[0], 3, dtype=self.dtype, name="conv1")
+        x = nn.relu(batch_norm(x, train, dtype=self.dtype, name="bn1"))
         for stage, width in enumerate(self.widths):
             for block in range((self.depth - 2) // 6):
                 stride = 2 if stage > 0 and block == 0 else 1
                 name = f"layer{stage + 1}_{block}"
                 x = ResidualBlock(width, stride, self.shortcut, self.dtype, name=name)(x, train)
         x = jnp.mean(x, axis=(1, 2))
-        return classifier_head(x, self.num_classes, self.dtype)
+        return classifier_head(x, self.num_classes, dtype=self.dtype)

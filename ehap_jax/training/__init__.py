@@ -1,1 +1,19 @@
+"""Training, evaluation, checkpoints and run directories for any pure function."""
 
+from ehap_jax.training.checkpoint import Checkpoints as Checkpoints
+from ehap_jax.training.epoch import EpochMetrics as EpochMetrics
+from ehap_jax.training.epoch import cross_entropy as cross_entropy
+from ehap_jax.training.epoch import forward_from_apply as forward_from_apply
+from ehap_jax.training.epoch import frozen_forward as frozen_forward
+from ehap_jax.training.epoch import make_epoch as make_epoch
+from ehap_jax.training.epoch import training_inputs as training_inputs
+from ehap_jax.training.evaluate import Evaluation as Evaluation
+from ehap_jax.training.evaluate import evaluation_inputs as evaluation_inputs
+from ehap_jax.training.evaluate import make_evaluate as make_evaluate
+from ehap_jax.training.fit import fit as fit
+from ehap_jax.training.optimizer import sgd_cosine as sgd_cosine
+from ehap_jax.training.progress import Progress as Progress
+from ehap_jax.training.run_directory import RunDirectory as RunDirectory
+from ehap_jax.training.state import TrainState as TrainState
+from ehap_jax.training.state import check_finite as check_finite
+from ehap_jax.training.state import create_train_state as create_train_state

@@ -51,7 +51,8 @@ def frozen_forward(apply: Callable[[Any, jax.Array], jax.Array]) -> Forward:
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Softmax cross-entropy per example in nats, in float32 or wider: (N, K), (N,) -> (N,)."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if jnp.finfo(logits.dtype).bits < 32:
+        logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -39,15 +40,23 @@ def sgd_cosine(
         raise ValueError(f"warmup_steps ({warmup_steps}) must be at least 0 and below total_steps ({total_steps})")
     if not 0 <= momentum < 1 or weight_decay < 0:
         raise ValueError(f"momentum {momentum} must be in [0, 1) and weight_decay {weight_decay} at least 0")
-    if warmup_steps:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
-    else:
-        schedule = optax.cosine_decay_schedule(learning_rate, total_steps)
     mask = None if decay_norms else _is_matrix
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
-        optax.sgd(schedule, momentum=momentum, nesterov=True),
+        optax.sgd(_cosine(learning_rate, total_steps, warmup_steps), momentum=momentum, nesterov=True),
     )
+
+
+def _cosine(peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
+    """Linear from 0 to `peak`, then `peak * (1 + cos(pi t)) / 2`; optax's own fail under strict dtype promotion."""
+
+    def schedule(count: Any) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
+        done = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
+        rate = peak * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        return jnp.where(step < warmup_steps, peak * step / max(warmup_steps, 1), rate)
+
+    return schedule
 
 
 def _is_matrix(params: Any) -> Any:

@@ -1,0 +1,209 @@
+"""One directory per run: config, versions, metrics and files, each there whole or not at all."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_PACKAGES = ("ehap-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Where a run writes: `config.json`, `versions.json`, `metrics.jsonl`, and whatever `write_json` names.
+
+    Every file is written under a temporary name and renamed, so a reader, or a kill, never sees half of one.
+
+    Example:
+        >>> import tempfile
+        >>> run = RunDirectory.create(tempfile.mkdtemp() + "/run", {"epochs": 3})
+        >>> run.append_metrics({"epoch": 1, "loss": 0.5})
+        >>> run.read_metrics()
+        [{'epoch': 1, 'loss': 0.5}]
+    """
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, path: str | Path, config: Any = None, *, resume: bool = False, overwrite: bool = False
+    ) -> "RunDirectory":
+        """Make the directory with its `config.json` and `versions.json`, or take up an existing one.
+
+        Args:
+            path: the directory; its parents are made as needed.
+            config: a dataclass or mapping that determines the run.
+            resume: continue a run of the same config; its files stay. A new directory is made if there is none.
+            overwrite: delete an earlier run first. Only a directory that has a `config.json` is deleted.
+
+        Raises:
+            FileExistsError: the directory has files in it, and neither `resume` nor `overwrite` was asked for, or
+                it is not a run.
+            NotADirectoryError: `path` is a file.
+            ValueError: `resume` and `overwrite` together, or a config that differs from the one being resumed.
+        """
+        path = Path(path)
+        wanted = json.loads(_to_json({} if config is None else config))
+        if resume and overwrite:
+            raise ValueError("--resume and --overwrite contradict each other; choose one")
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file, not a run directory")
+        if path.is_dir() and any(path.iterdir()):
+            _take_up(path, wanted, resume, overwrite)
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        run.write_json("config.json", wanted)
+        now = versions()
+        earlier = run.read_json("versions.json") if (path / "versions.json").exists() else None
+        if earlier is None:
+            run.write_json("versions.json", now)
+        elif {**earlier, "resumed_from": None} != {**now, "resumed_from": None}:
+            run.write_json("versions.json", {**now, "resumed_from": earlier})
+        return run
+
+    def file(self, name: str) -> Path:
+        """The path of a file or subdirectory of the run, its parents made."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file atomically and return its path."""
+        target = self.file(name)
+        write_atomically(target, text)
+        return target
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write a value as JSON: dataclasses, NamedTuples, paths, NumPy and JAX arrays and scalars included."""
+        return self.write_text(name, _to_json(value) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read back a JSON file of the run."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def append_metrics(self, record: Mapping[str, Any], *, identity: tuple[str, ...] = ()) -> None:
+        """Add one record as a line of `metrics.jsonl`; the file is replaced whole.
+
+        Args:
+            record: names and numbers.
+            identity: an earlier record that agrees in all these names is dropped, so that a resumed run which
+                repeats an epoch records it once; such as `("seed", "stage", "epoch")`.
+        """
+        new = _plain(record)
+        same = tuple(new[name] for name in identity)
+        kept = [old for old in self.read_metrics() if not identity or tuple(old.get(k) for k in identity) != same]
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(item) + "\n" for item in [*kept, new]))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, oldest first; none if there is no such file."""
+        target = self.path / "metrics.jsonl"
+        if not target.exists():
+            return []
+        return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file at `path` by `text` (UTF-8) in one step: temporary file beside it, flushed, renamed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def versions() -> dict[str, Any]:
+    """What produced a result: Python, packages, device, and the git commit of the source where there is one."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "device": {"backend": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "git": _git_commit(Path(__file__).resolve().parent),
+    }
+
+
+def _git_commit(directory: Path) -> dict[str, Any] | None:
+    """Commit and whether tracked files differ from it, only where this package is part of the repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(directory), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if not git("ls-files", str(directory)):
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _take_up(path: Path, wanted: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Check that an existing directory may be resumed, or delete it."""
+    config = path / "config.json"
+    if not resume and not overwrite:
+        raise FileExistsError(
+            f"run directory {path} already exists; continue it with --resume, start again with --overwrite, "
+            "or choose another path"
+        )
+    if not config.is_file():
+        raise FileExistsError(f"{path} is not a run directory (it has no config.json); choose another path")
+    if overwrite:
+        shutil.rmtree(path)
+        return
+    stored = json.loads(config.read_text(encoding="utf-8"))
+    differing = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
+    if differing:
+        changes = "; ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
+        raise ValueError(
+            f"cannot resume {path} with another configuration ({changes}); use --overwrite or another path"
+        )
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types; NaN and infinities, which JSON lacks, become their names."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
+        return value
+    if isinstance(value, float):
+        return str(value)
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")

@@ -1,0 +1,125 @@
+"""Run directories: refusals, atomic files, metrics; and the progress lines where there is no terminal."""
+
+import dataclasses
+import io
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ehap_jax.training import Progress, RunDirectory
+from ehap_jax.training.run_directory import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    epochs: int = 3
+    widths: tuple[int, ...] = (4, 8)
+    data: Path = Path("digits")
+
+
+def test_a_new_run_holds_config_and_versions(tmp_path):
+    run = RunDirectory.create(tmp_path / "deep" / "run", Config())
+    assert run.read_json("config.json") == {"epochs": 3, "widths": [4, 8], "data": "digits"}
+    versions = run.read_json("versions.json")
+    assert versions["packages"]["jax"] and versions["python"].startswith("3.")
+    assert versions["device"]["backend"] == "cpu"
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "versions.json"]
+
+
+def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", Config())
+    run.write_text("report.html", "kept")
+    with pytest.raises(FileExistsError, match=r"--resume.*--overwrite"):
+        RunDirectory.create(run.path, Config())
+    RunDirectory.create(run.path, Config(), resume=True)
+    assert (run.path / "report.html").read_text() == "kept"
+    with pytest.raises(ValueError, match="epochs: 3 there, 4 now"):
+        RunDirectory.create(run.path, Config(epochs=4), resume=True)
+    with pytest.raises(ValueError, match="contradict"):
+        RunDirectory.create(run.path, Config(), resume=True, overwrite=True)
+    assert run.read_json("config.json")["epochs"] == 3
+    RunDirectory.create(run.path, Config(epochs=4), overwrite=True)
+    assert not (run.path / "report.html").exists() and run.read_json("config.json")["epochs"] == 4
+
+
+def test_only_runs_are_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").write_text("dear")
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(FileExistsError, match="not a run directory"):
+            RunDirectory.create(tmp_path, Config(), **options)
+    with pytest.raises(NotADirectoryError):
+        RunDirectory.create(tmp_path / "thesis.tex", Config(), overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "dear"
+    (tmp_path / "empty").mkdir()
+    assert RunDirectory.create(tmp_path / "empty").read_json("config.json") == {}
+
+
+def test_resuming_under_other_versions_records_both(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", Config())
+    run.write_json("versions.json", {**run.read_json("versions.json"), "python": "3.0"})
+    RunDirectory.create(run.path, Config(), resume=True)
+    versions = run.read_json("versions.json")
+    assert versions["python"] != "3.0" and versions["resumed_from"]["python"] == "3.0"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    target = tmp_path / "file.json"
+    write_atomically(target, "old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"] and target.read_text() == "old"
+
+
+def test_what_cannot_be_json_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError, match="cannot write a object as JSON"):
+        RunDirectory.create(tmp_path / "run", {"model": object()})
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_lines_and_a_repeated_epoch_replaces_its_record(tmp_path):
+    run = RunDirectory.create(tmp_path / "run")
+    assert run.read_metrics() == []
+    run.append_metrics({"epoch": 1, "loss": jnp.float32(0.5)}, identity=("epoch",))
+    run.append_metrics({"epoch": 2, "loss": np.float32(np.nan)}, identity=("epoch",))
+    run.append_metrics({"epoch": 1, "loss": 0.25}, identity=("epoch",))
+    run.append_metrics({"epoch": 1, "loss": 0.25})
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"epoch": 2, "loss": "nan"},
+        {"epoch": 1, "loss": 0.25},
+        {"epoch": 1, "loss": 0.25},
+    ]
+
+
+def stages(console):
+    with Progress(console) as progress:
+        with progress.stage("dense", total=2) as advance:
+            advance(accuracy=0.5)
+            advance(accuracy=0.98765)
+        with progress.stage("trace", total=1) as advance:
+            advance()
+
+
+def test_without_a_terminal_a_stage_is_one_line():
+    stream = io.StringIO()
+    stages(Console(file=stream))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("dense: ") and lines[0].endswith("s, accuracy 0.9877")
+    assert lines[1].startswith("trace: ")
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_counts():
+    stream = io.StringIO()
+    stages(Console(file=stream, force_terminal=True, width=120))
+    assert "dense" in stream.getvalue() and "2/2" in stream.getvalue() and "accuracy 0.9877" in stream.getvalue()
