@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ehap_jax._compat import enable_x64
 from ehap_jax.graph.structure import Coupling
 from interop.parity import (
     gradient_pair,
@@ -35,6 +36,7 @@ from interop.parity import (
     sgd_pair,
     trace_pair,
 )
+from interop.to_torch import canonical_arrays
 
 LIMITS = {
     "logits_max_abs": 1e-4,
@@ -44,10 +46,13 @@ LIMITS = {
     "trace_relative": 1e-3,
     "trace_relative_worst_kernel": 1e-3,
     "sgd_step_max_abs": 1e-5,
+    "float64_logits_max_abs": 1e-9,
+    "float64_gradient_relative": 1e-9,
+    "float64_hessian_vector_relative": 1e-9,
     "pruned_group_logits_max_abs": 1e-4,
     "pruned_union_logits_max_abs": 1e-4,
 }
-"""What each figure may be at most, in float32."""
+"""What each figure may be at most; in float32 where the name does not say otherwise."""
 
 COUPLINGS: tuple[Coupling, ...] = ("group", "union")
 KEPT_CHANNELS = 0.5
@@ -81,12 +86,20 @@ def compare(
     answers, expected = ours.argmax(axis=1), theirs.argmax(axis=1)
     keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(probes)]
     traces = trace_pair(nets, train, labels, keys)
+    before = canonical_arrays({"params": nets.variables["params"]})
     step = sgd_pair(nets, train, labels, rate=0.1)
     pruned = {
         f"pruned_{coupling}_logits_max_abs": float(np.abs(np.subtract(*outputs)).max())
         for coupling in COUPLINGS
         for outputs in [pruned_pair(nets, train, channels=KEPT_CHANNELS, coupling=coupling)]
     }
+    with enable_x64():
+        doubled, train64 = pair(checkpoint, layout, dtype=np.float64), train.astype(np.float64)
+        float64 = {
+            "float64_logits_max_abs": float(np.abs(np.subtract(*logits_pair(doubled, train64))).max()),
+            "float64_gradient_relative": relative(*gradient_pair(doubled, train64, labels)),
+            "float64_hessian_vector_relative": relative(*hessian_vector_pair(doubled, train64, labels, keys[0])),
+        }
     return {
         "checkpoint": Path(checkpoint).name,
         "layout": nets.info.layout,
@@ -106,7 +119,10 @@ def compare(
             relative({name: traces[0][name]}, {name: value}) for name, value in traces[1].items()
         ),
         "sgd_step_max_abs": max(float(np.abs(step[0][name] - value).max()) for name, value in step[1].items()),
+        "sgd_step_size": max(float(np.abs(before[name] - value).max()) for name, value in step[1].items()),
+        **float64,
         **pruned,
+        "train_loss": float(nets.loss(nets.variables["params"], (train, labels.astype(np.int32)))),
         "kept_channels": KEPT_CHANNELS,
         "train_images": batch,
         "probes": probes,

@@ -198,7 +198,7 @@ def probe_pair(nets: Pair, key: jax.Array) -> tuple[Any, dict[str, Any]]:
     paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(params)]
     leaves, structure = jax.tree.flatten(params)
     kernels = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if leaf.ndim >= 2}
-    signs = rademacher(key, kernels)
+    signs = jax.jit(rademacher)(key, kernels)
     v = jax.tree.unflatten(
         structure, [signs.get(path, jnp.zeros_like(leaf)) for path, leaf in zip(paths, leaves, strict=True)]
     )

@@ -1,10 +1,13 @@
 """JAX and PyTorch agree: on the public checkpoints in float32, on a small network in float64."""
 
+import json
+import re
+
 import jax
 import numpy as np
 import pytest
 
-from ehap_jax._compat import enable_x64
+from interop import compare
 from interop.parity import (
     gradient_pair,
     hessian_vector_pair,
@@ -14,11 +17,12 @@ from interop.parity import (
     probe_pair,
     pruned_pair,
     relative,
-    sgd_pair,
     trace_pair,
 )
+from tests.interop.conftest import lively
 
 torch = pytest.importorskip("torch")
+cifar_resnet = pytest.importorskip("interop.torch_models").cifar_resnet
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,14 @@ def nets(checkpoints):
 
 @pytest.fixture(scope="module")
 def batch(cifar, nets):
-    return normalise(cifar["x_train"][:8], nets.info), cifar["y_train"][:8]
+    """Test images: the loss of the first training images is 2e-5, and 1 - p has few digits left there in float32."""
+    return normalise(cifar["x_test"][:16], nets.info), cifar["y_test"][:16]
+
+
+@pytest.fixture(scope="module")
+def projected():
+    """A small network with projection shortcuts."""
+    return lively(cifar_resnet(8, widths=(4, 8, 16), shortcut="B", num_classes=5))
 
 
 def test_pretrained_network_is_what_its_authors_say(checkpoints):
@@ -67,30 +78,8 @@ def test_pruned_pretrained_network(nets, batch, coupling):
     assert np.abs(ours - full).max() > 0.1, "nothing was pruned"
 
 
-def test_one_step_of_sgd(network, images):
-    nets = pair(network.state_dict())
-    labels = np.array([0, 1, 2])
-    ours, theirs = sgd_pair(nets, images, labels, rate=0.1)
-    before = network.state_dict()
-    assert max(np.abs(ours[name] - value).max() for name, value in theirs.items()) <= 1e-5
-    assert max(np.abs(before[name].numpy() - value).max() for name, value in theirs.items()) > 1e-2
-
-
-def test_float64_agrees_to_nine_digits(network, images):
-    with enable_x64():
-        doubled = {k: v.double() if v.is_floating_point() else v for k, v in network.state_dict().items()}
-        nets = pair(doubled)
-        x, labels = images.astype(np.float64), np.array([0, 1, 2])
-        assert nets.variables["params"]["conv1"]["kernel"].dtype == np.float64
-        ours, theirs = logits_pair(nets, x)
-        assert ours.dtype == np.float64
-        assert np.abs(ours - theirs).max() <= 1e-9
-        assert relative(*gradient_pair(nets, x, labels)) <= 1e-9
-        assert relative(*hessian_vector_pair(nets, x, labels, jax.random.key(0))) <= 1e-9
-
-
-def test_probes_are_the_same_numbers(network):
-    nets = pair(network.state_dict())
+def test_probes_are_the_same_numbers(projected):
+    nets = pair(projected.state_dict())
     v, probe = probe_pair(nets, jax.random.key(1))
     kernel = np.asarray(v["layer2_0"]["conv1"]["kernel"])
     np.testing.assert_array_equal(kernel.transpose(3, 2, 0, 1), probe["layer2.0.conv1.weight"].numpy())
@@ -105,25 +94,54 @@ def test_relative_sees_a_difference():
     assert relative({"x": np.array([3.0, 4.5]), "y": np.zeros(2)}, a) == pytest.approx(0.1)
 
 
-def test_compare_writes_its_figures(network, images, tmp_path, capsys, monkeypatch):
-    import json
-
-    from interop import compare
-
-    monkeypatch.setattr(compare, "KEPT_CHANNELS", 0.6)
-    torch.save(network.state_dict(), tmp_path / "tiny.pth")
+@pytest.fixture(scope="module")
+def figures(projected, tmp_path_factory):
+    """The compare command on a small network with projection shortcuts: (exit status, JSON, folder)."""
+    folder = tmp_path_factory.mktemp("compare")
+    torch.save(projected.state_dict(), folder / "tiny.pth")
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     answers = np.arange(6, dtype=np.uint8) % 5
-    np.savez(tmp_path / "data.npz", x_test=pixels, y_test=answers, x_train=pixels, y_train=answers)
-    out = tmp_path / "figures" / "parity.json"
-    options = ["--data", str(tmp_path / "data.npz"), "--out", str(out), "--batch", "4", "--probes", "1"]
-    assert compare.main([str(tmp_path / "tiny.pth"), *options]) == 0
-    document = json.loads(out.read_text())
+    np.savez(folder / "data.npz", x_test=pixels, y_test=answers, x_train=pixels, y_train=answers)
+    options = ["--data", str(folder / "data.npz"), "--out", str(folder / "new" / "out.json")]
+    status = compare.main([str(folder / "tiny.pth"), *options, "--batch", "4", "--probes", "1"])
+    return status, json.loads((folder / "new" / "out.json").read_text()), folder
+
+
+def test_compare_measures_everything(figures):
+    status, document, _ = figures
     (result,) = document["results"]
+    assert status == 0
     assert result["predictions_that_differ"] == 0 and result["test_images"] == 6
-    assert set(compare.LIMITS) <= set(result) and {"commit", "versions", "device_jax"} <= set(document)
-    assert "hessian_vector_relative" in capsys.readouterr().out
+    assert {"commit", "versions", "device_jax", "python"} <= set(document)
+    assert set(compare.LIMITS) <= set(result)
+
+
+def test_one_step_of_sgd_in_train_mode(figures):
+    (result,) = figures[1]["results"]
+    assert result["sgd_step_max_abs"] <= 1e-5 < 1e-3 < result["sgd_step_size"]
+
+
+@pytest.mark.parametrize("figure", ["logits_max_abs", "gradient_relative", "hessian_vector_relative"])
+def test_float64_agrees_to_nine_digits(figures, figure):
+    (result,) = figures[1]["results"]
+    assert result[f"float64_{figure}"] <= 1e-9
+    assert result[f"float64_{figure}"] < result[figure] / 1000, "float64 was not used"
+
+
+def test_compare_fails_beyond_a_limit_and_refuses_bad_input(figures, monkeypatch, capsys):
+    _, document, folder = figures
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: document["results"][0])
+    options = ["--data", str(folder / "data.npz"), "--out", str(folder / "again.json"), "--batch", "4"]
+    assert compare.main([str(folder / "tiny.pth"), *options]) == 0
     monkeypatch.setitem(compare.LIMITS, "gradient_relative", -1.0)
-    assert compare.main([str(tmp_path / "tiny.pth"), *options]) == 1
-    with pytest.raises(SystemExit):
-        compare.main([str(tmp_path / "absent.pth"), *options])
+    assert compare.main([str(folder / "tiny.pth"), *options]) == 1
+    assert re.search(r"gradient_relative .*!", capsys.readouterr().out)
+    np.savez(folder / "bad.npz", x_test=np.zeros(3))
+    for arguments, told in [
+        ([str(folder / "absent.pth"), *options], "absent.pth"),
+        ([str(folder / "tiny.pth"), "--data", str(folder / "bad.npz")], "has no x_train, y_test, y_train"),
+        ([str(folder / "tiny.pth"), *options, "--batch", "7"], "--batch must be 1 to 6"),
+    ]:
+        with pytest.raises(SystemExit):
+            compare.main(arguments)
+        assert told in capsys.readouterr().err

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ehap_jax.graph import trace_graph
-from ehap_jax.pruning import PruningPlan, mask_variables, shrink, shrink_variables
+from ehap_jax.pruning import allocate, mask_variables, random_scores, shrink, shrink_variables
 from interop import CheckpointError, from_torch, to_torch
 from interop.layouts import LAYOUTS
 from tests.interop.conftest import torch_logits
@@ -42,23 +42,29 @@ def test_bfloat16_survives(loaded):
     np.testing.assert_array_equal(written["conv1.weight"].float().numpy(), expected)
 
 
-def make_plan(apply, variables, images, coupling, seed=0):
-    """A random plan that prunes the streams as the coupling allows."""
-    graph = trace_graph(apply)(variables, images)
-    from ehap_jax.pruning import allocate, random_scores
-
-    scores = random_scores(graph, key=jax.random.key(seed))
-    return allocate(graph, scores, channels=0.6, coupling=coupling)
-
-
-@pytest.mark.parametrize("coupling", ["group", "union"])
-def test_pruned_networks_compute_the_same(coupling, network, loaded, images):
+@pytest.fixture(scope="module")
+def graph(loaded, images):
     apply, variables, _ = loaded
-    plan = make_plan(apply, variables, images, coupling)
-    assert isinstance(plan, PruningPlan) and plan.keep
+    return trace_graph(apply)(variables, images)
+
+
+@pytest.fixture(scope="module", params=["group", "union"])
+def plan(request, graph):
+    """A random plan, pruning the residual streams as the coupling allows."""
+    return allocate(graph, random_scores(graph, key=jax.random.key(0)), channels=0.6, coupling=request.param)
+
+
+@pytest.fixture(scope="module")
+def union_plan(graph):
+    return allocate(graph, random_scores(graph, key=jax.random.key(1)), channels=0.6, coupling="union")
+
+
+def test_pruned_networks_compute_the_same(plan, network, loaded, images):
+    apply, variables, _ = loaded
+    assert plan.keep
     masked = mask_variables(variables, plan)
     small = shrink_variables(variables, plan)
-    expected = np.asarray(shrink(apply, plan)(small, images))
+    expected = np.asarray(jax.jit(shrink(apply, plan))(small, images))
 
     dense_module = torch_models.load(to_torch(masked))
     np.testing.assert_allclose(torch_logits(dense_module, images), expected, atol=1e-5)
@@ -71,15 +77,13 @@ def test_pruned_networks_compute_the_same(coupling, network, loaded, images):
     again, same, info = from_torch(module.state_dict())
     np.testing.assert_allclose(np.asarray(again(same, images)), expected, atol=1e-5)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), same, small))
-    if coupling == "union":
+    if plan.coupling == "union":
         assert info.shortcut == "indexed"
         assert any(b.outputs > b.branch for stage in info.spec.blocks for b in stage), "the plan tests no union"
 
 
-def test_pruned_network_goes_on_training_in_pytorch(loaded, images):
-    apply, variables, _ = loaded
-    plan = make_plan(apply, variables, images, "union", seed=1)
-    module = torch_models.load(to_torch(shrink_variables(variables, plan), plan)).train()
+def test_pruned_network_goes_on_training_in_pytorch(loaded, union_plan, images):
+    module = torch_models.load(to_torch(shrink_variables(loaded[1], union_plan), union_plan)).train()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
     x, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor([0, 1, 2])
     losses = []
@@ -93,18 +97,14 @@ def test_pruned_network_goes_on_training_in_pytorch(loaded, images):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_plan_and_variables_that_do_not_fit(loaded, images):
-    apply, variables, _ = loaded
-    plan = make_plan(apply, variables, images, "union")
+def test_plan_and_variables_that_do_not_fit(loaded, union_plan):
     with pytest.raises(CheckpointError, match=r"the plan leaves \d+ channels, found \d+; pass shrink_variables"):
-        to_torch(variables, plan)
+        to_torch(loaded[1], union_plan)
 
 
-def test_union_needs_akamasters_names(loaded, images):
-    apply, variables, _ = loaded
-    plan = make_plan(apply, variables, images, "union")
+def test_union_needs_akamasters_names(loaded, union_plan):
     with pytest.raises(CheckpointError, match="'weiaicunzai' has no place for"):
-        to_torch(shrink_variables(variables, plan), plan, layout="weiaicunzai")
+        to_torch(shrink_variables(loaded[1], union_plan), union_plan, layout="weiaicunzai")
 
 
 def test_other_variables_are_refused(loaded):
@@ -117,10 +117,8 @@ def test_other_variables_are_refused(loaded):
         to_torch(loaded[1], layout="timm")
 
 
-def test_index_buffers_must_be_distinct_positions(loaded, images):
-    apply, variables, _ = loaded
-    plan = make_plan(apply, variables, images, "union")
-    written = to_torch(shrink_variables(variables, plan), plan)
+def test_index_buffers_must_be_distinct_positions(loaded, union_plan):
+    written = to_torch(shrink_variables(loaded[1], union_plan), union_plan)
     key = next(key for key in written if key.endswith("residual_index") and len(written[key]) > 1)
     written[key] = torch.zeros_like(written[key])
     with pytest.raises(CheckpointError, match="distinct positions"):
