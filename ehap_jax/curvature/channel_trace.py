@@ -14,9 +14,18 @@ import numpy as np
 
 from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.hvp import require_same_shapes
+from ehap_jax.curvature.memory import choose_method
 from ehap_jax.curvature.precision import LARGEST_LOSS_SCALE, SMALLEST_SCALE, Policy
 from ehap_jax.curvature.probes import is_kernel, rademacher
 from ehap_jax.curvature.problem import Layout, Problem, prepare
+from ehap_jax.curvature.products import (
+    Linearization,
+    Products,
+    add_linear_products,
+    add_products,
+    linearize,
+    no_products,
+)
 from ehap_jax.curvature.saved_trace import fingerprint, load_trace, save_trace
 
 __all__ = ["channel_trace", "probe_channel_products"]
@@ -41,6 +50,8 @@ def channel_trace(
     select: Callable[[str, jax.Array], bool] = is_kernel,
     channel_axis: int | Mapping[str, int] = -1,
     until: Callable[[TraceEstimate], bool] | None = None,
+    method: str = "auto",
+    memory_budget: int | None = None,
     save_to: str | Path | None = None,
     save_every: float = 30.0,
     progress: Callable[[int, int], None] | None = None,
@@ -71,6 +82,10 @@ def channel_trace(
       select: ``select(path, leaf)``, whether to probe a leaf; by default those with two axes or more.
       channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
       until: stop early once ``until(estimate)`` is true, looked at when ``rtol`` is.
+      method: ``"linearize"`` keeps the residuals of the gradient and runs only its linear part for every probe;
+        ``"jvp"`` differentiates the gradient anew, slower and with less memory; ``"auto"`` linearises where the
+        residuals fit into ``memory_budget``. The two round differently.
+      memory_budget: bytes for ``"auto"``; half of the free memory by default.
       save_to: a file for the state. It is written about every ``save_every`` seconds, between chunks, and at the
         end. If it is there already, it must be of the same arguments (see `fingerprint`), and the run goes on from
         it: a run killed at any moment and repeated gives bit-identical results.
@@ -106,6 +121,12 @@ def channel_trace(
     problem = prepare(
         loss, params, batch, policy=policy, select=select, channel_axis=channel_axis, microbatch=microbatch
     )
+    on_device = _loops_on_device(problem)
+    if on_device and len(problem.chunks) > 1:
+        # The chunks are scanned over there, and the residuals of all of them would have to be stacked.
+        if method == "linearize":
+            raise ValueError('method="linearize" does not go with microbatch= on an accelerator; use "jvp"')
+        method = "jvp" if method == "auto" else method
     made_from = None
     if save_to is not None:
         made_from = fingerprint(
@@ -123,10 +144,13 @@ def channel_trace(
             if state is not None:
                 raise ValueError(f"both state= and a saved trace, {save_to}: give one of them to go on from")
             state = load_trace(save_to, params, made_from).state
-    if state is None:
-        state = _first_state(loss, problem, key, policy)
-    else:
+    if state is not None:
         _require_same_run(state, problem, key)
+        if method == "auto":
+            method = "linearize" if bool(state.linear) else "jvp"
+    run = _Run(loss, problem, choose_method(method, memory_budget, loss, problem) == "linearize", on_device)
+    if state is None:
+        state = _first_state(run, key, policy)
 
     def enough(state: TraceState) -> bool:
         if int(state.count) < MIN_PROBES_TO_STOP or (rtol is None and until is None):
@@ -135,10 +159,12 @@ def channel_trace(
         precise = rtol is not None and now.total_sem() <= rtol * abs(now.total())
         return precise or (until is not None and bool(until(now)))
 
-    on_device = _loops_on_device(problem)
     done, saved_at = int(state.count), time.monotonic()
+    linear, linear_scale = [], None
     while done < num_probes and not enough(state):
-        state = _advance(loss, problem, state, min(done + chunk, num_probes) - done, on_device)
+        if not run.on_device and linear_scale != float(state.loss_scale):
+            linear, linear_scale = _linearizations(run, state), float(state.loss_scale)
+        state = _advance(run, linear, state, min(done + chunk, num_probes) - done)
         done, failure = (int(x) for x in jax.device_get((state.count, state.failure)))
         if failure >= 0:
             raise _not_finite(problem.layout, failure, state)
@@ -195,70 +221,19 @@ def probe_channel_products(
     require_same_shapes(params, v)
     directions, _ = layout.split(jax.tree.leaves(policy.cast(v)))
     scales = _scales(policy, policy.loss_scale or 1.0, policy.probe_scale or 1.0)
-    found = _zeros(problem)
+    found = no_products(layout, problem.leaves)
     for examples, weight in zip(problem.chunks, problem.weights, strict=True):
-        found = _add_products(loss, layout, problem.leaves, directions, examples, weight, scales, found)
+        found = add_products(loss, layout, problem.leaves, directions, examples, weight, scales, found)
     if bool(found.any_bad):
         leaf = layout.paths[int(jnp.argmax(found.leaf_bad))]
         raise FloatingPointError(f"Hv is not finite at {leaf!r} in {policy.compute}")
     return layout.like_params(found.channels)
 
 
-class _Products(NamedTuple):
-    """The channel products of one probe, summed over chunks, and what in them was not finite."""
-
-    channels: dict[str, jax.Array]
-    gradient_bad: jax.Array
-    tangent_bad: jax.Array
-    leaf_bad: jax.Array  # (leaves,): its gradient or its product
-
-    @property
-    def any_bad(self) -> jax.Array:
-        return self.gradient_bad | self.tangent_bad | self.leaf_bad.any()
-
-
-def _zeros(problem: Problem) -> _Products:
-    layout = problem.layout
-    channels = {
-        path: jnp.zeros(problem.leaves[place].shape[axis], layout.policy.sums)
-        for path, place, axis in zip(layout.paths, layout.places, layout.axes, strict=True)
-    }
-    return _Products(channels, jnp.array(False), jnp.array(False), jnp.zeros(len(layout.paths), bool))
-
-
-def _products(loss, layout: Layout, leaves, v, examples, weight, scales, found: _Products) -> _Products:
-    """Add ``weight * v_c . (H v)_c`` of one chunk to ``found``."""
-    loss_scale, probe_scale = scales
-    sums = layout.policy.sums
-    probed, rest = layout.split(leaves)
-    direction = {path: v[path] * probe_scale.astype(v[path].dtype) for path in layout.paths}
-
-    def scaled_loss(p):
-        return jnp.asarray(loss(layout.join(p, rest), examples)).astype(sums) * loss_scale
-
-    (_, gradient), (slope, Hv) = jax.jvp(jax.value_and_grad(scaled_loss), (probed,), (direction,))
-    # Each scale is divided out on its own: their product could leave the range of float32.
-    unscaled = {path: Hv[path].astype(sums) / loss_scale / probe_scale for path in layout.paths}
-    products = layout.channel_sums({path: v[path].astype(sums) * unscaled[path] for path in layout.paths})
-    gradient_bad = ~jnp.stack([jnp.isfinite(gradient[path]).all() for path in layout.paths])
-    product_bad = ~jnp.stack([jnp.isfinite(products[path]).all() for path in layout.paths])
-    return _Products(
-        {path: found.channels[path] + weight * products[path] for path in layout.paths},
-        found.gradient_bad | gradient_bad.any(),
-        found.tangent_bad | ~jnp.isfinite(slope),
-        found.leaf_bad | gradient_bad | product_bad,
-    )
-
-
-def _drawn_products(loss, layout: Layout, leaves, examples, weight, state: TraceState, found: _Products):
-    probed, _ = layout.split(leaves)
-    v = rademacher(jax.random.fold_in(state.key, state.count), probed)
-    return _products(loss, layout, leaves, v, examples, weight, (state.loss_scale, state.probe_scale), found)
-
-
-def _update(layout: Layout, state: TraceState, found: _Products) -> TraceState:
+def _update(layout: Layout, state: TraceState, found: Products) -> TraceState:
     """Take the probe into the mean; or, if anything was not finite, lower the guilty scale and count no probe."""
-    bad = found.any_bad
+    # A stale product says nothing about the probe: the state stays as it is.
+    bad = found.any_bad & ~found.stale
     layer = {path: channels.sum() for path, channels in found.channels.items()}
     sample = {"channel": found.channels, "layer": layer, "total": sum(layer.values())}
     count = state.count + jnp.int32(1)
@@ -267,23 +242,24 @@ def _update(layout: Layout, state: TraceState, found: _Products) -> TraceState:
     squares = jax.tree.map(
         lambda s, x, old, new: s + (x - old) * (x - new), state.moments.squares, sample, state.moments.mean, mean
     )
-    keep = partial(jax.tree.map, lambda old, new: jnp.where(bad, old, new))
+    keep = partial(jax.tree.map, lambda old, new: jnp.where(found.any_bad | found.stale, old, new))
     lower_loss = _lowers_loss(found, state)
     guilty = jnp.where(lower_loss, state.loss_scale, state.probe_scale)
     exhausted = bad & (guilty <= SMALLEST_SCALE) if layout.policy.backs_off else bad
     half = guilty / 2
     return TraceState(
         key=state.key,
-        count=jnp.where(bad, state.count, count),
+        count=keep(state.count, count),
         rejected=state.rejected + bad.astype(jnp.int32),
         loss_scale=jnp.where(bad & lower_loss, half, state.loss_scale),
         probe_scale=jnp.where(bad & ~lower_loss, half, state.probe_scale),
+        linear=state.linear,
         failure=jnp.where(exhausted, jnp.argmax(found.leaf_bad).astype(jnp.int32), state.failure),
         moments=keep(state.moments, Moments(mean, squares)),
     )
 
 
-def _lowers_loss(found: _Products, state: TraceState) -> jax.Array:
+def _lowers_loss(found: Products, state: TraceState) -> jax.Array:
     """Whether the loss scale is the guilty one.
 
     The gradient knows the loss scale alone and the slope of the loss along the probe knows the probe scale alone;
@@ -293,45 +269,90 @@ def _lowers_loss(found: _Products, state: TraceState) -> jax.Array:
     return found.gradient_bad | (~found.tangent_bad & larger)
 
 
-_STATIC = ("loss", "layout")
-_add_products = partial(jax.jit, static_argnames=_STATIC)(_products)
-_add_drawn = partial(jax.jit, static_argnames=_STATIC)(_drawn_products)
+class _Run(NamedTuple):
+    """How one run goes about its probes."""
+
+    loss: Callable
+    problem: Problem
+    linear: bool
+    on_device: bool
+
+
 _update_step = partial(jax.jit, static_argnames="layout")(_update)
+_draw = partial(jax.jit, static_argnames="layout")(
+    lambda layout, leaves, key, i: rademacher(jax.random.fold_in(key, i), layout.split(leaves)[0])
+)
 
 
-@partial(jax.jit, static_argnames=_STATIC)
-def _advance_on_device(loss, layout, leaves, stacked, rest, full_weight, rest_weight, empty, state, target):
-    """Probes until ``target`` are in the mean or one has failed, as one loop on the device."""
+def _linearizations(run: _Run, state: TraceState) -> list[Linearization]:
+    """Of every chunk, at the state's loss scale; none where they are not used or are made on the device."""
+    layout, leaves, chunks, _ = run.problem
+    if not run.linear:
+        return []
+    return [linearize(run.loss, layout, leaves, chunk, state.loss_scale) for chunk in chunks]
+
+
+def _one_probe(run: _Run, linear: list[Linearization], state: TraceState) -> Products:
+    """The products of the state's next probe on the whole batch."""
+    layout, leaves, chunks, weights = run.problem
+    v = _draw(layout, leaves, state.key, state.count)
+    scales = (state.loss_scale, state.probe_scale)
+    found = no_products(layout, leaves)
+    for i, weight in enumerate(weights):
+        if linear:
+            found = add_linear_products(layout, linear[i], v, weight, scales, found)
+        else:
+            found = add_products(run.loss, layout, leaves, v, chunks[i], weight, scales, found)
+    return found
+
+
+@partial(jax.jit, static_argnames=("loss", "layout", "linear"))
+def _advance_on_device(
+    loss, layout, linear, leaves, stacked, rest, full_weight, rest_weight, state: TraceState, target
+):
+    """Probes until ``target`` are in the mean, or one has failed, or the linearisation is out of date."""
+    first_scale = state.loss_scale
+    lines = linearize(loss, layout, leaves, rest, first_scale) if linear else None
 
     def probe(state):
-        def add(found, examples):
-            return _drawn_products(loss, layout, leaves, examples, full_weight, state, found), None
-
-        found = empty if stacked is None else jax.lax.scan(add, empty, stacked)[0]
-        found = _drawn_products(loss, layout, leaves, rest, rest_weight, state, found)
+        v = rademacher(jax.random.fold_in(state.key, state.count), layout.split(leaves)[0])
+        scales = (state.loss_scale, state.probe_scale)
+        found = no_products(layout, leaves)
+        if stacked is not None:
+            found, _ = jax.lax.scan(
+                lambda f, c: (add_products(loss, layout, leaves, v, c, full_weight, scales, f), None),
+                found,
+                stacked,
+            )
+        if lines is not None:
+            found = add_linear_products(layout, lines, v, rest_weight, scales, found)
+        else:
+            found = add_products(loss, layout, leaves, v, rest, rest_weight, scales, found)
         return _update(layout, state, found)
 
-    return jax.lax.while_loop(lambda s: (s.count < target) & (s.failure < 0), probe, state)
+    def going_on(state):
+        fresh = (state.loss_scale == first_scale) if linear else True
+        return (state.count < target) & (state.failure < 0) & fresh
+
+    return jax.lax.while_loop(going_on, probe, state)
 
 
-def _advance(loss, problem: Problem, state: TraceState, steps: int, on_device: bool) -> TraceState:
+def _advance(run: _Run, linear: list[Linearization], state: TraceState, steps: int) -> TraceState:
     """Up to ``steps`` more probes without a word to the host.
 
     On CPU a Python loop over a compiled step: XLA:CPU runs the weight gradients of convolutions about 20 times
     slower inside a loop body (jax#12868). Elsewhere a loop on the device.
     """
-    layout, leaves, chunks, weights = problem
-    empty = _zeros(problem)
-    if on_device:
+    layout, leaves, chunks, weights = run.problem
+    if run.on_device:
         *full, rest = chunks
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *full) if full else None
         target = state.count + jnp.int32(steps)
-        return _advance_on_device(loss, layout, leaves, stacked, rest, weights[0], weights[-1], empty, state, target)
+        return _advance_on_device(
+            run.loss, layout, run.linear, leaves, stacked, rest, weights[0], weights[-1], state, target
+        )
     for _ in range(steps):
-        found = empty
-        for examples, weight in zip(chunks, weights, strict=True):
-            found = _add_drawn(loss, layout, leaves, examples, weight, state, found)
-        state = _update_step(layout, state, found)
+        state = _update_step(layout, state, _one_probe(run, linear, state))
     return state
 
 
@@ -339,13 +360,13 @@ def _loops_on_device(problem: Problem) -> bool:
     return next(iter(problem.leaves[0].devices())).platform != "cpu"
 
 
-def _first_state(loss, problem: Problem, key: jax.Array, policy: Policy) -> TraceState:
+def _first_state(run: _Run, key: jax.Array, policy: Policy) -> TraceState:
     """Count zero, with scales at which the first probe's product is finite and has a factor of 4 to spare."""
-    layout = problem.layout
+    layout = run.problem.layout
     searching = policy.backs_off and policy.loss_scale is None
     loss_scale = policy.loss_scale or (LARGEST_LOSS_SCALE if searching else 1.0)
     scales = _scales(policy, loss_scale, policy.probe_scale or 1.0)
-    channels = _zeros(problem).channels
+    channels = no_products(layout, run.problem.leaves).channels
     layer = {path: jnp.zeros((), policy.sums) for path in layout.paths}
     zero = {"channel": channels, "layer": layer, "total": jnp.zeros((), policy.sums)}
     state = TraceState(
@@ -355,23 +376,21 @@ def _first_state(loss, problem: Problem, key: jax.Array, policy: Policy) -> Trac
         loss_scale=scales[0],
         probe_scale=scales[1],
         failure=jnp.int32(-1),
+        linear=jnp.array(run.linear),
         moments=Moments(zero, jax.tree.map(jnp.zeros_like, zero)),
     )
-    return _search_scales(loss, problem, state) if searching else state
+    return _search_scales(run, state) if searching else state
 
 
-def _search_scales(loss, problem: Problem, state: TraceState) -> TraceState:
-    layout, leaves, chunks, weights = problem
+def _search_scales(run: _Run, state: TraceState) -> TraceState:
     while True:
-        found = _zeros(problem)
-        for examples, weight in zip(chunks, weights, strict=True):
-            found = _add_drawn(loss, layout, leaves, examples, weight, state, found)
+        found = _one_probe(run, _linearizations(run, state), state)
         if not bool(found.any_bad):
             return state._replace(loss_scale=state.loss_scale / 4)
         lower_loss = bool(_lowers_loss(found, state))
         guilty = state.loss_scale if lower_loss else state.probe_scale
         if float(guilty) <= SMALLEST_SCALE:
-            raise _not_finite(layout, int(jnp.argmax(found.leaf_bad)), state)
+            raise _not_finite(run.problem.layout, int(jnp.argmax(found.leaf_bad)), state)
         state = state._replace(**{"loss_scale" if lower_loss else "probe_scale": guilty / 4})
 
 
@@ -385,7 +404,7 @@ def _typed(key: jax.Array) -> jax.Array:
 
 
 def _require_same_run(state: TraceState, problem: Problem, key: jax.Array) -> None:
-    expected = {path: x.shape for path, x in _zeros(problem).channels.items()}
+    expected = {path: x.shape for path, x in no_products(problem.layout, problem.leaves).channels.items()}
     actual = {path: x.shape for path, x in state.moments.mean["channel"].items()}
     if expected != actual:
         differing = sorted(p for p in {*expected, *actual} if expected.get(p) != actual.get(p))

@@ -32,6 +32,7 @@ class TraceState(NamedTuple):
       rejected: products that were not finite and were repeated with a lower scale.
       loss_scale, probe_scale: the float16 scales now in use.
       failure: -1, or the number of the first leaf whose product stayed non-finite at the smallest scale.
+      linear: whether products come from a linearisation; going on with ``method="auto"`` keeps to it.
       moments: of the traces of one probe: ``{"channel": {path: (channels,)}, "layer": {path: ()}, "total": ()}``.
     """
 
@@ -41,6 +42,7 @@ class TraceState(NamedTuple):
     loss_scale: jax.Array
     probe_scale: jax.Array
     failure: jax.Array
+    linear: jax.Array
     moments: Moments
 
 

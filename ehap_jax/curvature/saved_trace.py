@@ -102,7 +102,7 @@ def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) 
         "key": jax.random.key_data(state.key),
         "key_impl": str(jax.random.key_impl(state.key)),
     }
-    scalars = ("count", "rejected", "loss_scale", "probe_scale", "failure")
+    scalars = ("count", "rejected", "loss_scale", "probe_scale", "failure", "linear")
     arrays |= {name: getattr(state, name) for name in scalars}
     for kind, moments in state.moments._asdict().items():
         arrays[f"{kind}/total"] = moments["total"]
@@ -151,6 +151,7 @@ def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> 
         loss_scale=jnp.asarray(arrays["loss_scale"]),
         probe_scale=jnp.asarray(arrays["probe_scale"]),
         failure=jnp.asarray(arrays["failure"]),
+        linear=jnp.asarray(arrays["linear"]),
         moments=Moments(moments("mean"), moments("squares")),
     )
 

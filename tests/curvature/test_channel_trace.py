@@ -10,7 +10,7 @@ from scipy import stats
 
 from ehap_jax._compat import enable_x64
 from ehap_jax.curvature import Policy, channel_trace, probe_channel_products, rademacher
-from ehap_jax.curvature.channel_trace import _advance, _first_state
+from ehap_jax.curvature.channel_trace import _advance, _first_state, _Run
 from ehap_jax.curvature.problem import path_name, prepare
 from tests.curvature import network
 
@@ -151,8 +151,8 @@ def test_resume_is_bit_identical_to_an_uninterrupted_run(problem):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("microbatch", [None, 4])
-def test_the_device_loop_equals_the_python_loop(problem, microbatch):
+@pytest.mark.parametrize(("microbatch", "linear"), [(None, False), (4, False), (None, True), (4, True)])
+def test_every_loop_and_method_gives_the_same_traces(problem, microbatch, linear):
     prepared = prepare(
         network.loss,
         *problem,
@@ -161,12 +161,17 @@ def test_the_device_loop_equals_the_python_loop(problem, microbatch):
         channel_axis=-1,
         microbatch=microbatch,
     )
-    state = _first_state(network.loss, prepared, KEY, Policy())
-    a = _advance(network.loss, prepared, state, 3, on_device=False)
-    b = _advance(network.loss, prepared, state, 3, on_device=True)
-    assert int(a.count) == int(b.count) == 3
-    for x, y in zip(jax.tree.leaves(a.moments), jax.tree.leaves(b.moments), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    on_device = not (linear and microbatch)
+    run = _Run(network.loss, prepared, linear, on_device)
+    state = _advance(run, [], _first_state(run, KEY, Policy()), 3) if on_device else None
+    python = channel_trace(
+        network.loss, *problem, key=KEY, num_probes=3, microbatch=microbatch, method="linearize" if linear else "jvp"
+    )
+    exact = channel_trace(network.loss, *problem, key=KEY, num_probes=3, method="jvp")
+    for other in (python.state, state or python.state):
+        assert int(other.count) == 3
+        for x, y in zip(jax.tree.leaves(exact.state.moments), jax.tree.leaves(other.moments), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 4, 5])
