@@ -5,10 +5,12 @@ from ehap_jax.curvature.estimate import TraceEstimate, TraceState
 from ehap_jax.curvature.hvp import hvp
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel, rademacher
+from ehap_jax.curvature.problem import Batches
 from ehap_jax.curvature.saved_trace import TraceFingerprint, fingerprint, load_trace, save_trace
 from ehap_jax.curvature.stopping import VarianceParts, expected_misplaced, split_variance, stable_decision
 
 __all__ = [
+    "Batches",
     "Policy",
     "TraceEstimate",
     "TraceFingerprint",

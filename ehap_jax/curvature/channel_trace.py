@@ -67,7 +67,7 @@ def channel_trace(
       loss: ``loss(params, batch)`` returning the mean loss of the batch. It is given the floating-point leaves
         of both in the policy's dtype (integers as they are), and takes its softmax in float32 itself.
       params: pytree of arrays; may hold constants such as running statistics beside the weights.
-      batch: pytree of arrays with a common first axis of examples.
+      batch: pytree of arrays with a common first axis of examples; or `Batches`, several of them.
       key: probe i is drawn from ``jax.random.fold_in(key, i)``: the same for every policy and chunking.
       num_probes: how many probes the mean holds in the end, those in ``state`` included.
       policy: the numerical precision.
@@ -357,7 +357,9 @@ def _advance(run: _Run, linear: list[Linearization], state: TraceState, steps: i
 
 
 def _loops_on_device(problem: Problem) -> bool:
-    return next(iter(problem.leaves[0].devices())).platform != "cpu"
+    """Not on CPU, and only where all chunks but the last are alike, as a loop on the device needs them."""
+    shapes = {tuple(x.shape for x in jax.tree.leaves(chunk)) for chunk in problem.chunks[:-1]}
+    return len(shapes) <= 1 and next(iter(problem.leaves[0].devices())).platform != "cpu"
 
 
 def _first_state(run: _Run, key: jax.Array, policy: Policy) -> TraceState:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ehap_jax.curvature.precision import Policy
 
-__all__ = ["Layout", "Problem", "layout_of", "prepare"]
+__all__ = ["Batches", "Layout", "Problem", "layout_of", "prepare"]
 
 PyTree = Any
 
@@ -60,15 +60,28 @@ class Layout:
         }
 
 
+class Batches(tuple):
+    """Several batches as one: ``channel_trace(loss, params, Batches(loader), ...)``.
+
+    The Hessian is that of the mean loss over all their examples; each batch is weighted by its number of examples.
+    They are differentiated one at a time, and every one may be cut further by ``microbatch``. All must have the
+    same tree structure; those of one shape share a compilation.
+
+    >>> batches = Batches({"x": jnp.ones((n, 2))} for n in (4, 4, 3))
+    >>> len(batches), batch_size(batches)
+    (3, 11)
+    """
+
+
 class Problem(NamedTuple):
     """A prepared loss: parameters and batch in the compute dtype, the batch cut into chunks.
 
-    The mean loss of the batch is the sum of ``weight * loss(params, chunk)`` over full chunks and the rest.
+    The mean loss of the batch is the sum of ``weight * loss(params, chunk)`` over the chunks.
 
     Attributes:
       layout: the compile-time part.
       leaves: the leaves of ``params`` in the compute dtype.
-      chunks: the chunks of the batch, all of one size but for the last.
+      chunks: the chunks of the batch.
       weights: for each chunk, its share of the examples, in the dtype of sums.
     """
 
@@ -93,27 +106,50 @@ def prepare(
     policy.require_available()
     layout = layout_of(params, policy, select, channel_axis)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
-    size = batch_size(batch)
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch is a number of examples and must be at least 1; got {microbatch}")
-    step = size if microbatch is None else min(microbatch, size)
-    params, batch = jax.tree.unflatten(layout.structure, leaves), jax.tree.map(jnp.asarray, batch)
+    size = batch_size(batch)
+    params, batch = jax.tree.unflatten(layout.structure, leaves), _as_arrays(batch)
     _require_finite(params, "params", "")
-    _require_finite(batch, "batch", "")
+    _require_finite(tuple(batch) if isinstance(batch, Batches) else batch, "batch", "")
+    parts = list(batch) if isinstance(batch, Batches) else [batch]
+    step = size if microbatch is None else microbatch
     if check_loss:
-        _require_usable_loss(loss, params, batch, step if step < size else None)
+        first = parts[0]
+        _require_usable_loss(loss, params, first, min(step, batch_size(first)), step < size or len(parts) > 1)
     cast = jax.tree.leaves(policy.cast(params))
     _require_finite(jax.tree.unflatten(layout.structure, cast), "params", f" in {policy.compute}")
-    batch = policy.cast(batch)
-    _require_finite(batch, "batch", f" in {policy.compute}")
-    starts = range(0, size, step)
-    chunks = [batch] if step == size else [jax.tree.map(lambda x, s=s: x[s : s + step], batch) for s in starts]
-    weights = [jnp.asarray(min(step, size - start) / size, policy.sums) for start in starts]
+    chunks = []
+    for part in policy.cast(parts):
+        _require_finite(part, "batch", f" in {policy.compute}")
+        chunks += _cut(part, step)
+    weights = [jnp.asarray(batch_size(chunk) / size, policy.sums) for chunk in chunks]
     return Problem(layout, cast, chunks, weights)
 
 
+def _as_arrays(batch: PyTree) -> PyTree:
+    if isinstance(batch, Batches):
+        return Batches(jax.tree.map(jnp.asarray, part) for part in batch)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def _cut(batch: PyTree, step: int) -> list[PyTree]:
+    """``batch`` in chunks of ``step`` examples and a rest; itself, not a copy, where it is one chunk."""
+    size = batch_size(batch)
+    if size <= step:
+        return [batch]
+    return [jax.tree.map(lambda x, s=start: x[s : s + step], batch) for start in range(0, size, step)]
+
+
 def batch_size(batch: PyTree) -> int:
-    """The number of examples: the common length of every leaf's first axis."""
+    """The number of examples: the common length of every leaf's first axis, added up over `Batches`."""
+    if isinstance(batch, Batches):
+        structures = {jax.tree.structure(part) for part in batch}
+        if len(structures) > 1:
+            raise ValueError(f"the batches differ in their structure: {sorted(map(str, structures))}")
+        if not batch:
+            raise ValueError("there are no batches")
+        return sum(batch_size(part) for part in batch)
     sizes: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = path_name(path) or "batch"
@@ -201,15 +237,19 @@ def _losses(loss, params, whole, parts):
     return jnp.stack(values)
 
 
-def _require_usable_loss(loss, params, batch, microbatch) -> None:
-    """Trace the loss twice and run it twice; where chunked, check that it is a mean over examples."""
-    size = batch_size(batch) if microbatch is None else max(2, microbatch)
+def _require_usable_loss(loss, params, batch, examples: int, chunked: bool) -> None:
+    """Trace the loss twice and run it twice; where chunked, check that it is a mean over examples.
+
+    Only the first ``examples`` of the batch are used, so that a loss that needs to be chunked fits in memory.
+    """
+    size = min(max(examples, 2), batch_size(batch)) if chunked else batch_size(batch)
+    chunked = chunked and size > 1
 
     def cut(start, stop):
-        return batch if microbatch is None else jax.tree.map(lambda x: x[start:stop], batch)
+        return jax.tree.map(lambda x: x[start:stop], batch)
 
     half = size // 2
-    parts = () if microbatch is None else (cut(0, half), cut(half, size))
+    parts = (cut(0, half), cut(half, size)) if chunked else ()
     runs = np.asarray([_losses(loss, params, cut(0, size), parts) for _ in range(2)], np.float64)
     first, repeats = runs[0, 0], runs[:, :2].ravel()
     if not np.isfinite(repeats).all():
@@ -219,11 +259,11 @@ def _require_usable_loss(loss, params, batch, microbatch) -> None:
             f"the loss is not deterministic: the same parameters and batch gave {sorted(set(repeats.tolist()))}. "
             "Fix its random key, or switch off dropout and augmentation"
         )
-    if microbatch is not None:
+    if chunked:
         mean = (half * runs[0, 2] + (size - half) * runs[0, 3]) / size
         if abs(mean - first) > 1e-4 * max(abs(first), abs(mean), 1e-6):
             raise ValueError(
                 f"the loss of {size} examples is {first:.6g} but the mean of its two halves is {mean:.6g}, so it "
-                "is not a mean over independent examples and microbatch= would change the result. Use "
+                "is not a mean over independent examples and cutting the batch would change the result. Use "
                 "normalisation with running statistics (eval mode) and a mean rather than a sum"
             )

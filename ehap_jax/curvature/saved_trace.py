@@ -19,7 +19,7 @@ import numpy as np
 from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import layout_of, path_name
+from ehap_jax.curvature.problem import Batches, layout_of, path_name
 
 __all__ = ["TraceFingerprint", "fingerprint", "load_trace", "save_trace"]
 
@@ -75,11 +75,12 @@ def fingerprint(
     (True, False, True)
     """
     layout = layout_of(params, policy, select, channel_axis)
-    traced = jax.make_jaxpr(loss)(*jax.tree.map(jnp.asarray, (params, batch)))
+    one = batch[0] if isinstance(batch, Batches) else batch
+    traced = jax.make_jaxpr(loss)(*jax.tree.map(jnp.asarray, (params, one)))
     text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
     return TraceFingerprint(
         weights=_digest(params),
-        batch=_digest(batch),
+        batch=_digest(tuple(batch) if isinstance(batch, Batches) else batch),
         loss=_digest([np.frombuffer(text.encode(), np.uint8), *traced.consts]),
         policy=repr(policy),
         key=_key_text(key),

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from ehap_jax._compat import enable_x64
-from ehap_jax.curvature import Policy, channel_trace, probe_channel_products, rademacher
+from ehap_jax.curvature import Batches, Policy, channel_trace, probe_channel_products, rademacher
 from ehap_jax.curvature.channel_trace import _advance, _first_state, _Run
 from ehap_jax.curvature.problem import path_name, prepare
 from tests.curvature import network
@@ -115,9 +115,9 @@ def test_the_mean_is_the_equally_weighted_mean_of_the_probes_and_sem_has_ddof_1(
 
 
 def test_coverage_of_95_percent_intervals():
-    """Student intervals cover the exact layer trace in 93-97 % of 600 runs (about 2.2 binomial deviations)."""
+    """Student intervals cover the exact layer trace in 93-97 % of 400 runs, and within the binomial bound."""
     params, batch, H = quadratic_problem()
-    runs, probes = 600, 40
+    runs, probes = 400, 30
     t = stats.t.isf(0.025, probes - 1)
     inside = 0
     for key in jax.random.split(jax.random.key(3), runs):
@@ -182,6 +182,20 @@ def test_microbatches_weigh_by_examples(problem, size):
     for a, b in zip(jax.tree.leaves(whole.mean), jax.tree.leaves(parts.mean), strict=True):
         scale = max(1.0, float(jnp.abs(a).max()))
         np.testing.assert_allclose(a, b, atol=1e-6 * scale, rtol=0)
+
+
+def test_several_batches_are_one(problem):
+    """Uneven batches from a loader give the trace of all their examples, as one batch would."""
+    params, batch = problem
+    loader = ({name: x[s] for name, x in batch.items()} for s in (slice(0, 2), slice(2, 5), slice(5, 6)))
+    whole = channel_trace(network.loss, params, batch, key=KEY, num_probes=2)
+    parts = channel_trace(network.loss, params, Batches(loader), key=KEY, num_probes=2, microbatch=2)
+    for a, b in zip(jax.tree.leaves(whole.mean), jax.tree.leaves(parts.mean), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * max(1.0, float(jnp.abs(a).max())), rtol=0)
+    with pytest.raises(ValueError, match="no batches"):
+        channel_trace(network.loss, params, Batches(), key=KEY, num_probes=2)
+    with pytest.raises(ValueError, match="differ in their structure"):
+        channel_trace(network.loss, params, Batches([batch, batch["image"]]), key=KEY, num_probes=2)
 
 
 def test_one_compilation_per_shape():

@@ -91,11 +91,10 @@ def test_the_trace_of_ten_million_identities_is_exact(compute):
     with enable_x64(compute == "float64"):
         params = {"kernel": jnp.ones((n, 1), jnp.float32)}
         estimate = channel_trace(
-            square, params, jnp.zeros(1, jnp.float32), key=KEY, num_probes=2, policy=Policy(compute)
+            square, params, jnp.zeros(1, jnp.float32), key=KEY, num_probes=1, policy=Policy(compute)
         )
         assert estimate.total() == n
         assert np.asarray(estimate.mean["kernel"]).tolist() == [n]
-        assert estimate.total_sem() == 0
 
 
 def test_a_rejected_probe_is_repeated_not_dropped():

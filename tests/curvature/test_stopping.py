@@ -75,7 +75,7 @@ def test_a_running_mean_stops_by_luck():
     params, batch, exact = squares_problem(channels=3)
     tolerance, running, ours = 1e-2, [], []
     options = dict(select=lambda path, leaf: path == "kernel")
-    for key in jax.random.split(jax.random.key(1), 20):
+    for key in jax.random.split(jax.random.key(1), 12):
         means, state = [], None
         for n in range(1, 100):
             one = channel_trace(squares, params, batch, key=key, num_probes=n, state=state, **options)
@@ -90,7 +90,7 @@ def test_a_running_mean_stops_by_luck():
             - 1
         )
     assert np.sqrt(np.mean(np.square(running))) > 3 * tolerance
-    assert np.sqrt(np.mean(np.square(ours))) < 1.6 * tolerance
+    assert np.sqrt(np.mean(np.square(ours))) < 2 * tolerance
 
 
 def test_variance_is_split_into_its_parts():
