@@ -1,5 +1,6 @@
 """Channel pruning guided by the Hessian and INT8 quantisation-aware training, as pure JAX function transforms."""
 
+from ehap_jax.curvature import Policy, TraceEstimate, channel_trace, hvp
 from ehap_jax.graph import (
     ChannelGroup,
     Cost,
@@ -20,18 +21,27 @@ from ehap_jax.pruning import (
     shrink,
     shrink_variables,
 )
+from ehap_jax.quant import INT8, Quantized, QuantRule, fake_quant
 
 __all__ = [
+    "INT8",
     "ChannelGroup",
     "Cost",
     "Graph",
+    "Policy",
     "PruningPlan",
+    "QuantRule",
+    "Quantized",
     "Scores",
+    "TraceEstimate",
     "UnknownPrimitiveError",
     "allocate",
     "channel_groups",
+    "channel_trace",
     "count_cost",
+    "fake_quant",
     "hessian_scores",
+    "hvp",
     "magnitude_scores",
     "mask_variables",
     "random_scores",

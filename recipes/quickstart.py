@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -143,7 +143,7 @@ def run_seed(job: Job, seed: int) -> SeedResult:
     int8 = train_int8(job, seed, quantized, finetuned)
 
     full, small = count_cost(graph), count_cost(graph, plan)
-    int8_bytes = quantized_bytes(pruned_apply, int8.variables, int8.ranges, example)
+    int8_bytes = quantized_bytes(pruned_apply, int8.variables, example)
     return SeedResult(
         accuracy={
             "dense": test_accuracy(job, apply, dense),
@@ -362,10 +362,9 @@ def main(config: Config, output: Path, resume: bool, overwrite: bool) -> None:
 
 
 @dataclass(frozen=True)
-class CommandLine:
+class CommandLine(Config):
     """Train, trace, prune, fine-tune and quantise a small ResNet on handwritten digits; writes a report."""
 
-    config: tyro.conf.OmitArgPrefixes[Config]
     output: Path = Path("runs/quickstart")
     """Run directory."""
     resume: bool = False
@@ -376,10 +375,11 @@ class CommandLine:
 
 def command(arguments: list[str] | None = None) -> int:
     """Parse and run; a setting that cannot work is one line on standard error and status 2."""
-    line = tyro.cli(CommandLine, default=CommandLine(replace(Config())), args=arguments)
+    line = tyro.cli(CommandLine, args=arguments)
+    config = Config(**{field.name: getattr(line, field.name) for field in fields(Config)})
     try:
-        main(line.config, line.output, line.resume, line.overwrite)
-    except (ValueError, FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        main(config, line.output, line.resume, line.overwrite)
+    except (ValueError, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
     return 0
