@@ -1,0 +1,438 @@
+"""Exact channel traces of the Gauss-Newton matrix, which is the Hessian where the network is piecewise linear."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
+from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
+from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
+from ehap_jax.curvature.probes import is_kernel
+from ehap_jax.curvature.problem import Layout, batch_size, layout_of
+from ehap_jax.curvature.taps import Taps, find_taps
+from ehap_jax.graph import trace_graph
+
+__all__ = ["gauss_newton_trace", "second_derivative", "softmax_cross_entropy", "squared_error"]
+
+PyTree = Any
+Head = Callable[..., Any]
+
+COLUMNS_PER_PASS = 16
+"""Cotangents that go backward together."""
+
+FIRST_FLOAT16_SCALE = 2.0**10
+"""Cotangents are scaled to about this in float16, less where that overflows."""
+
+
+def softmax_cross_entropy(logits: jax.Array, *targets: Any) -> jax.Array:
+    """A square root of the Hessian of softmax cross-entropy for one example: (C,) to (C, C - 1).
+
+    ``diag(p) - p p^T = S S^T`` has rank C - 1, and its Cholesky factor is known in closed form (Tanabe and Sagae 1992,
+    J. R. Statist. Soc. B 54(1), 211-219): with ``q_j`` the sum of the probabilities after the j-th,
+    ``S_jj = sqrt(p_j q_j / q_(j-1))`` and ``S_ij = -p_i sqrt(p_j / (q_j q_(j-1)))`` for i > j. The likeliest class
+    is put last, so that no ``q`` is small unless what it divides is, too. The Hessian does not depend on the label.
+
+    >>> p = jnp.array([0.2, 0.3, 0.5])
+    >>> S = softmax_cross_entropy(jnp.log(p))
+    >>> S.shape, bool(jnp.allclose(S @ S.T, jnp.diag(p) - jnp.outer(p, p)))
+    ((3, 2), True)
+    """
+    if logits.ndim != 1:
+        raise ValueError(
+            f"softmax_cross_entropy takes the logits of one example, of shape (classes,); got {logits.shape}. "
+            "For other shapes write a head: logits of one example to (*logits.shape, R) with S S^T the Hessian"
+        )
+    order = jnp.argsort(logits)
+    p = jax.nn.softmax(logits[order])
+    after = jnp.cumsum(p[::-1])[::-1]  # q_(j-1), with p_j in it
+    before, q, p_j = after[:-1], after[1:], p[:-1]
+    lower = -p[:, None] * jnp.sqrt(p_j / (q * before))[None, :]
+    diagonal = jnp.sqrt(p_j * q / before)
+    row, column = jnp.arange(p.size)[:, None], jnp.arange(p.size - 1)[None, :]
+    root = jnp.where(row > column, lower, jnp.where(row == column, diagonal[jnp.minimum(row, p.size - 2)], 0))
+    return root[jnp.argsort(order)]
+
+
+def squared_error(logits: jax.Array, *targets: Any) -> jax.Array:
+    """A square root of the Hessian of ``sum((logits - target) ** 2)`` of one example, which is 2 I."""
+    size = logits.size
+    return (math.sqrt(2) * jnp.eye(size, dtype=logits.dtype)).reshape(*logits.shape, size)
+
+
+@dataclass(frozen=True)
+class second_derivative:
+    """The head of any loss of one example: ``loss(logits, *targets) -> scalar``, by its second derivative.
+
+    Its eigenvalues may be negative: their columns then count negatively, and only ``classes="all"`` is possible.
+
+    >>> S, signs = second_derivative(lambda z: z[0] ** 2 - z[1] ** 2)(jnp.zeros(2))
+    >>> sorted(signs.tolist())
+    [-1.0, 1.0]
+    """
+
+    loss: Callable[..., jax.Array]
+
+    def __call__(self, logits: jax.Array, *targets: Any) -> tuple[jax.Array, jax.Array]:
+        def of_vector(z):
+            return self.loss(z.reshape(logits.shape), *targets)
+
+        values, vectors = jnp.linalg.eigh(jax.hessian(of_vector)(logits.ravel()))
+        root = vectors * jnp.sqrt(jnp.abs(values))[None, :]
+        return root.reshape(*logits.shape, logits.size), jnp.sign(values)
+
+
+def gauss_newton_trace(
+    model: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batch: PyTree,
+    *,
+    head: Head = softmax_cross_entropy,
+    classes: Literal["all"] | int = "all",
+    draw: Literal["signs", "labels"] = "signs",
+    key: jax.Array | None = None,
+    policy: Policy = Policy(),  # noqa: B008 (frozen)
+    microbatch: int | None = None,
+    memory_budget: int | None = None,
+    select: Callable[[str, jax.Array], bool] = is_kernel,
+    channel_axis: int | Mapping[str, int] = -1,
+    on_unproven: Literal["error", "gauss_newton"] = "error",
+) -> TraceEstimate:
+    """``Tr(G_cc)`` for every output channel c of every selected kernel: exact, without probes.
+
+    ``G = mean over examples of J^T H_out J``, J the Jacobian of the logits and H_out = S S^T the Hessian of the loss
+    with respect to them. Its trace over a channel is the sum, over examples and columns of S, of the squared gradient
+    of ``s . logits``. Where the logits are piecewise linear in the kernel (see `piecewise_linear_kernels`) this
+    is the Hessian's own trace, the expectation of `channel_trace` (HAP eq. 8).
+
+    Examples go through the network one by one as far as mathematics is concerned (under `jax.vmap`), and gradients
+    are put together per example from what each convolution or product reads and the cotangents of its outputs.
+    Kernels with uses of another kind (embeddings, elementwise products) cost one copy per example.
+
+    Args:
+      model: ``model(params, x) -> logits``, with the examples on the first axis of both.
+      params: pytree of arrays; may hold constants such as running statistics beside the weights.
+      batch: x itself, or a tuple or list ``(x, *targets)``, or a dict with ``"image"`` or ``"x"``, and perhaps
+        ``"label"``. Targets are handed to the head.
+      head: ``head(logits, *targets) -> S`` of one example, S of shape ``(*logits.shape, R)``, or ``(S, signs)`` with
+        one sign per column; the loss is the mean over examples. `softmax_cross_entropy`, `squared_error`,
+        ``second_derivative(loss)``, or your own.
+      classes: ``"all"`` for every column of S: exact. K for K random combinations of the columns: unbiased, and the
+        standard error over the K is reported.
+      draw: with K, ``"signs"`` combines the columns with random ±1; ``"labels"`` draws K labels from the model's own
+        probabilities (softmax cross-entropy only).
+      key: with K, the random key. Combination i of example j is the same for every policy and chunking.
+      policy: the numerical precision. Each cotangent is scaled by a power of two that is divided out of the squares,
+        in float16 by up to 2**10 and less where that overflows.
+      microbatch: examples at a time; by default as many as ``memory_budget`` allows, 16 at most on CPU.
+      memory_budget: bytes that intermediate arrays may take, by estimate; by default 1 GiB.
+      select: ``select(path, leaf)``, whether to report a leaf; by default those with two axes or more.
+      channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
+      on_unproven: ``"gauss_newton"`` reports the trace of G for kernels where it is not proven to be the Hessian's.
+
+    Returns:
+      A `TraceEstimate`. ``count`` is the number of columns, or K. With ``"all"``, ``sem`` is zero.
+
+    Raises:
+      ValueError: a selected kernel is not proven, with the reason; the examples are not independent (BatchNorm in
+        training mode); the head does not fit; options out of range. TypeError: the model does not return one
+        floating-point array. FloatingPointError: a trace is not finite; names the first such leaf.
+
+    >>> model = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    >>> p = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
+    >>> trace = gauss_newton_trace(model, p, jnp.array([[1.0, -1.0, 2.0]]))
+    >>> trace.mean["b"].tolist()
+    [1.25, 1.25]
+    """
+    policy.require_available()
+    if on_unproven not in ("error", "gauss_newton"):
+        raise ValueError(f'on_unproven must be "error" or "gauss_newton"; got {on_unproven!r}')
+    draws = _draws(classes, draw, key, head)
+    layout = layout_of(params, policy, select, channel_axis)
+    size = batch_size(batch)
+    if microbatch is not None and microbatch < 1:
+        raise ValueError(f"microbatch is a number of examples and must be at least 1; got {microbatch}")
+    leaves = jax.tree.leaves(policy.cast(params))
+    x, targets = _inputs_and_targets(jax.tree.map(jnp.asarray, batch))
+    x = policy.cast(x)
+    taps = _taps(model, *_described((jax.tree.unflatten(layout.structure, leaves), x)), layout.paths)
+    if on_unproven == "error":
+        _require_proven(taps, layout)
+    columns = draws or _count_columns(taps, head, x, targets, policy)
+    plan = _Plan(
+        model=model,
+        taps=taps,
+        head=head,
+        layout=layout,
+        draws=draws,
+        draw=draw,
+        columns=math.ceil(columns / math.ceil(columns / COLUMNS_PER_PASS)),
+    )
+    if microbatch is None:
+        microbatch = _affordable(plan, leaves, memory_budget or 2**30)
+    chunk = math.ceil(size / math.ceil(size / microbatch))
+    key = jax.random.key(0) if key is None else key
+    by_column, rejected = _sum_over_batch(plan, leaves, x, targets, key, policy, size, chunk, columns)
+    return _estimate(layout, by_column, bool(draws), columns, rejected, key)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that is fixed at compile time."""
+
+    model: Callable
+    taps: Taps
+    head: Head
+    layout: Layout
+    draws: int  # 0: every column
+    draw: str
+    columns: int  # that go backward together
+
+
+def _draws(classes, draw: str, key, head) -> int:
+    if draw not in ("signs", "labels"):
+        raise ValueError(f'draw must be "signs" or "labels"; got {draw!r}')
+    if classes == "all":
+        return 0
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+        raise ValueError(f'classes must be "all" or a positive number of random combinations; got {classes!r}')
+    if key is None:
+        raise ValueError("random combinations need a key, for example key=jax.random.key(0)")
+    if draw == "labels" and head is not softmax_cross_entropy:
+        raise ValueError('draw="labels" draws from the softmax: it needs head=softmax_cross_entropy')
+    return classes
+
+
+def _inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
+    if isinstance(batch, tuple | list):
+        return batch[0], tuple(batch[1:])
+    if isinstance(batch, Mapping):
+        names = [name for name in ("image", "x") if name in batch]
+        if len(names) != 1:
+            raise ValueError(f'a batch that is a dict needs "image" or "x"; it has {sorted(batch)}')
+        return batch[names[0]], (batch["label"],) if "label" in batch else ()
+    return batch, ()
+
+
+def _described(tree: PyTree) -> tuple[Any, tuple]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
+
+
+@lru_cache(maxsize=16)
+def _taps(model, structure, described, paths) -> Taps:
+    """The taps of ``model`` on one example; the same object for the same function and shapes."""
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in described]
+    params, x = jax.tree.unflatten(structure, structs)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
+    graph = trace_graph(model, on_unknown="freeze")(params, one)
+    outputs = [(out.shape, out.dtype) for out in graph.body.outputs]
+    if (
+        len(outputs) != 1
+        or not outputs[0][0]
+        or outputs[0][0][0] != 1
+        or not jnp.issubdtype(outputs[0][1], jnp.floating)
+    ):
+        raise TypeError(
+            "model(params, x) must return one floating-point array, the logits, with the examples on its first axis; "
+            f"for one example it returned {outputs}. A model with more outputs needs a wrapper: "
+            "lambda p, x: model(p, x)[0]"
+        )
+    return find_taps(graph, paths)
+
+
+def _require_proven(taps: Taps, layout: Layout) -> None:
+    verdicts = piecewise_linear_kernels(taps.graph, layout.paths)
+    unproven = [f"{path}: {why}" for path, why in verdicts.items() if why is not True]
+    if unproven:
+        raise ValueError(
+            f"at {len(unproven)} of {len(verdicts)} kernels the Hessian is not proven to be the Gauss-Newton matrix:\n"
+            + "\n".join(unproven[:5] + ["…"] * (len(unproven) > 5))
+            + "\nEstimate the Hessian with channel_trace, leave these kernels out with select=, or ask for the "
+            'Gauss-Newton trace itself with on_unproven="gauss_newton"'
+        )
+
+
+def _root(head: Head, logits: jax.Array, targets: tuple) -> tuple[jax.Array, jax.Array]:
+    """The head's columns first: (R, *logits.shape), and their signs (R,)."""
+    found = head(logits, *targets)
+    root, signs = found if isinstance(found, tuple) else (found, None)
+    if root.shape[:-1] != logits.shape:
+        raise ValueError(
+            "the head must return (*logits.shape, R) for one example; "
+            f"for logits {logits.shape} it returned {root.shape}"
+        )
+    root = jnp.moveaxis(root, -1, 0).astype(logits.dtype)
+    return root, jnp.ones(root.shape[0], root.dtype) if signs is None else signs.astype(root.dtype)
+
+
+def _count_columns(taps: Taps, head: Head, x, targets, policy: Policy) -> int:
+    logits = jax.ShapeDtypeStruct(taps.body.outputs[0].shape[1:], policy.sums)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), targets)
+    return jax.eval_shape(lambda z, t: _root(head, z, t)[0], logits, one).shape[0]
+
+
+def _cotangents(plan: _Plan, logits, targets, example, key, start):
+    """The columns from ``start`` on of one example, (columns, *logits.shape), and their signs; zeros past the end."""
+    logits = logits.astype(plan.layout.policy.sums)
+    which = start + jnp.arange(plan.columns, dtype=jnp.int32)
+    if not plan.draws:
+        root, signs = _root(plan.head, logits, targets)
+        missing = (0, -root.shape[0] % plan.columns)
+        root = jnp.pad(root, (missing, *((0, 0),) * logits.ndim))
+        take = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=plan.columns)
+        return take(root), take(jnp.pad(signs, missing))
+    inside = (which < plan.draws).astype(logits.dtype)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, example), i))(which)
+    if plan.draw == "labels":
+        labels = jax.vmap(lambda k: jax.random.categorical(k, logits))(keys)
+        return jax.nn.softmax(logits)[None] - jax.nn.one_hot(labels, logits.size, dtype=logits.dtype), inside
+    root, signs = _root(plan.head, logits, targets)
+    flips = jax.vmap(lambda k: jax.random.bits(k, signs.shape, jnp.uint8) & jnp.uint8(1))(keys)
+    return jnp.tensordot(1 - 2 * flips.astype(root.dtype), root, 1), inside
+
+
+@partial(jax.jit, static_argnames="plan")
+def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale):
+    """Sums of squared channel gradients of a chunk: ``{path: (columns, channels)}``, and the logits (n, ...)."""
+    taps, layout = plan.taps, plan.layout
+    sums = jnp.dtype(layout.policy.sums)
+    inputs = jax.tree.leaves(jax.tree.map(lambda leaf: leaf[:, None], x))
+    logits, read, pull = taps.backward(leaves, inputs)
+    columns, signs = jax.vmap(partial(_cotangents, plan, key=key, start=start))(logits, targets, examples)
+    columns, signs = jnp.swapaxes(columns, 0, 1), signs.T  # (r, n, ...), (r, n)
+    # A power of two per example and column brings its largest entry near one: nothing underflows, nothing is rounded.
+    _, exponent = jnp.frexp(jnp.abs(columns).max(tuple(range(2, columns.ndim)), keepdims=True))
+    columns = jnp.ldexp(columns, -exponent) * scale
+    unscale = jnp.ldexp(jnp.ones((), sums), exponent.reshape(signs.shape)) / scale
+    counts = signs * unscale * unscale * weights[None, :]
+    deltas, own = pull(columns.astype(logits.dtype))
+    deltas = [site.cotangents(d) for site, d in zip(taps.sites, deltas, strict=True)]
+    read = [site.inputs(h) for site, h in zip(taps.sites, read, strict=True)]
+    found: dict[str, jax.Array] = {}
+    gradients = {path: g.astype(sums) for path, g in own.items()}
+    axes = dict(zip(layout.paths, layout.axes, strict=True))
+    for i, site in enumerate(taps.sites):
+        alone = site.direct and all(len(taps.sites_of(path)) == 1 for path in site.reads)
+        (path, *_) = site.reads
+        if alone and site.sums_to(axes[path]):
+            squares = site.squares(read[i], deltas[i], axes[path], sums)
+            found[path] = jnp.einsum("rnc,rn->rc", squares, counts)
+            continue
+        for path, g in taps.pull_to_leaves(site, site.gradients(read[i], deltas[i], sums), leaves).items():
+            if path not in taps.untapped:
+                gradients[path] = gradients[path] + g if path in gradients else g
+    for path, g in gradients.items():
+        others = tuple(2 + a for a in range(g.ndim - 2) if a != axes[path])
+        found[path] = jnp.einsum("rnc,rn->rc", (g * g).sum(others), counts)
+    for path, place, axis in zip(layout.paths, layout.places, layout.axes, strict=True):
+        if path not in found:  # used nowhere
+            found[path] = jnp.zeros((plan.columns, leaves[place].shape[axis]), sums)
+    return found, logits
+
+
+def _sum_over_batch(plan: _Plan, leaves, x, targets, key, policy: Policy, size: int, chunk: int, columns: int):
+    """``{path: (columns, channels)}`` in float64: the mean over examples of every column's squares."""
+    scale = policy.loss_scale or (FIRST_FLOAT16_SCALE if policy.backs_off else 1.0)
+    total = {path: 0.0 for path in plan.layout.paths}
+    starts = range(0, columns, plan.columns)
+    parts = {start: dict(total) for start in starts}
+    rejected = 0
+    for first in range(0, size, chunk):
+        examples = np.minimum(np.arange(first, first + chunk), size - 1).astype(np.int32)
+        weights = (np.arange(first, first + chunk) < size).astype(plan.layout.policy.sums) / size
+        here = jax.tree.map(lambda leaf: leaf[examples], (x, targets))  # noqa: B023 (used at once)
+        for start in starts:
+            while True:
+                squares, logits = _chunk(
+                    plan, leaves, *here, examples, weights, key, jnp.int32(start), jnp.asarray(scale, policy.sums)
+                )
+                squares = {path: np.asarray(s, np.float64) for path, s in jax.device_get(squares).items()}
+                bad = [path for path, s in squares.items() if not np.isfinite(s).all()]
+                if not bad:
+                    break
+                if not policy.backs_off or scale <= SMALLEST_SCALE:
+                    last = min(first + chunk, size) - 1
+                    raise FloatingPointError(
+                        f"the trace of {bad[0]!r} is not finite in {policy.compute} for examples {first} to {last}. "
+                        'Is there NaN or infinity in params or batch? If not, use Policy("float32")'
+                    )
+                scale, rejected = scale / 4, rejected + 1
+            if first == 0 and start == 0:
+                _require_independent(plan, leaves, here[0], logits)
+            for path, s in squares.items():
+                parts[start][path] = parts[start][path] + s
+    return {path: np.concatenate([parts[s][path] for s in starts])[:columns] for path in total}, rejected
+
+
+@partial(jax.jit, static_argnames="plan")
+def _logits(plan: _Plan, leaves, x):
+    return plan.model(jax.tree.unflatten(plan.layout.structure, leaves), x)
+
+
+def _require_independent(plan: _Plan, leaves, x, logits) -> None:
+    """Check on two examples that the model gives together what it gives one by one."""
+    pair = slice(0, 2)
+    together = np.asarray(_logits(plan, leaves, jax.tree.map(lambda leaf: leaf[pair], x)), np.float64)
+    alone = np.asarray(logits[pair], np.float64)
+    tolerance = {"float64": 1e-6, "float32": 1e-3}.get(plan.layout.policy.compute, 0.1)
+    if not np.abs(together - alone).max() <= tolerance * max(np.abs(alone).max(), 1e-30):
+        raise ValueError(
+            "the logits of two examples together differ from those of each alone: the examples are not independent. "
+            "Use normalisation with running statistics (eval mode)"
+        )
+
+
+def _affordable(plan: _Plan, leaves, budget: int) -> int:
+    """How many examples at a time the budget allows by estimate; on CPU no more than stay in its caches."""
+    item = jnp.dtype(plan.layout.policy.compute).itemsize
+    forward = sum(math.prod(out.shape) for node in plan.taps.body.nodes for out in node.outputs) * item
+    backward, largest = 0, 0
+    for site in plan.taps.sites:
+        positions, groups, read, channels = site.sizes
+        outputs = plan.columns * positions * groups * channels
+        gram = groups * positions * positions + outputs
+        inner = gram if site.uses_gram and site.direct else plan.columns * groups * read * channels
+        backward += outputs * item
+        largest = max(largest, positions * groups * read * item + 4 * inner)
+    leaf_sizes = dict(zip(plan.taps.graph.leaves, (leaf.size for leaf in leaves), strict=True))
+    copies = sum(leaf_sizes[path] for path in plan.taps.untapped) * (plan.columns + 1) * item
+    affordable = max(1, int(budget // max(forward + backward + largest + copies, 1)))
+    platform = next(iter(leaves[0].devices())).platform
+    return min(affordable, CPU_EXAMPLES) if platform == "cpu" else affordable
+
+
+CPU_EXAMPLES = 16
+"""Beyond this the arrays of a CIFAR ResNet fall out of a CPU's caches."""
+
+
+def _estimate(layout: Layout, by_column: dict, random: bool, columns: int, rejected: int, key) -> TraceEstimate:
+    """Traces with the moments over random combinations; exact ones have no deviation."""
+    channel = dict(by_column)
+    layer = {path: s.sum(1) for path, s in channel.items()}
+    samples = {"channel": channel, "layer": layer, "total": np.sum(list(layer.values()), axis=0)}
+    sums = layout.policy.sums
+    reduce: Callable[..., Any] = np.mean if random else np.sum
+    mean = jax.tree.map(lambda s: reduce(s, axis=0), samples)
+    squares = jax.tree.map(lambda s, m: ((s - m) ** 2).sum(0) if random else np.zeros_like(m), samples, mean)
+    moments = Moments(*jax.tree.map(lambda m: jnp.asarray(m, sums), (mean, squares)))
+    one = jnp.ones((), sums)
+    values = {
+        "key": key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key),
+        "count": jnp.int32(columns),
+        "rejected": jnp.int32(rejected),
+        "loss_scale": one,
+        "probe_scale": one,
+        "failure": jnp.int32(-1),
+        "linear": jnp.array(False),
+        "moments": moments,
+    }
+    state = TraceState(**{name: values[name] for name in TraceState._fields})
+    return estimate_of(layout.like_params, state)

@@ -1,0 +1,308 @@
+"""Per-example gradients of kernels from taps: the inputs and the output cotangents where a kernel is used.
+
+A convolution or a matrix product applies its kernel at many positions t of one example. With the inputs X (t, p) it
+reads there and the cotangents D (t, c) of its outputs, the example's gradient of the kernel is X^T D. Both come out of
+one forward and one backward pass over a whole batch: no kernel is differentiated, so none gets a copy per example.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ehap_jax import _compat
+from ehap_jax.graph import Graph, Node, Value, evaluate
+from ehap_jax.graph.trace import REMAT, Body, Constant, Operand
+
+__all__ = ["Site", "Taps", "find_taps"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One use of a kernel: a convolution or product of a value that depends on the example with one that does not.
+
+    Attributes:
+      node: the operation.
+      kernel: which of its two inputs is made of kernels.
+      reads: the paths of the kernels it is made of.
+      direct: whether it is a kernel itself, a cast at most in between.
+    """
+
+    node: Node
+    kernel: int
+    reads: frozenset[str]
+    direct: bool
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return self.node.inputs[self.kernel].shape
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(positions, groups, inputs read at a position per group, channels per group)."""
+        node, shape, out = self.node, self.kernel_shape, self.node.outputs[0].shape
+        if node.name == "conv_general_dilated":
+            dims, groups = node.params["dimension_numbers"], node.params["feature_group_count"]
+            channels = shape[dims.rhs_spec[0]]
+            read = prod(shape) // max(channels, 1)
+            return prod(out) // max(channels, 1), groups, read, channels // groups
+        batch, contract, free = self._axes(self.kernel)
+        groups, read, channels = (prod(shape[a] for a in axes) for axes in (batch, contract, free))
+        return prod(out) // max(groups * channels, 1), groups, read, channels
+
+    @property
+    def uses_gram(self) -> bool:
+        """Whether sums of squares are cheaper from the (t, t) products of inputs than from the (p, c) gradients."""
+        positions, _, read, _ = self.sizes
+        return 2 * positions <= read
+
+    def _axes(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Batch, contracting and free axes of one side of a matrix product."""
+        contract, batch = (tuple(axes[side]) for axes in self.node.params["dimension_numbers"])
+        rank = len(self.node.inputs[side].shape)
+        return batch, contract, tuple(a for a in range(rank) if a not in batch and a not in contract)
+
+    def inputs(self, x: jax.Array) -> jax.Array:
+        """What the kernel reads: (n, *input shape) to (n, positions, groups, read)."""
+        n = x.shape[0]
+        positions, groups, read, _ = self.sizes
+        if self.node.name != "conv_general_dilated":
+            batch, contract, free = self._axes(1 - self.kernel)
+            x = jnp.transpose(x, (0, *(1 + a for a in (*free, *batch, *contract))))
+            return x.reshape(n, positions, groups, read)
+        return _patches(self.node, x, self.kernel_shape).reshape(n, positions, groups, read)
+
+    def cotangents(self, d: jax.Array) -> jax.Array:
+        """(r, n, *output shape) to (r, n, positions, groups, channels)."""
+        r, n = d.shape[:2]
+        positions, groups, _, channels = self.sizes
+        if self.node.name == "conv_general_dilated":
+            spec = self.node.params["dimension_numbers"].out_spec
+            order: Sequence[int] = (spec[0], *spec[2:], spec[1])
+        else:
+            batch, _, free = self._axes(0)
+            b, f = len(batch), len(free)
+            rank = d.ndim - 2
+            lhs, rhs = range(b, b + f), range(b + f, rank)
+            other, own = (lhs, rhs) if self.kernel == 1 else (rhs, lhs)
+            order = (*other, *range(b), *own)
+        return jnp.transpose(d, (0, 1, *(2 + a for a in order))).reshape(r, n, positions, groups, channels)
+
+    def gradients(self, x: jax.Array, d: jax.Array, sums) -> jax.Array:
+        """The kernel's gradient per example and cotangent: (r, n, *kernel shape), from what the two above return."""
+        _, groups, _, channels = self.sizes
+        g = _gradients(x, d, sums)
+        n, r = g.shape[:2]
+        g = jnp.moveaxis(g, 0, 1)
+        shape = self.kernel_shape
+        if self.node.name == "conv_general_dilated":
+            spec = self.node.params["dimension_numbers"].rhs_spec
+            window = tuple(shape[a] for a in spec[2:])
+            g = g.reshape(r, n, groups, *window, shape[spec[1]], channels)
+            g = jnp.moveaxis(g, 2, -2).reshape(r, n, *window, shape[spec[1]], groups * channels)
+            have = (*spec[2:], spec[1], spec[0])
+        else:
+            have = tuple(a for axes in self._axes(self.kernel) for a in axes)
+            g = g.reshape(r, n, *(shape[a] for a in have))
+        return jnp.transpose(g, (0, 1, *(2 + int(a) for a in np.argsort(have))))
+
+    def sums_to(self, axis: int) -> bool:
+        """Whether `squares` can give one number per index of this axis of the kernel."""
+        if self.node.name == "conv_general_dilated":
+            return axis == self.node.params["dimension_numbers"].rhs_spec[0]
+        return axis not in self._axes(self.kernel)[1]
+
+    def squares(self, x: jax.Array, d: jax.Array, axis: int, sums) -> jax.Array:
+        """The squared gradients summed over all of the kernel but one axis: (r, n, size of the axis)."""
+        if self.uses_gram:
+            inner = jnp.einsum("ntgp,nsgp->ngts", x, x, preferred_element_type=sums)
+            d = d.astype(sums)
+            other = jnp.einsum("ngts,rnsgc->nrgtc", inner, d, preferred_element_type=sums)
+            found = jnp.einsum("nrgtc,rntgc->rngc", other, d, preferred_element_type=sums)
+        else:
+            g = _gradients(x, d, sums)
+            found = jnp.swapaxes((g * g).sum(3), 0, 1)
+        r, n, groups, channels = found.shape
+        if self.node.name == "conv_general_dilated":
+            return found.reshape(r, n, groups * channels)
+        batch, _, free = self._axes(self.kernel)
+        kept = (*batch, *free)
+        found = found.reshape(r, n, *(self.kernel_shape[a] for a in kept))
+        return found.sum(tuple(2 + i for i, a in enumerate(kept) if a != axis))
+
+
+def _gradients(x, d, sums):
+    return jnp.einsum("ntgp,rntgc->nrgpc", x, d, preferred_element_type=sums)
+
+
+def _patches(node: Node, x: jax.Array, kernel_shape: tuple[int, ...]) -> jax.Array:
+    """(n, *input shape) to (n, batch, *positions, groups, *window, channels of a group), by shifted slices."""
+    params, dims = node.params, node.params["dimension_numbers"]
+    groups = params["feature_group_count"]
+    window = [kernel_shape[a] for a in dims.rhs_spec[2:]]
+    out = [node.outputs[0].shape[a] for a in dims.out_spec[2:]]
+    x = jnp.transpose(x, (0, 1 + dims.lhs_spec[0], *(1 + a for a in dims.lhs_spec[2:]), 1 + dims.lhs_spec[1]))
+    n, batch, channels = x.shape[0], x.shape[1], x.shape[-1]
+    margins = [(low, high, d - 1) for (low, high), d in zip(params["padding"], params["lhs_dilation"], strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *margins, (0, 0, 0)])
+    strides = params["window_strides"]
+    shifted = []
+    for offset in itertools.product(*(range(size) for size in window)):
+        start = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
+        stop = [s + (size - 1) * step + 1 for s, size, step in zip(start, out, strides, strict=True)]
+        piece = jax.lax.slice(x, (0, 0, *start, 0), (n, batch, *stop, channels), (1, 1, *strides, 1))
+        shifted.append(piece.reshape(n, batch, *out, groups, 1, channels // groups))
+    return jnp.concatenate(shifted, axis=-2)
+
+
+@dataclass(frozen=True, eq=False)
+class Taps:
+    """A network with taps at the uses of its kernels.
+
+    Attributes:
+      graph: of one example, its batch axis of size one.
+      body: the graph's, with checkpointed parts written out.
+      sites: the uses, in order.
+      untapped: kernels with a use of another kind; their gradients are taken by a copy of the kernel per example.
+    """
+
+    graph: Graph
+    body: Body
+    paths: tuple[str, ...]
+    sites: tuple[Site, ...]
+    untapped: frozenset[str]
+    weights: Body
+
+    def sites_of(self, path: str) -> tuple[int, ...]:
+        return tuple(i for i, site in enumerate(self.sites) if path in site.reads)
+
+    def backward(self, leaves: Sequence[jax.Array], x: Sequence[jax.Array]):
+        """Run a batch forward.
+
+        Args:
+          leaves: of the variables. x: leaves of the input, each (n, 1, ...).
+
+        Returns:
+          logits (n, ...); the input at every site, (n, ...); and a function from cotangents (r, n, ...) of the logits
+          to those of every site's output and to the gradients of the untapped kernels by path, (r, n, ...).
+        """
+        n = x[0].shape[0]
+        zeros = [jnp.zeros((n, *site.node.outputs[0].shape), site.node.outputs[0].dtype) for site in self.sites]
+        places = {path: place for place, path in enumerate(self.graph.leaves)}
+        copies = {
+            path: jnp.broadcast_to(leaves[places[path]], (n, *leaves[places[path]].shape))
+            for path in self.paths
+            if path in self.untapped
+        }
+        place = {id(site.node): (i, site) for i, site in enumerate(self.sites)}
+
+        def one(taps, own, x):
+            read: list = [None] * len(self.sites)
+
+            def handle(node: Node, inputs: list):
+                if id(node) not in place:
+                    return None
+                i, site = place[id(node)]
+                read[i] = inputs[1 - site.kernel]
+                return [_compat.bind(node.primitive, inputs, node.params)[0] + taps[i]]
+
+            variables = list(leaves)
+            for path, leaf in own.items():
+                variables[places[path]] = leaf
+            (logits,) = evaluate(self.body, [*variables, *x], handle)
+            return logits[0], read
+
+        def batched(taps, own):
+            return jax.vmap(one)(taps, own, x)
+
+        logits, pull, read = jax.vjp(batched, zeros, copies, has_aux=True)
+        return logits, read, jax.vmap(pull)
+
+    def pull_to_leaves(self, site: Site, g: jax.Array, leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
+        """From a site's gradients (r, n, *kernel shape) to those of the leaves that its kernel is made of."""
+        if site.direct:
+            (path,) = site.reads
+            return {path: g}
+        places = {path: place for place, path in enumerate(self.graph.leaves)}
+        only = replace(self.weights, outputs=(site.node.inputs[site.kernel],))
+
+        def made(kernels):
+            variables = list(leaves)
+            for path, leaf in kernels.items():
+                variables[places[path]] = leaf
+            arguments = [None] * (len(only.inputs) - len(variables))
+            return evaluate(only, [*variables, *arguments], lambda node, inputs: None)[0]
+
+        value, pull = jax.vjp(made, {path: leaves[places[path]] for path in sorted(site.reads)})
+        (found,) = jax.vmap(jax.vmap(pull))(g.astype(value.dtype))
+        return {path: leaf.astype(g.dtype) for path, leaf in found.items()}
+
+
+def find_taps(graph: Graph, paths: Sequence[str]) -> Taps:
+    """Where the kernels ``paths`` are used in ``graph``, which is of one example."""
+    body = _written_out(graph.body)
+    kernels: dict[Operand, frozenset[str]] = {graph.leaves[path]: frozenset({path}) for path in paths}
+    direct: set[Operand] = set(kernels)
+    varies: set[Operand] = set(graph.arguments)
+    sites, untapped, fixed = [], set(), []
+    for node in body.nodes:
+        made_of = [kernels.get(operand, frozenset()) for operand in node.inputs]
+        if not any(operand in varies for operand in node.inputs):
+            fixed.append(node)
+            for value in node.outputs:
+                kernels[value] = frozenset().union(*made_of)
+                if node.name in ("convert_element_type", "copy") and node.inputs[0] in direct:
+                    direct.add(value)
+            continue
+        varies.update(node.outputs)
+        side = next((i for i, found in enumerate(made_of) if found), None)
+        if side is None:
+            continue
+        if _is_tappable(node, side):
+            operand = node.inputs[side]
+            sites.append(Site(node, side, made_of[side], operand in direct))
+        else:
+            untapped.update(*made_of)
+    for operand in body.outputs:
+        if operand not in varies:
+            untapped.update(kernels.get(operand, ()))
+    kept = tuple(site for site in sites if not site.reads <= untapped)
+    return Taps(graph, body, tuple(paths), kept, frozenset(untapped), replace(body, nodes=tuple(fixed)))
+
+
+def _is_tappable(node: Node, side: int) -> bool:
+    if node.name == "conv_general_dilated":
+        return side == 1 and node.params["batch_group_count"] == 1
+    return node.name == "dot_general"
+
+
+def _written_out(body: Body) -> Body:
+    """``body`` with the insides of checkpointed calls in place of the calls."""
+    renamed: dict[Value, Operand] = {}
+    constants = dict(body.constants)
+    nodes: list[Node] = []
+
+    def now(operand: Operand) -> Operand:
+        return operand if isinstance(operand, Constant) else renamed.get(operand, operand)
+
+    def write(inner: Body) -> None:
+        for node in inner.nodes:
+            node = replace(node, inputs=tuple(now(operand) for operand in node.inputs))
+            if node.name in REMAT:
+                assert node.body is not None
+                constants.update(node.body.constants)
+                renamed.update(zip(node.body.inputs, node.inputs, strict=True))
+                write(node.body)
+                renamed.update(zip(node.outputs, (now(v) for v in node.body.outputs), strict=True))
+            else:
+                nodes.append(node)
+
+    write(body)
+    return replace(body, constants=constants, nodes=tuple(nodes), outputs=tuple(now(v) for v in body.outputs))
