@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ehap_jax.graph.trace import path_name
 from ehap_jax.pruning.plan import PruningPlan, check_fits
@@ -22,7 +23,7 @@ def mask_variables(variables, plan: PruningPlan):
 
     def mask(path, leaf):
         for axis, kept in plan.slices.get(path_name(path), {}).items():
-            stays = jnp.zeros(leaf.shape[axis], bool).at[kept].set(True)
+            stays = np.isin(np.arange(leaf.shape[axis]), kept)
             stays = stays.reshape([-1 if i == axis else 1 for i in range(leaf.ndim)])
             leaf = jnp.where(stays, leaf, jnp.zeros((), leaf.dtype))
         return leaf

@@ -73,10 +73,9 @@ def magnitude_scores(graph: Graph, variables, *, order: int = 2) -> Scores:
 def random_scores(graph: Graph, *, key) -> Scores:
     """Independent uniform scores: the baseline every criterion has to beat."""
     axes = channel_structure(graph).kernel_axes
-    values = {
-        path: np.asarray(jax.random.uniform(jax.random.fold_in(key, i), (graph.leaves[path].shape[axis],)), np.float64)
-        for i, (path, axis) in enumerate(sorted(axes.items()))
-    }
+    sizes = [graph.leaves[path].shape[axes[path]] for path in sorted(axes)]
+    drawn = np.asarray(jax.random.uniform(key, (sum(sizes),)), np.float64)
+    values = dict(zip(sorted(axes), np.split(drawn, np.cumsum(sizes)[:-1]), strict=True)) if sizes else {}
     return Scores(values, {path: np.zeros_like(v) for path, v in values.items()}, "random")
 
 

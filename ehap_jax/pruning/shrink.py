@@ -40,7 +40,8 @@ def shrink(apply: Callable, plan: PruningPlan, *, on_unknown: Literal["error", "
     Works for any ``apply(variables, *args)`` whose variables the plan describes, so also for the training-mode function
     that returns new running statistics.
 
-    Raises KeyError or ValueError where the variables are not those the plan leaves (path and both shapes).
+    Raises KeyError or ValueError where the variables are not those the plan leaves (path and both shapes), ValueError
+    where the plan does not follow from the structure of ``apply``.
 
     >>> import jax, jax.numpy as jnp
     >>> from ehap_jax.graph import trace_graph
@@ -59,11 +60,23 @@ def shrink(apply: Callable, plan: PruningPlan, *, on_unknown: Literal["error", "
         )
         graph = trace_graph(apply, on_unknown=on_unknown)(full, *args)
         structure = channel_structure(graph, plan.coupling)
-        leaves = jax.tree.leaves((variables, *args))
-        outputs = _run(graph.body, leaves, structure, structure.alive(plan.keep))
+        alive = structure.alive(plan.keep)
+        _check_slices(plan, structure.kept_slices(alive))
+        outputs = _run(graph.body, jax.tree.leaves((variables, *args)), structure, alive)
         return jax.tree.unflatten(graph.output_tree, outputs)
 
     return shrunk
+
+
+def _check_slices(plan: PruningPlan, slices) -> None:
+    """The plan must cut what this function ties together, no more and no less."""
+    for path in sorted({*plan.slices, *slices}):
+        theirs, own = plan.slices.get(path, {}), slices.get(path, {})
+        if theirs.keys() != own.keys() or any(not np.array_equal(kept, own[axis]) for axis, kept in theirs.items()):
+            raise ValueError(
+                f"the plan cuts axes {sorted(theirs)} of {path}, but its kept channels imply axes {sorted(own)} (or "
+                "other indices of them) in this function; the plan was made for another network."
+            )
 
 
 def _run(body: Body, args: Sequence, structure: ChannelStructure, alive: np.ndarray) -> list:
