@@ -101,6 +101,7 @@ def channel_trace(
         named by path; the loss is not deterministic, or with ``microbatch`` not a mean over examples; ``state``
         is of another key, policy or set of leaves; ``save_to`` is of something else, or comes with ``state``;
         options out of range.
+      FileNotFoundError: the folder of ``save_to`` does not exist.
       FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale; names the first such leaf.
 
     >>> import jax, jax.numpy as jnp
@@ -118,6 +119,8 @@ def channel_trace(
         raise ValueError(f"probes_per_step must be at least 1; got {probes_per_step}")
     if rtol is not None and not rtol > 0:
         raise ValueError(f"rtol must be positive; got {rtol}")
+    if save_to is not None and not Path(save_to).absolute().parent.is_dir():
+        raise FileNotFoundError(f"save_to: the folder {Path(save_to).absolute().parent} does not exist")
     problem = prepare(
         loss, params, batch, policy=policy, select=select, channel_axis=channel_axis, microbatch=microbatch
     )

@@ -169,6 +169,11 @@ def test_files_that_are_not_whole_traces(whole, tmp_path):
         load_trace(file, PARAMS, of)
 
 
+def test_a_folder_that_is_not_there_is_an_error_before_any_work(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        channel_trace(loss, PARAMS, BATCH, key=KEY, num_probes=3, save_to=tmp_path / "nowhere" / "trace.npz")
+
+
 def test_a_state_and_a_saved_trace_at_once_is_an_error(whole, tmp_path):
     file = tmp_path / "trace.npz"
     channel_trace(loss, PARAMS, BATCH, key=KEY, num_probes=3, policy=FLOAT16, save_to=file)
