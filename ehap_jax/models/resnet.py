@@ -56,7 +56,8 @@ class ResNet(nn.Module):
         depth: 8, 14, 20, 26, 32, 44, 56, 110, ... (6n + 2).
         num_classes: number of logits.
         shortcut: "A" (parameter-free) or "B" (1x1 convolution and BatchNorm), where a block changes shape.
-        widths: channels of the three stages; the stem has `widths[0]`.
+        widths: channels of the three stages.
+        stem: channels of the first convolution; None for `widths[0]`.
         dtype: dtype of the computation (`jnp.bfloat16`, `jnp.float16`); the parameters stay float32 and the head
             computes in float32. None: the dtype of parameters and input.
 
@@ -75,6 +76,7 @@ class ResNet(nn.Module):
     num_classes: int
     shortcut: str = "A"
     widths: tuple[int, ...] = (16, 32, 64)
+    stem: int | None = None
     dtype: Any = None
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = convolution(x, self.widths[0], 3, dtype=self.dtype, name="conv1")
+        x = convolution(x, self.stem or self.widths[0], 3, dtype=self.dtype, name="conv1")
         x = nn.relu(batch_norm(x, train, dtype=self.dtype, name="bn1"))
         for stage, width in enumerate(self.widths):
             for block in range((self.depth - 2) // 6):
