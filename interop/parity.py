@@ -6,7 +6,7 @@ of arrays is ‖a - b‖ / ‖b‖ over all of their elements, b being PyTorch's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ehap_jax.curvature import hvp, probe_channel_products, rademacher
+from ehap_jax.curvature import hvp, probe_channel_products
 from ehap_jax.graph import trace_graph
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.pruning import allocate, magnitude_scores, shrink, shrink_variables
@@ -100,13 +100,13 @@ def gradient_pair(nets: Pair, images: np.ndarray, labels: np.ndarray) -> tuple[A
     return _named(ours), theirs
 
 
-def hessian_vector_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, key: jax.Array) -> tuple[Arrays, Arrays]:
-    """Hv over all kernels for one Rademacher v drawn from `key`: JAX forward over reverse, PyTorch reverse twice."""
+def hessian_vector_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Arrays, Arrays]:
+    """Hv over all kernels for one Rademacher v: JAX forward over reverse, PyTorch reverse twice."""
     import torch
 
     from interop.reference.trace import kernels
 
-    v, torch_probe = probe_pair(nets, key)
+    v, torch_probe = probe_pair(nets, seed)
     Hv = jax.jit(hvp(nets.loss))(nets.variables["params"], v, (images, labels.astype(np.int32)))
     params = kernels(nets.module)
     gradients = torch.autograd.grad(_torch_loss(nets, images, labels), list(params.values()), create_graph=True)
@@ -116,7 +116,7 @@ def hessian_vector_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, key:
     return {name: ours[name] for name in theirs}, theirs
 
 
-def trace_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, keys: list[jax.Array]) -> tuple[Arrays, Arrays]:
+def trace_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, seeds: Sequence[int]) -> tuple[Arrays, Arrays]:
     """Channel traces averaged over the same probes: `probe_channel_products` and the PyTorch reference."""
     import torch
 
@@ -125,14 +125,14 @@ def trace_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, keys: list[ja
     batch = (jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
     sums: Arrays = {}
     probes = []
-    for key in keys:
-        v, probe = probe_pair(nets, key)
+    for seed in seeds:
+        v, probe = probe_pair(nets, seed)
         products = probe_channel_products(nets.loss, nets.variables["params"], v, batch)
         for name, value in _named(products).items():
             sums[name] = sums.get(name, 0) + value.astype(np.float64)
         probes.append(probe)
     reference = fixed_trace(nets.module, torch_images(images), torch.from_numpy(labels.astype(np.int64)), probes)
-    ours = {name: value / len(keys) for name, value in sums.items()}
+    ours = {name: value / len(seeds) for name, value in sums.items()}
     return ours, {name: value.numpy() for name, value in reference.mean.items()}
 
 
@@ -190,18 +190,20 @@ def pruned_pair(
     return ours, theirs
 
 
-def probe_pair(nets: Pair, key: jax.Array) -> tuple[Any, dict[str, Any]]:
-    """One Rademacher probe over the kernels in both frameworks: zeros elsewhere in JAX's, kernels only in PyTorch's."""
+def probe_pair(nets: Pair, seed: int) -> tuple[Any, dict[str, Any]]:
+    """One Rademacher probe over the kernels in both frameworks, drawn by NumPy.
+
+    In JAX's variables it is zero elsewhere; in PyTorch's it has the kernels alone.
+    """
     import torch
 
-    params = nets.variables["params"]
-    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(params)]
-    leaves, structure = jax.tree.flatten(params)
-    kernels = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if leaf.ndim >= 2}
-    signs = jax.jit(rademacher)(key, kernels)
-    v = jax.tree.unflatten(
-        structure, [signs.get(path, jnp.zeros_like(leaf)) for path, leaf in zip(paths, leaves, strict=True)]
-    )
+    generator = np.random.default_rng(seed)
+
+    def signs(leaf: jax.Array) -> np.ndarray:
+        drawn = generator.integers(0, 2, leaf.shape) * 2 - 1 if leaf.ndim >= 2 else np.zeros(leaf.shape)
+        return drawn.astype(leaf.dtype)
+
+    v = jax.tree.map(signs, nets.variables["params"])
     arrays = {name: value for name, value in _named(v).items() if value.ndim >= 2}
     return v, {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
 

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 pytest.importorskip("safetensors", reason="safetensors is an optional extra: pip install 'ehap-jax[torch]'")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def data_folder() -> Path | None:

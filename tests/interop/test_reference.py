@@ -1,6 +1,5 @@
 """The PyTorch reference: right where it claims to be right, and wrong exactly as the released code is."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -25,8 +24,7 @@ def batch(images):
 
 def test_fixed_trace_agrees_with_channel_products_in_jax(net, images):
     nets = pair(net.state_dict())
-    keys = [jax.random.key(seed) for seed in range(2)]
-    ours, theirs = trace_pair(nets, images, np.array([0, 1, 2]), keys)
+    ours, theirs = trace_pair(nets, images, np.array([0, 1, 2]), [0, 1])
     assert ours.keys() == theirs.keys() == trace.kernels(net).keys()
     for name, expected in theirs.items():
         assert np.linalg.norm(ours[name] - expected) <= 1e-3 * np.linalg.norm(expected), name
