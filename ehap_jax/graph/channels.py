@@ -11,7 +11,7 @@ import numpy as np
 from ehap_jax.graph import rules as _rules  # noqa: F401  registers every primitive's rule
 from ehap_jax.graph.interpret import RULES
 from ehap_jax.graph.structure import Coupling, Labels, Solution, Structure
-from ehap_jax.graph.trace import Body, Constant, Graph, Node, Operand, Value
+from ehap_jax.graph.trace import SCAN, Body, Constant, Graph, Node, Operand, Value
 
 
 class UnknownPrimitiveError(NotImplementedError):
@@ -166,9 +166,41 @@ def _propagate(structure: Structure, body: Body, labels: dict[Value, Labels], on
 
 def _propagate_call(structure: Structure, node: Node, inputs, labels, on_unknown: str) -> list[Labels]:
     assert node.body is not None
+    if node.name == SCAN:
+        return _propagate_scan(structure, node, node.body, inputs, labels, on_unknown)
     labels.update(zip(node.body.inputs, inputs, strict=True))
     _propagate(structure, node.body, labels, on_unknown)
     return [_read(labels, operand) for operand in node.body.outputs]
+
+
+def _propagate_scan(structure: Structure, node: Node, body: Body, inputs, labels, on_unknown: str) -> list[Labels]:
+    """The body sees one slice of what is scanned over; what is carried keeps the same indices in every round."""
+    consts = node.params["num_consts"]
+    carried = consts + node.params["num_carry"]
+    carry, slices = list(inputs[consts:carried]), []
+    for value in inputs[carried:]:
+        structure.freeze(value.axes[0], f"scanned over at {node.source}")
+        zero = frozenset(i - 1 for i in value.zero if i > 0) | (value.zero & {-1})
+        slices.append(Labels(value.axes[1:], zero, value.from_variables))
+    while True:  # what is zero, and what depends on variables alone, can only become less
+        labels.update(zip(body.inputs, [*inputs[:consts], *carry, *slices], strict=True))
+        _propagate(structure, body, labels, on_unknown)
+        outputs = [_read(labels, operand) for operand in body.outputs]
+        after = [
+            Labels(a.axes, a.zero & b.zero, a.from_variables and b.from_variables)
+            for a, b in zip(carry, outputs, strict=False)
+        ]
+        if [(v.zero, v.from_variables) for v in after] == [(v.zero, v.from_variables) for v in carry]:
+            break
+        carry = after
+    for a, b in zip(carry, outputs, strict=False):
+        for x, y in zip(a.axes, b.axes, strict=True):
+            structure.equal(x, y, f"carried through a scan at {node.source}")
+    stacked = [
+        Labels(((), *v.axes), frozenset(i + 1 for i in v.zero if i >= 0) | (v.zero & {-1}), v.from_variables)
+        for v in outputs[len(carry) :]
+    ]
+    return [*carry, *stacked]
 
 
 def derivative_structure(

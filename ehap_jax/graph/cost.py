@@ -11,12 +11,13 @@ import numpy as np
 from ehap_jax.graph.channels import ChannelStructure, channel_structure
 from ehap_jax.graph.interpret import RULES
 from ehap_jax.graph.structure import Coupling
-from ehap_jax.graph.trace import Graph, Operand
+from ehap_jax.graph.trace import SCAN, Body, Graph, Operand
 
 
 class Cost(NamedTuple):
     """params: trained numbers. macs: multiply-accumulates of convs and matrix products, for the input shape the graph
-    was traced with. bytes: storage of all variables, running statistics included, in their own dtypes."""
+    was traced with, every round of a scan included; the insides of ``while`` and ``cond`` are not counted. bytes:
+    storage of all variables, running statistics included, in their own dtypes."""
 
     params: int
     macs: int
@@ -59,13 +60,19 @@ def cost_of_alive(structure: ChannelStructure, alive: np.ndarray) -> Cost:
 
 def _cost(graph: Graph, shape: Callable[[Operand], tuple[int, ...]]) -> Cost:
     shapes = {path: shape(value) for path, value in graph.leaves.items()}
-    macs = 0
-    for node in graph.body.walk():
-        rule = RULES.get(node.name)
-        if rule is not None and rule.macs is not None:
-            macs += rule.macs(node, [shape(v) for v in node.inputs], [shape(v) for v in node.outputs])
+
+    def macs(body: Body) -> int:
+        total = 0
+        for node in body.nodes:
+            rule = RULES.get(node.name)
+            if node.body is not None:
+                total += macs(node.body) * (node.params["length"] if node.name == SCAN else 1)
+            elif rule is not None and rule.macs is not None:
+                total += rule.macs(node, [shape(v) for v in node.inputs], [shape(v) for v in node.outputs])
+        return total
+
     return Cost(
         params=sum(prod(shapes[path]) for path in graph.parameters),
-        macs=macs,
+        macs=macs(graph.body),
         bytes=sum(prod(shapes[path]) * np.dtype(value.dtype).itemsize for path, value in graph.leaves.items()),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ehap_jax import _compat
-from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Constant, Graph, Node, Value
+from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, SCAN, Body, Constant, Graph, Node, Value
 
 Handler = Callable[[Node, list], "list | None"]
 
@@ -66,7 +66,7 @@ def evaluate(body: Body, args: Sequence, handle: Handler, constants: dict[Value,
 
 
 def evaluate_call(node: Node, args: Sequence, run: Callable, run_derivative: Callable) -> list:
-    """A custom-derivative or checkpoint call with its bodies evaluated anew, its meaning kept.
+    """A custom-derivative, checkpoint or scan call with its bodies evaluated anew, its meaning kept.
 
     ``run(body, args)`` evaluates the inside. custom_jvp and custom_vjp keep their derivative rule, evaluated by
     ``run_derivative(node, args)`` when it is asked for; checkpoint keeps its policy.
@@ -78,6 +78,8 @@ def evaluate_call(node: Node, args: Sequence, run: Callable, run_derivative: Cal
             lambda *a: run(body, a), policy=node.params["policy"], prevent_cse=node.params["prevent_cse"]
         )
         return call(*args)
+    if node.name == SCAN:
+        return _scan(node, args, run)
     assert node.name in CUSTOM_RULE
     if node.name == "custom_jvp_call":
         call = jax.custom_jvp(lambda *a: run(body, a))
@@ -92,6 +94,19 @@ def evaluate_call(node: Node, args: Sequence, run: Callable, run_derivative: Cal
     # The traced rule recomputes the forward pass from the inputs; under jit XLA shares it with the primal.
     call.defvjp(lambda *a: (run(body, a), a), lambda saved, cts: tuple(run_derivative(node, (*saved, *cts))))
     return call(*args)
+
+
+def _scan(node: Node, args: Sequence, run: Callable) -> list:
+    consts = node.params["num_consts"]
+    carried = consts + node.params["num_carry"]
+
+    def step(carry, xs):
+        outs = run(node.body, (*args[:consts], *carry, *xs))
+        return tuple(outs[: len(carry)]), tuple(outs[len(carry) :])
+
+    options = {name: node.params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = jax.lax.scan(step, tuple(args[consts:carried]), tuple(args[carried:]), **options)
+    return [*carry, *ys]
 
 
 def function_of(graph: Graph, handle: Handler) -> Callable:

@@ -2,8 +2,8 @@
 
 ``trace_graph(apply)(variables, x)`` runs nothing; it traces ``apply`` and returns a :class:`Graph` of
 :class:`Node` and :class:`Value`. Nested ``jit`` calls are inlined. Calls that carry meaning of their own
-(``custom_jvp``, ``custom_vjp``, ``checkpoint``) stay nodes, with their bodies traced in turn, so that a rewriting can
-keep the derivative rule or the rematerialisation policy.
+(``custom_jvp``, ``custom_vjp``, ``checkpoint``, ``scan``) stay nodes, with their bodies traced in turn, so that a
+rewriting can keep the derivative rule, the rematerialisation policy or the loop.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ehap_jax import _compat
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_lin"})
 CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
+SCAN = "scan"
 
 
 def path_name(path) -> str:
@@ -232,7 +233,7 @@ def _inline(jaxpr: _compat.Jaxpr, consts, env, constants: dict[Value, Any], node
 def _call_body(eqn: _compat.JaxprEqn) -> Body | None:
     if eqn.primitive.name in CUSTOM_RULE:
         return _read(*_open(eqn.params["call_jaxpr"]))
-    if eqn.primitive.name in REMAT:
+    if eqn.primitive.name in REMAT or eqn.primitive.name == SCAN:
         return _read(*_open(eqn.params["jaxpr"]))
     return None
 

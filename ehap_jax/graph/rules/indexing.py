@@ -175,3 +175,48 @@ def gather(structure: Structure, node: Node, inputs: list[Labels]) -> list[Label
             if operand in value.zero:
                 zero.add(out)
     return [Labels(tuple(axes), frozenset(zero), value.from_variables and indices.from_variables)]
+
+
+@register("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter_sub")
+def scatter(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """Operand axes that are written whole pass, tied to those of the update; the others cannot shrink."""
+    operand, indices, updates = inputs
+    dims, shape = node.params["dimension_numbers"], node.inputs[0].shape
+    gone = {*dims.inserted_window_dims, *getattr(dims, "operand_batching_dims", ())}
+    window = dict(zip((i for i in range(len(shape)) if i not in gone), dims.update_window_dims, strict=True))
+    why = f"{node.name} at {node.source}"
+    for axis in indices.axes:
+        structure.freeze(axis, why)
+    for i, axis in enumerate(updates.axes):
+        if i not in dims.update_window_dims:
+            structure.freeze(axis, why)
+    axes: list[Axis] = []
+    zero: set[int] = set()
+    for i, axis in enumerate(operand.axes):
+        j = window.get(i)
+        whole = j is not None and i not in dims.scatter_dims_to_operand_dims and node.inputs[2].shape[j] == shape[i]
+        if whole:
+            axes.append(structure.equal(axis, updates.axes[j], why))
+            if i in operand.zero and j in updates.zero:
+                zero.add(i)
+        else:
+            structure.freeze(axis, why)
+            if j is not None:
+                structure.freeze(updates.axes[j], why)
+            axes.append(())
+    return [Labels(tuple(axes), frozenset(zero), all(v.from_variables for v in inputs))]
+
+
+@register("dynamic_update_slice")
+def dynamic_update_slice(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    operand, update = inputs[:2]
+    why = f"{node.name} at {node.source}"
+    axes: list[Axis] = []
+    for a, b, n, m in zip(operand.axes, update.axes, node.inputs[0].shape, node.inputs[1].shape, strict=True):
+        if n == m:
+            axes.append(structure.equal(a, b, why))
+        else:
+            structure.freeze(a, why)
+            structure.freeze(b, why)
+            axes.append(())
+    return [Labels(tuple(axes), operand.zero & update.zero, all(v.from_variables for v in inputs))]
