@@ -96,7 +96,7 @@ class Config:
     int8: Phase = Phase(epochs=4, learning_rate=0.005)
     trace_examples: int = 256
     """Training images in the Hessian batch, not augmented."""
-    num_probes: int = 100
+    num_probes: int = 64
     macs: float = 0.45
     """Fraction of the multiply-accumulates that is kept."""
     coupling: Coupling = "group"
@@ -110,6 +110,7 @@ class Job(NamedTuple):
     model: nn.Module
     apply: Callable
     train_apply: Callable
+    loss: Callable
     run: RunDirectory
     progress: Progress
 
@@ -207,7 +208,7 @@ def score(job: Job, seed: int, graph: Graph, variables: dict[str, Any], policy: 
             done = now
 
         trace = channel_trace(
-            evaluation_loss(job.apply),
+            job.loss,
             variables,
             batch,
             key=jax.random.key(2000 + seed),
@@ -219,14 +220,9 @@ def score(job: Job, seed: int, graph: Graph, variables: dict[str, Any], policy: 
     return hessian_scores(graph, variables, trace)
 
 
-_LOSSES: dict[Callable, Callable] = {}
-
-
 def evaluation_loss(apply: Callable) -> Callable:
-    """Mean cross-entropy of ``apply``, the same object for the same function so that it compiles once for all seeds."""
-    if apply not in _LOSSES:
-        _LOSSES[apply] = lambda variables, batch: jnp.mean(cross_entropy(apply(variables, batch[0]), batch[1]))
-    return _LOSSES[apply]
+    """``loss(variables, (images, labels))``, the mean cross-entropy. Made once per run: traces compile per loss."""
+    return lambda variables, batch: jnp.mean(cross_entropy(apply(variables, batch[0]), batch[1]))
 
 
 def compare_masked(job: Job, dense, plan: PruningPlan, pruned_apply: Callable, pruned) -> float:
@@ -354,7 +350,8 @@ def main(config: Config, output: Path, resume: bool, overwrite: bool) -> None:
     check_reachable(config, model, dataset)
     run = RunDirectory.create(output, config, resume=resume, overwrite=overwrite)
     with Progress() as progress:
-        job = Job(config, dataset, model, eval_apply(model), train_apply(model), run, progress)
+        apply = eval_apply(model)
+        job = Job(config, dataset, model, apply, train_apply(model), evaluation_loss(apply), run, progress)
         results = [run_seed(job, seed) for seed in range(config.seeds)]
         write_results(job, results, time.perf_counter() - started)
         progress.console.print(stage_table(run.read_json("summary.json")))

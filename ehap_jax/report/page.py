@@ -50,15 +50,21 @@ def _section(data: RunData, title: str) -> dict[str, Any]:
 
 
 def _figures(data: RunData):
-    yield _picture(accuracy_per_stage(data.stages), "Test accuracy per stage")
-    reference = data.scores.get("float32")
-    if reference:
-        yield _picture(sensitivity_per_layer(reference), "Scores per layer")
+    yield _picture(accuracy_per_stage(data.stages), "Test accuracy: seeds in blue, mean ± standard deviation in black.")
     if data.plan:
-        yield _picture(kept_channels(data.plan), "Kept channels per layer")
+        yield _picture(kept_channels(data.plan), "Output channels that the plan keeps in every conv and dense layer.")
+    reference = data.scores.get("float32")
+    if not reference:
+        return
+    caption = (
+        "Score of every channel, float32; the bar is the layer's median. Triangles count the channels below the axis: "
+        "grey those at exactly 0 (dead), red negative estimates, which are noise of the estimator."
+    )
+    yield _picture(sensitivity_per_layer(reference), caption)
     for policy in ("float16", "bfloat16"):
-        if reference and policy in data.scores:
-            yield _picture(score_scatter(reference, data.scores[policy], ("float32", policy)), f"{policy} scores")
+        if policy in data.scores:
+            figure = score_scatter(reference, data.scores[policy], ("float32", policy))
+            yield _picture(figure, f"Scores in {policy} against float32, from the same probes.")
 
 
 def _describe(data: RunData) -> str:

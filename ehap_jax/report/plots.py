@@ -12,19 +12,13 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, GREY, RED = "#0072B2", "#E69F00", "#009E73", "#8a8a8a", "#D55E00"
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "svg.fonttype": "none",
-}
 
 
 def sensitivity_per_layer(scores: Mapping[str, np.ndarray]) -> Figure:
-    """Every channel's score per layer, on a logarithmic axis; zero and negative ones stand below it, counted."""
+    """Every channel's score per layer on a logarithmic axis, the median as a bar.
+
+    Channels at exactly 0 (grey triangle) and negative estimates (red triangle) are counted below the axis' data.
+    """
     figure, axes = _figure(_wide(len(scores)), 3.6)
     values = [np.asarray(v, float) for v in scores.values()]
     positive = [v[v > 0] for v in values]
@@ -44,7 +38,7 @@ def sensitivity_per_layer(scores: Mapping[str, np.ndarray]) -> Figure:
                 )
     axes.set_yscale("log")
     axes.set_ylabel("score per channel")
-    axes.set_title("Sensitivity per layer (bar: median;  grey ▼: channels at exactly 0;  red ▼: negative estimates)")
+    _title(axes, "Sensitivity per layer")
     _layer_axis(axes, list(scores))
     return figure
 
@@ -62,7 +56,7 @@ def kept_channels(plan: Mapping[str, Any]) -> Figure:
         for i, (k, n) in enumerate(zip(kept, full, strict=True)):
             axes.annotate(f"{k}/{n}", (i, n), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     axes.set_ylabel("output channels")
-    axes.set_title("Kept channels per layer")
+    _title(axes, "Kept channels per layer")
     axes.margins(y=0.12)
     axes.legend(frameon=False, loc="upper left")
     _layer_axis(axes, paths)
@@ -90,8 +84,8 @@ def score_scatter(reference: Mapping[str, np.ndarray], other: Mapping[str, np.nd
         axes.set_yscale("log")
     axes.set_xlabel(f"score, {names[0]}")
     axes.set_ylabel(f"score, {names[1]}")
-    hidden = f", {(~shown).sum()} not positive" if (~shown).any() else ""
-    axes.set_title(f"{names[1]} against {names[0]}: Spearman {correlation:.5f}\n{len(x)} channels{hidden}")
+    agreement = f"Spearman {correlation:.5f} ({shown.sum()} of {len(x)} channels shown)"
+    _title(axes, f"{names[1]} against {names[0]}\n{agreement}")
     return figure
 
 
@@ -108,21 +102,26 @@ def accuracy_per_stage(stages: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xticks(range(len(stages)), [stage["stage"] for stage in stages])
     axes.set_xlim(-0.5, len(stages) - 0.3)
     axes.set_ylabel("test accuracy, %")
-    axes.set_title("Accuracy per stage (blue: seeds, black: mean ± standard deviation)")
+    _title(axes, "Accuracy per stage")
     axes.grid(axis="y", color="#e6e6e6")
     return figure
 
 
 def _figure(width: float, height: float):
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'ehap-jax[report]'") from error
-    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
     return figure, axes
+
+
+def _title(axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=10, fontweight="bold")
 
 
 def _wide(layers: int) -> float:

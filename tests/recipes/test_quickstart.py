@@ -1,0 +1,82 @@
+"""The quickstart at a tiny size: files, resumption and the errors a user can run into."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from ehap_jax import PruningPlan
+from recipes.quickstart import command
+
+TINY = [
+    "--seeds", "1", "--widths", "4", "4", "8", "--dense.epochs", "2", "--finetune.epochs", "2", "--int8.epochs", "2",
+    "--num-probes", "3", "--trace-examples", "32", "--batch-size", "256",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_a_user_has_it():
+    """Recipes run under JAX's own promotion rules; the strict ones of the tests are for the library."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("quickstart") / "run"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert command([*TINY, "--output", str(output)]) == 0
+    return output
+
+
+def test_run_directory(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    stages = {stage["stage"]: stage for stage in summary["stages"]}
+    assert list(stages) == ["dense", "pruned", "finetuned", "int8"]
+    assert all(0 <= stage["accuracy"] <= 1 and stage["accuracy_std"] is None for stage in stages.values())
+    assert stages["pruned"]["macs"] <= 0.45 * stages["dense"]["macs"]
+    assert stages["int8"]["bytes"] < stages["finetuned"]["bytes"] < stages["dense"]["bytes"]
+    assert summary["checks"]["masked_minus_shrunk"] <= 1e-5
+    plan = PruningPlan.load(finished / "plan.json")
+    assert plan.provenance["cost"]["macs"] == stages["pruned"]["macs"]
+    with np.load(finished / "scores.npz", allow_pickle=False) as scores:
+        assert {name.partition("|")[0] for name in scores.files} == {"float32", "bfloat16", "float16"}
+    assert "<html" in (finished / "report.html").read_text()
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["stage"], m["epoch"]) for m in metrics] == [
+        (stage, epoch) for stage in ("dense", "finetuned", "int8") for epoch in (1, 2)
+    ]
+
+
+def test_resume_ends_in_the_same_numbers(finished):
+    """Every stage is taken from its checkpoint; the accuracies are evaluated anew and must agree."""
+    before = json.loads((finished / "summary.json").read_text())["stages"]
+    (finished / "summary.json").unlink()
+    assert command([*TINY, "--output", str(finished), "--resume"]) == 0
+    assert json.loads((finished / "summary.json").read_text())["stages"] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "alexnet"], "unknown model 'alexnet'"),
+        (["--data", "imagenet"], "imagenet"),
+        (["--batch-size", "5000"], "batch"),
+        (["--macs", "0.0001"], "out of reach"),
+        (["--macs", "1.5"], "in \\(0, 1\\]"),
+        (["--trace-examples", "100000"], "trace-examples"),
+        (["--seeds", "0"], "--seeds"),
+    ],
+)
+def test_bad_settings_fail_before_anything_is_written(tmp_path, capsys, arguments, message):
+    assert command([*arguments, "--output", str(tmp_path / "run")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_run_asks_what_to_do(finished, capsys):
+    assert command([*TINY, "--output", str(finished)]) == 2
+    error = capsys.readouterr().err
+    assert "--resume" in error and "--overwrite" in error
