@@ -68,15 +68,24 @@ class Structure:
     leaves: list[Leaf] = field(default_factory=list)
     frozen: list[tuple[np.ndarray, str]] = field(default_factory=list)
     _count: int = 1
+    _copies: list[tuple[int, int]] = field(default_factory=list)
     _equal: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     _adds: list[tuple[np.ndarray, np.ndarray, np.ndarray, bool]] = field(default_factory=list)
     _produced: list[np.ndarray] = field(default_factory=list)
 
-    def fresh(self, size: int) -> np.ndarray:
-        """``size`` new labels."""
+    def fresh(self, size: int, *, copies: bool = False) -> np.ndarray:
+        """``size`` new labels. ``copies``: they name copies along an axis made by broadcasting."""
         labels = np.arange(self._count, self._count + size)
         self._count += size
+        if copies:
+            self._copies.append((int(labels[0]) if size else self._count, self._count))
         return labels
+
+    def is_copies(self, labels: np.ndarray) -> bool:
+        """True for the labels of an axis made by broadcasting."""
+        first = int(labels[0]) if labels.size else 0
+        i = bisect_right(self._copies, first, key=lambda span: span[0]) - 1
+        return i >= 0 and first < self._copies[i][1]
 
     def leaf(self, path: str, shape: tuple[int, ...]) -> Labels:
         """New labels for every axis of a variable; masked variables are zero where they are pruned."""
@@ -102,11 +111,11 @@ class Structure:
         return min(a, b, key=self._order)
 
     def _order(self, axis: Axis) -> tuple[int, int]:
-        """Results are named after the variable of highest rank: a kernel rather than the gain it is scaled by."""
+        """Results are named after the variable of highest rank (a kernel, not its gain), after copies last of all."""
         first = int(axis[0][0]) if axis[0].size else 0
         i = bisect_right(self.leaves, first, key=lambda leaf: leaf.start) - 1
         is_leaf = i >= 0 and first < self.leaves[i].start + self.leaves[i].size
-        return (-self.leaves[i].rank if is_leaf else 0, first)
+        return (-self.leaves[i].rank if is_leaf else int(self.is_copies(axis[0])), first)
 
     def add(self, a: Axis, b: Axis, both_zero: bool, why: str) -> Axis:
         """The labels of a sum of two activations. ``both_zero``: pruned indices of both operands are exactly zero."""

@@ -186,7 +186,10 @@ def _struct(leaf) -> jax.ShapeDtypeStruct:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     dtype = getattr(leaf, "dtype", None)
-    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(dtype or np.result_type(leaf)))
+    dtype = np.result_type(leaf) if dtype is None else dtype
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):  # PRNG keys
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
 
 
 def _read(jaxpr: _compat.Jaxpr, consts) -> Body:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SHAPES = {"stem": (3, 3, 3, 6), "a1": (3, 3, 6, 5), "a2": (3, 3, 5, 6), "bias": (6,), "head": (6, 3)}
 
@@ -11,12 +12,12 @@ def structs():
 
 
 def variables(seed=0):
-    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
-    return {n: 0.4 * jax.random.normal(k, s) for (n, s), k in zip(SHAPES.items(), keys, strict=True)}
+    rng = np.random.default_rng(seed)
+    return {n: jnp.asarray(0.4 * rng.normal(size=s), jnp.float32) for n, s in SHAPES.items()}
 
 
 def images(seed=1, count=2):
-    return jax.random.normal(jax.random.key(seed), (count, 4, 4, 3))
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(count, 4, 4, 3)), jnp.float32)
 
 
 def conv(x, w, groups=1, stride=1):

@@ -91,7 +91,7 @@ def _spread(structure: Structure, node: Node, position: int, value: Labels) -> L
     for i, (a, b) in enumerate(zip(have, want, strict=True)):
         if a != b:
             structure.freeze(axes[i], f"broadcast from size one at {node.source}")
-            axes[i] = (structure.fresh(b),)
+            axes[i] = (structure.fresh(b, copies=True),)
             if -1 not in zero:
                 zero.discard(i)
     return Labels(tuple(axes), frozenset(zero), value.from_variables)

@@ -48,7 +48,7 @@ def broadcast_in_dim(structure: Structure, node: Node, inputs: list[Labels]) -> 
             continue
         if old is not None:
             structure.freeze(value.axes[old], f"broadcast from size one at {node.source}")
-        axes.append((structure.fresh(size),))
+        axes.append((structure.fresh(size, copies=True),))
     return [Labels(tuple(axes), frozenset(zero), value.from_variables)]
 
 
@@ -93,6 +93,8 @@ def reshape(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labe
                 if target is not None:
                     axis, own = target
                     axes[new_axes[axis]] = (*axes[new_axes[axis]], own)
+        for i in new_axes:
+            axes[i] = _without_copies(structure, axes[i], f"copies merged with an axis at {node.source}")
         # Any pruned factor makes the whole product index zero only if every labelled factor does.
         labelled = [i for i in old_axes if value.axes[i]]
         if labelled and all(i in value.zero for i in labelled):
@@ -137,6 +139,15 @@ def _assign(structure: Structure, grid: np.ndarray, why: str):
     if len(varies) > 1:
         structure.equal((lines.ravel(),), (np.repeat(own, lines.shape[1]),), why)
     return axis, own
+
+
+def _without_copies(structure: Structure, axis: Axis, why: str) -> Axis:
+    """A labelled axis merged with its copies (``jnp.repeat``) keeps the labels of what was copied."""
+    copies = [structure.is_copies(labels) for labels in axis]
+    if all(copies) or not any(copies):
+        return axis
+    structure.freeze(tuple(labels for labels, copied in zip(axis, copies, strict=True) if copied), why)
+    return tuple(labels for labels, copied in zip(axis, copies, strict=True) if not copied)
 
 
 @register("concatenate")
