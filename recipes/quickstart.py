@@ -52,8 +52,10 @@ from ehap_jax.quant import check_calibrated, quantized_bytes
 from ehap_jax.report import stage_table, write_report
 from ehap_jax.training import (
     Checkpoints,
+    EpochMetrics,
     Progress,
     RunDirectory,
+    TrainState,
     check_finite,
     create_train_state,
     cross_entropy,
@@ -176,6 +178,11 @@ def train(job: Job, seed: int, stage: str, apply: Callable, variables: dict[str,
     )
     state = create_train_state(variables, optimizer, jax.random.key(1000 + seed))
     with job.progress.stage(f"seed {seed}: {stage}", phase.epochs) as advance, checkpoints(job, seed, stage) as saved:
+
+        def on_epoch(number: int, _: TrainState, metrics: EpochMetrics) -> None:
+            job.run.append_metrics({"seed": seed, "stage": stage, "epoch": number, **metrics._asdict()})
+            advance(loss=float(metrics.loss), accuracy=float(metrics.accuracy))
+
         advance(saved.latest() or 0)
         state = fit(
             epoch,
@@ -185,10 +192,7 @@ def train(job: Job, seed: int, stage: str, apply: Callable, variables: dict[str,
             epochs=phase.epochs,
             checkpoints=saved,
             checkpoint_every=max(phase.epochs // 4, 1),
-            on_epoch=lambda number, _, metrics: (
-                job.run.append_metrics({"seed": seed, "stage": stage, "epoch": number, **metrics._asdict()}),
-                advance(loss=float(metrics.loss), accuracy=float(metrics.accuracy)),
-            ),
+            on_epoch=on_epoch,
         )
     check_finite(state.variables, f"training {stage} diverged")
     return state.variables
