@@ -16,9 +16,10 @@ def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, int
     Compiled once per model and shape, so the second seed costs nothing.
 
     Example:
-        >>> variables = init_variables(ResNet(8, 10), jax.random.key(0), (8, 8, 1))
-        >>> variables["params"]["layer2_0"]["conv1"]["kernel"].shape
-        (3, 3, 16, 32)
+        >>> from ehap_jax.models import ResNet
+        >>> variables = init_variables(ResNet(8, 10, widths=(1, 1, 2)), jax.random.key(0), (8, 8, 1))
+        >>> variables["params"]["layer3_0"]["conv1"]["kernel"].shape
+        (3, 3, 1, 2)
     """
     return model.init(key, jnp.zeros((1, *image_shape), jnp.float32))
 

@@ -98,6 +98,17 @@ def make_epoch(
     Raises:
         ValueError: the batch is larger than the data set, or `loop` is unknown; by `epoch`, `images` and `labels`
             do not have `num_examples` rows.
+
+    Example:
+        >>> from ehap_jax.training import create_train_state
+        >>> images, labels = jnp.ones((6, 2), jnp.uint8), jnp.zeros(6, jnp.int32)
+        >>> forward = frozen_forward(lambda variables, x: x @ variables["params"])
+        >>> optimizer = optax.sgd(0.1)
+        >>> epoch = make_epoch(forward, optimizer, lambda key, x: x * 1.0, batch_size=3, num_examples=6)
+        >>> state = create_train_state({"params": jnp.zeros((2, 2))}, optimizer, jax.random.key(0))
+        >>> state, metrics = epoch(state, images, labels)
+        >>> int(state.step), float(metrics.accuracy)
+        (2, 1.0)
     """
     if not 1 <= batch_size <= num_examples:
         raise ValueError(

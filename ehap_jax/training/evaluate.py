@@ -49,6 +49,11 @@ def make_evaluate(
 
     Raises:
         ValueError: `batch_size` is below 1; by `evaluate`, the split is empty or its lengths differ.
+
+    Example:
+        >>> evaluate = make_evaluate(lambda variables, x: x @ variables, lambda x: x * 1.0, batch_size=2)
+        >>> evaluate(jnp.eye(2), np.array([[1, 0], [0, 1], [1, 0]]), np.array([0, 1, 1])).accuracy
+        0.6666666666666666
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
