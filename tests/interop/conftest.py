@@ -6,11 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
-pytest.importorskip("safetensors", reason="safetensors is an optional extra: pip install 'ehap-jax[torch]'")
-
-torch.set_num_threads(1)
-
 
 def data_folder() -> Path | None:
     """EHAP_JAX_DATA, or shared/data beside the checkout; None where neither is there."""
@@ -40,6 +35,8 @@ def cifar() -> dict[str, np.ndarray]:
 
 def lively(module, seed: int = 0):
     """Give norms non-trivial statistics and affine parameters, so that a mix-up of any two shows."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -56,6 +53,8 @@ def lively(module, seed: int = 0):
 @pytest.fixture(scope="session", params=["A", "B"])
 def network(request):
     """A ResNet-8 of widths 4, 8, 16 with shortcut A or B."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
     from interop.torch_models import cifar_resnet
 
     return lively(cifar_resnet(8, widths=(4, 8, 16), shortcut=request.param, num_classes=5))
@@ -67,5 +66,7 @@ def images() -> np.ndarray:
 
 
 def torch_logits(module, images: np.ndarray) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
         return module(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()

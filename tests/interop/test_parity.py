@@ -19,8 +19,8 @@ from interop.parity import (
 )
 from tests.interop.conftest import lively
 
-torch = pytest.importorskip("torch")
-cifar_resnet = pytest.importorskip("interop.torch_models").cifar_resnet
+torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
+from interop.torch_models import cifar_resnet  # noqa: E402
 
 
 @pytest.fixture(scope="module")

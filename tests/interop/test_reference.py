@@ -5,9 +5,9 @@ import pytest
 
 from interop.parity import pair, trace_pair
 
-torch = pytest.importorskip("torch")
-trace = pytest.importorskip("interop.reference.trace")
-cifar_resnet = pytest.importorskip("interop.torch_models").cifar_resnet
+torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
+from interop.reference import trace  # noqa: E402
+from interop.torch_models import cifar_resnet  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from interop import CheckpointError, from_torch, to_torch
 from interop.layouts import LAYOUTS
 from tests.interop.conftest import torch_logits
 
-torch = pytest.importorskip("torch")
-torch_models = pytest.importorskip("interop.torch_models")
+torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
+from interop import torch_models  # noqa: E402
 
 
 @pytest.fixture(scope="module")
