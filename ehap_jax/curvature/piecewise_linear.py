@@ -175,16 +175,18 @@ class _Walk:
     live: dict[Body, frozenset[Node]]
     depth: int = 0
 
-    def body(self, body: Body, inputs: Sequence[_State]) -> list[_State]:
+    def body(self, body: Body, inputs: Sequence[_State], near: str = "an unknown line") -> list[_State]:
+        """States of the outputs; ``near`` is a source line for operations that have none of their own."""
         states: dict[Value, _State] = dict(zip(body.inputs, inputs, strict=True))
 
         def of(operand) -> _State:
             return _FREE if isinstance(operand, Constant) else states.get(operand, _FREE)
 
         for node in self.needed(body):
+            near = node.source or near
             operands = [of(operand) for operand in node.inputs]
             if any(state.depends or state.unproven for state in operands):
-                states.update(zip(node.outputs, self.node(node, operands), strict=True))
+                states.update(zip(node.outputs, self.node(node, operands, near), strict=True))
         return [of(operand) for operand in body.outputs]
 
     def needed(self, body: Body) -> list[Node]:
@@ -198,36 +200,37 @@ class _Walk:
             self.live[body] = frozenset(found)
         return [node for node in body.nodes if node in self.live[body]]
 
-    def node(self, node: Node, operands: list[_State]) -> list[_State]:
+    def node(self, node: Node, operands: list[_State], near: str) -> list[_State]:
         name, count = node.name, len(node.outputs)
+        where = f"at {node.source}" if node.source else f"inside a function of JAX used after {near}"
         if name in _STEPS or _rounds_to_integer(node):
             return [_FREE] * count
         if name in REMAT or name in CUSTOM_RULE:
             assert node.body is not None
-            outputs = self.body(node.body, operands)
-            return outputs if name in REMAT else self.custom(node, operands, outputs)
+            outputs = self.body(node.body, operands, near)
+            return outputs if name in REMAT else self.custom(node, operands, outputs, where)
         if name in _ONE_TO_ONE:
             return operands
         if name == "top_k":  # the values, and the places where they were
             return [operands[0], _FREE]
         if name in _PRODUCTS:
             both = operands[0].depends & operands[1].depends
-            return [_joined(operands, both, f"used twice in a product: {name} at {node.source}")] * count
+            return [_joined(operands, both, f"used twice in a product: {name} {where}")] * count
         if name == "div":
-            why = f"div by a value that depends on it at {node.source}"
+            why = f"div by a value that depends on it {where}"
             return [_joined(operands, operands[1].depends, why)]
         if name in ("integer_pow", "pow") and _is_one(node):
             return [operands[0]]
         if name in _PIECEWISE or name == "convert_element_type":
             choosing = operands[_CHOOSING.get(name, slice(0, 0))]
             bits = _union(state.depends for state in choosing)
-            return [_joined(operands, bits, f"{name} chooses by a value that depends on it at {node.source}")] * count
+            return [_joined(operands, bits, f"{name} chooses by a value that depends on it {where}")] * count
         if name == "rem":
-            return [_joined(operands, operands[1].depends, f"rem by a value that depends on it at {node.source}")]
+            return [_joined(operands, operands[1].depends, f"rem by a value that depends on it {where}")]
         every = _union(state.depends for state in operands)
-        return [_joined(operands, every, f"{name} is not known to be piecewise linear at {node.source}")] * count
+        return [_joined(operands, every, f"{name} is not known to be piecewise linear {where}")] * count
 
-    def custom(self, node: Node, operands: list[_State], outputs: list[_State]) -> list[_State]:
+    def custom(self, node: Node, operands: list[_State], outputs: list[_State], where: str) -> list[_State]:
         """A call with its own derivative: proven if its body is and the derivative does not vary with the inputs.
 
         The outputs depend on all that goes in, even where the body cuts it (straight-through rounding).
@@ -238,7 +241,7 @@ class _Walk:
         if kind not in self.rules:
             self.rules[kind] = self.constant_rule(node, varying)
         name = node.params.get("name", node.name)
-        why = f"{name} has a derivative rule that is not piecewise constant at {node.source}"
+        why = f"{name} has a derivative rule that is not piecewise constant {where}"
         joined = _joined([*outputs, *operands], 0 if self.rules[kind] else every, why)
         return [joined] * len(node.outputs)
 
