@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from math import floor
 from typing import Literal
 
@@ -26,26 +27,40 @@ def allocate(
     params: float | None = None,
     macs: float | None = None,
     channels: float | None = None,
+    bytes: float | None = None,
     coupling: Coupling = "group",
     max_layer_ratio: float = 0.95,
     round_to: int = 1,
+    min_channels: int = 1,
+    exclude: Sequence[str] = (),
     aggregate: Literal["sum", "mean", "max"] = "sum",
+    ranking: Literal["global", "layer", "isomorphic"] = "global",
 ) -> PruningPlan:
     """Remove groups in ascending order of score until at most a fraction of the network is kept.
 
-    Exactly one of ``params``, ``macs`` and ``channels`` (of the prunable kernels) is the fraction in (0, 1] that is
-    kept; the result is within one group of it. A group's score is the ``aggregate`` of its producers' channels; groups
-    of exact zeros (dead channels) go first, ties by ‖w‖², then by position. No kernel loses more than
-    ``max_layer_ratio`` of its output channels (its best ones stay), and with ``round_to`` the kept number of every
-    pruned kernel is a multiple of it where its size allows.
+    Exactly one of ``params``, ``macs``, ``bytes`` and ``channels`` (of the prunable kernels) is the fraction in (0, 1]
+    that is kept; the result is within one group of it. A group's score is the ``aggregate`` of its producers' channels;
+    groups of exact zeros (dead channels) go first, ties by ‖w‖², then by position. No kernel loses more than
+    ``max_layer_ratio`` of its output channels or keeps fewer than ``min_channels`` (its best ones stay), and with
+    ``round_to`` the kept number of every pruned kernel is a multiple of it where its size allows. Groups with a kernel
+    whose path matches a pattern of ``exclude`` (``"*/downsample*"``) stay whole.
 
-    Raises ValueError for a fraction out of (0, 1] or below what the limits allow (the range is given).
+    ``ranking`` says what is compared with what. ``"global"``: all groups. ``"layer"``: groups of the same kernels, so
+    that every layer loses the same fraction. ``"isomorphic"``: layers of the same structure (number and kind of the
+    kernels and other variables they tie together), each such class losing the same fraction (arXiv 2407.04616).
+
+    Raises ValueError for a fraction out of (0, 1] or below what the limits allow (the range is given), or a pattern of
+    ``exclude`` that matches no kernel.
     """
-    budget, fraction = _budget(params=params, macs=macs, channels=channels)
+    budget, fraction = _budget(params=params, macs=macs, channels=channels, bytes=bytes)
     if not 0 <= max_layer_ratio < 1:
         raise ValueError(f"max_layer_ratio must be in [0, 1), got {max_layer_ratio!r}.")
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, got {round_to!r}.")
+    if min_channels < 1:
+        raise ValueError(f"min_channels must be at least 1, got {min_channels!r}.")
+    if ranking not in ("global", "layer", "isomorphic"):
+        raise ValueError(f'ranking must be "global", "layer" or "isomorphic", got {ranking!r}.')
     if aggregate not in AGGREGATE:
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATE)}, got {aggregate!r}.")
     structure = channel_structure(graph, coupling)
@@ -53,19 +68,23 @@ def allocate(
     for path, size in sizes.items():
         if path in scores.values and len(scores.values[path]) != size:
             raise ValueError(f"{path} has {size} output channels, but {len(scores.values[path])} scores.")
-    order = _ranked(structure.groups(), scores, aggregate)
-    removable = _within_layer_limit(order, sizes, max_layer_ratio)
-    total = _measure(structure, [], order, budget)
+    groups = structure.groups()
+    order = _ranked(_without(groups, exclude, structure.kernel_axes), scores, aggregate)
+    if ranking != "global":
+        order = _interleaved(order, graph, _layer if ranking == "layer" else _isomorphism_class)
+    removable = _within_layer_limit(order, sizes, max_layer_ratio, min_channels)
+    total = _measure(structure, [], groups, budget)
 
     def kept_fraction(count: int) -> float:
         removed = _rounded(removable[:count], sizes, round_to)
-        return _measure(structure, removed, order, budget) / total
+        return _measure(structure, removed, groups, budget) / total
 
     lowest = kept_fraction(len(removable))
     if lowest > fraction:
         raise ValueError(
-            f"{budget}={fraction:g} is out of reach: with max_layer_ratio={max_layer_ratio:g} and round_to={round_to} "
-            f"this network can keep between {lowest:.4f} and 1 of its {budget}."
+            f"{budget}={fraction:g} is out of reach: with max_layer_ratio={max_layer_ratio:g}, "
+            f"min_channels={min_channels}, round_to={round_to} and {len(exclude)} exclusions this network can keep "
+            f"between {lowest:.4f} and 1 of its {budget}."
         )
     low, high = 0, len(removable)
     while low < high:
@@ -81,6 +100,9 @@ def allocate(
         "budget": {budget: fraction},
         "max_layer_ratio": max_layer_ratio,
         "round_to": round_to,
+        "min_channels": min_channels,
+        "exclude": list(exclude),
+        "ranking": ranking,
         "aggregate": aggregate,
         "negative_scores": scores.negative,
         "cost": cost._asdict(),
@@ -105,7 +127,10 @@ def _ranked(groups: Sequence[ChannelGroup], scores: Scores, aggregate: str) -> l
     def of(group: ChannelGroup, values) -> np.ndarray:
         missing = [path for path in group.producers if path not in values]
         if missing:
-            raise KeyError(f"the scores have no entry for kernel {missing[0]}; they are for another network.")
+            raise KeyError(
+                f"the scores have no entry for kernel {missing[0]}: they are for another network, or the kernel has to "
+                "be excluded."
+            )
         return np.concatenate([values[path][list(i)] for path, i in group.producers.items()])
 
     keys = []
@@ -116,9 +141,48 @@ def _ranked(groups: Sequence[ChannelGroup], scores: Scores, aggregate: str) -> l
     return [groups[position] for *_, position in sorted(keys)]
 
 
-def _within_layer_limit(order, sizes: Mapping[str, int], max_layer_ratio: float) -> list[ChannelGroup]:
+def _without(groups: Sequence[ChannelGroup], exclude: Sequence[str], kernels) -> list[ChannelGroup]:
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a sequence of patterns, not the string {exclude!r}.")
+    for pattern in exclude:
+        if not any(fnmatchcase(path, pattern) for path in kernels):
+            raise ValueError(f"exclude pattern {pattern!r} matches no kernel; there are {', '.join(sorted(kernels))}.")
+    return [g for g in groups if not any(fnmatchcase(path, p) for path in g.producers for p in exclude)]
+
+
+def _interleaved(order: Sequence[ChannelGroup], graph: Graph, class_of: Callable) -> list[ChannelGroup]:
+    """``order`` rearranged so that all classes lose the same fraction: by rank within the class over its size."""
+    classes = [class_of(group, graph) for group in order]
+    size, seen = Counter(classes), Counter()
+    keys = []
+    for position, cls in enumerate(classes):
+        keys.append(((seen[cls] + 0.5) / size[cls], position))
+        seen[cls] += 1
+    return [order[position] for _, position in sorted(keys)]
+
+
+def _layer(group: ChannelGroup, graph: Graph):
+    return frozenset(group.producers)
+
+
+def _isomorphism_class(group: ChannelGroup, graph: Graph):
+    """What the group ties together, names and widths left out: rank, axis, spatial size and count of indices."""
+    return tuple(
+        sorted(
+            (len(shape), axis, shape[:-2] if len(shape) > 2 else (), path in group.producers)
+            for path, axis in group.slices
+            for shape in [graph.leaves[path].shape]
+        )
+    )
+
+
+def _within_layer_limit(
+    order, sizes: Mapping[str, int], max_layer_ratio: float, min_channels: int
+) -> list[ChannelGroup]:
     """The groups of ``order`` that may go: whatever would take a kernel beyond its limit stays."""
-    limit = {path: min(floor(max_layer_ratio * size + 1e-9), size - 1) for path, size in sizes.items()}
+    limit = {
+        path: min(floor(max_layer_ratio * size + 1e-9), max(size - min_channels, 0)) for path, size in sizes.items()
+    }
     gone: Counter[str] = Counter()
     removable = []
     for group in order:

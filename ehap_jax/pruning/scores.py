@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax.graph.channels import channel_structure
@@ -79,16 +83,106 @@ def random_scores(graph: Graph, *, key) -> Scores:
     return Scores(values, {path: np.zeros_like(v) for path, v in values.items()}, "random")
 
 
+def norm_scale_scores(graph: Graph, variables, *, scale: str = "*scale") -> Scores:
+    """``|γ_c|`` of the normalisation that acts on a channel (network slimming, arXiv 1708.06519).
+
+    ``scale`` is the path pattern of the factors. A kernel takes the mean over the factors that live and die with its
+    channel alone, or else (pre-activation networks) with the stream that it writes. Kernels with none get no score:
+    leave them out of ``allocate`` with ``exclude``.
+
+    Raises ValueError where no kernel has such a factor.
+    """
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    norms, _ = _kernels(graph, variables)
+    values: dict[str, np.ndarray] = {}
+    for coupling in ("union", "group"):
+        found = {path: np.full(norm.shape, np.nan) for path, norm in norms.items() if path not in values}
+        for group in channel_structure(graph, coupling).groups():
+            factors = [
+                np.abs(np.asarray(_leaf(leaves, path), np.float64))[list(indices)]
+                for (path, axis), indices in group.slices.items()
+                if axis == 0 and len(graph.leaves[path].shape) == 1 and fnmatchcase(path, scale)
+            ]
+            for path, indices in group.producers.items():
+                if factors and path in found:
+                    found[path][list(indices)] = np.concatenate(factors).mean()
+        values.update({path: score for path, score in found.items() if not np.isnan(score).any()})
+    if not values:
+        raise ValueError(f"no kernel of this network has a factor whose path matches {scale!r}.")
+    return Scores(values, norms, "normalisation scale")
+
+
+def taylor_scores(graph: Graph, variables, loss: Callable, batch) -> Scores:
+    """First-order Taylor importance ``(Σ_{w in c} g_w w)²`` (Molchanov et al. 2019, arXiv 1906.10771, eq. 8).
+
+    ``loss(variables, batch)`` is the mean loss, ``g`` its gradient: the squared change of the loss when the channel is
+    set to zero, to first order.
+    """
+    gates = jax.jit(partial(_gate_gradients, graph, loss))(variables, batch)
+    values = {path: np.square(np.asarray(gate, np.float64)) for path, gate in gates.items()}
+    return Scores(values, _kernels(graph, variables)[0], "taylor")
+
+
+def fisher_scores(graph: Graph, variables, loss: Callable, batch, *, microbatch: int | None = None) -> Scores:
+    """Empirical Fisher information of a gate on every channel, ``½ mean_n (Σ_{w in c} g_{n,w} w)²``.
+
+    One gradient per example n (Theis et al. 2018, arXiv 1801.05787, eq. 7), vmapped over ``microbatch`` examples at a
+    time (default: all). ``loss(variables, batch)`` is called with batches of one; all leaves of ``batch`` have the
+    example axis first.
+
+    Raises ValueError where the leaves of ``batch`` disagree on the number of examples.
+    """
+    counts = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
+    if len(counts) != 1:
+        raise ValueError(f"all leaves of the batch need the same number of examples; got {sorted(counts)}.")
+    (count,) = counts
+    step = microbatch or count
+    if step < 1:
+        raise ValueError(f"microbatch must be at least 1, got {microbatch!r}.")
+
+    @jax.jit
+    def squares(variables, examples):
+        gates = jax.vmap(partial(_gate_gradients, graph, loss), (None, 0))(variables, examples)
+        return jax.tree.map(lambda gate: jnp.square(gate.astype(jnp.float32)).sum(0), gates)
+
+    total: dict[str, np.ndarray] = {}
+    for start in range(0, count, step):
+        examples = jax.tree.map(lambda leaf, a=start: leaf[a : a + step, None], batch)
+        for path, value in squares(variables, examples).items():
+            total[path] = total.get(path, 0.0) + np.asarray(value, np.float64)
+    values = {path: value / (2 * count) for path, value in total.items()}
+    return Scores(values, _kernels(graph, variables)[0], "fisher")
+
+
+def _gate_gradients(graph: Graph, loss: Callable, variables, batch) -> dict[str, jax.Array]:
+    """``Σ_{w in c} g_w w`` per kernel and output channel: the gradient of a factor 1 on the channel's weights."""
+    grads = jax.grad(loss, allow_int=True)(variables, batch)
+    grads = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    gates = {}
+    for path, axis in channel_structure(graph).kernel_axes.items():
+        w, g = _leaf(leaves, path), _leaf(grads, path)
+        gates[path] = (w * g).sum([i for i in range(w.ndim) if i != axis])
+    return gates
+
+
+def _leaf(leaves: Mapping[str, Any], path: str):
+    """A variable by the graph's path, in the variables themselves or in their ``params`` collection alone."""
+    for name in (path, path.removeprefix("params/")):
+        if name in leaves:
+            return leaves[name]
+    raise KeyError(f"{path} of the graph is not among the variables given.")
+
+
 def _kernels(graph: Graph, variables, power: int = 2) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Per kernel ``Σ|w_c|^power`` over each output channel, and the number of weights in a channel."""
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
     sums, sizes = {}, {}
     for path, axis in channel_structure(graph).kernel_axes.items():
-        if path not in leaves:
-            raise KeyError(f"kernel {path} of the graph is not among the variables given.")
-        kernel = np.moveaxis(np.abs(np.asarray(leaves[path], np.float64)), axis, 0)
-        if kernel.shape[0] != graph.leaves[path].shape[axis]:
-            raise ValueError(f"{path} has shape {np.shape(leaves[path])}, the graph {graph.leaves[path].shape}.")
+        leaf = _leaf(leaves, path)
+        if np.shape(leaf) != graph.leaves[path].shape:
+            raise ValueError(f"{path} has shape {np.shape(leaf)}, the graph {graph.leaves[path].shape}.")
+        kernel = np.moveaxis(np.abs(np.asarray(leaf, np.float64)), axis, 0)
         sums[path] = (kernel.reshape(kernel.shape[0], -1) ** power).sum(1)
         sizes[path] = kernel[0].size
     return sums, sizes

@@ -33,7 +33,7 @@ def scores_of(norms=None, **values):
     return Scores(values, {**default, **{p: np.asarray(n, float) for p, n in (norms or {}).items()}}, "test")
 
 
-@pytest.mark.parametrize("budget", ["params", "macs", "channels"])
+@pytest.mark.parametrize("budget", ["params", "macs", "bytes", "channels"])
 @pytest.mark.parametrize("coupling", ["group", "union"])
 @pytest.mark.parametrize("fraction", [0.9, 0.6, 0.35])
 def test_target_is_met_within_one_group(graph, budget, coupling, fraction):
@@ -110,6 +110,40 @@ def test_round_to_restores_the_best(chain):
     assert plan.keep["a"].tolist() == list(range(4, 20))
 
 
+def test_min_channels(chain):
+    scores = scores_of(a=np.full(20, 0.1), b=np.full(16, 9.0), c=np.ones(2))
+    plan = allocate(chain, scores, channels=0.6, min_channels=8)
+    assert len(plan.keep["a"]) == 8
+
+
+def test_excluded_kernels_stay_whole_with_all_that_is_tied_to_them(graph):
+    scores = random_scores(graph, key=jax.random.key(0))
+    assert set(allocate(graph, scores, channels=0.85, exclude=["s*m"]).keep) == {"a1"}, "a2 writes the stem's stream"
+    union = allocate(graph, scores, channels=0.6, exclude=["s*m"], coupling="union")
+    assert set(union.keep) == {"a1", "a2"}
+    only = Scores({"a1": scores.values["a1"]}, {"a1": scores.norms["a1"]}, "partial")
+    assert set(allocate(graph, only, channels=0.85, exclude=["stem", "a2"]).keep) == {"a1"}
+    with pytest.raises(TypeError, match="sequence of patterns"):
+        allocate(graph, scores, channels=0.85, exclude="stem")
+
+
+def test_ranking_per_layer_takes_the_same_fraction_of_each(chain):
+    """Layer b is worth 100 times as much as layer a, and still loses half; within a layer the best stay."""
+    scores = scores_of(a=np.arange(20) + 1.0, b=100.0 * np.arange(16)[::-1] + 100, c=np.ones(2))
+    plan = allocate(chain, scores, channels=0.5, ranking="layer")
+    assert plan.keep["a"].tolist() == list(range(10, 20)) and plan.keep["b"].tolist() == list(range(8))
+    assert len(allocate(chain, scores, channels=0.5, ranking="global").keep["a"]) == 2
+
+
+def test_isomorphic_ranking_compares_like_with_like(chain, graph):
+    """Two dense layers are alike and compete; the stream and the inner width of a block are not alike."""
+    scores = scores_of(a=np.arange(20) + 1.0, b=np.arange(16) + 101.0, c=np.ones(2))
+    assert "b" not in allocate(chain, scores, channels=0.6, ranking="isomorphic").keep
+    block = scores_of(stem=np.ones(6), a2=np.ones(6), a1=np.full(5, 99.0), head=np.ones(3))
+    plan = allocate(graph, block, channels=0.5, ranking="isomorphic")
+    assert len(plan.keep["stem"]) == 3 and len(plan.keep["a1"]) in (2, 3)
+
+
 @pytest.mark.parametrize("aggregate, first", [("sum", 0), ("mean", 0), ("max", 1)])
 def test_groups_are_scored_as_a_whole(graph, aggregate, first):
     """Stream channel 0 has scores 1 and 4, channel 1 has 3 and 3: less in sum, more at most."""
@@ -145,13 +179,16 @@ def test_a_budget_out_of_reach_names_the_range(graph):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({}, "exactly one of params, macs, channels; got none"),
+        ({}, "exactly one of params, macs, channels, bytes; got none"),
         ({"params": 0.5, "macs": 0.5}, "got params, macs"),
         ({"params": 0}, r"in \(0, 1\]; got 0"),
         ({"params": 50}, r"in \(0, 1\]; got 50"),
         ({"params": float("nan")}, "got nan"),
         ({"params": 0.5, "max_layer_ratio": 1.0}, "max_layer_ratio"),
         ({"params": 0.5, "round_to": 0}, "round_to"),
+        ({"params": 0.5, "min_channels": 0}, "min_channels"),
+        ({"params": 0.5, "ranking": "local"}, "ranking"),
+        ({"params": 0.5, "exclude": ["nothing*"]}, r"'nothing\*' matches no kernel; there are a1, a2, head, stem"),
         ({"params": 0.5, "aggregate": "median"}, "aggregate must be one of"),
         ({"params": 0.5, "coupling": "both"}, "coupling"),
     ],

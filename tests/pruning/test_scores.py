@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 from ehap_jax.graph import trace_graph
-from ehap_jax.pruning import Scores, hessian_scores, magnitude_scores, random_scores
-from tests.pruning.networks import apply, images, variables
+from ehap_jax.pruning import (
+    Scores,
+    fisher_scores,
+    hessian_scores,
+    magnitude_scores,
+    norm_scale_scores,
+    random_scores,
+    taylor_scores,
+)
+from tests.pruning.networks import apply, conv, images, variables
 
 KERNELS = {"stem", "a1", "a2", "head"}
 
@@ -77,3 +85,77 @@ def test_bad_input_is_refused(network):
         magnitude_scores(graph, {p: w for p, w in v.items() if p != "stem"})
     with pytest.raises(ValueError, match=r"a1 has shape \(3, 3, 6, 4\)"):
         magnitude_scores(graph, {**v, "a1": v["a1"][..., :4]})
+
+
+def squared_error(v, batch):
+    x, y = batch
+    return jnp.mean(jnp.sum((apply(v, x) - y) ** 2, -1))
+
+
+@pytest.fixture(scope="module")
+def examples(network):
+    """(batch, {kernel: Σ g·w of every example and channel}), one gradient at a time."""
+    _, v = network
+    batch = images(count=4), jnp.asarray(np.random.default_rng(3).normal(size=(4, 3)), jnp.float32)
+    gradient = jax.jit(jax.grad(squared_error))
+    one = [gradient(v, (batch[0][n : n + 1], batch[1][n : n + 1])) for n in range(4)]
+    return batch, {path: np.stack([(flat(g[path]) * flat(v[path])).sum(0) for g in one]) for path in KERNELS}
+
+
+def test_taylor_scores_square_the_gradient_of_a_gate(network, examples):
+    graph, v = network
+    batch, gates = examples
+    scores = taylor_scores(graph, v, squared_error, batch)
+    for path in KERNELS:
+        np.testing.assert_allclose(scores.values[path], gates[path].mean(0) ** 2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("microbatch", [None, 3])
+def test_fisher_scores_square_per_example(network, examples, microbatch):
+    graph, v = network
+    batch, gates = examples
+    scores = fisher_scores(graph, v, squared_error, batch, microbatch=microbatch)
+    for path in KERNELS:
+        np.testing.assert_allclose(scores.values[path], 0.5 * (gates[path] ** 2).mean(0), rtol=1e-3, atol=1e-6)
+
+
+def test_fisher_scores_refuse_ragged_batches(network, examples):
+    (x, y), _ = examples
+    with pytest.raises(ValueError, match=r"\[3, 4\]"):
+        fisher_scores(*network, squared_error, (x, y[:3]))
+    with pytest.raises(ValueError, match="microbatch"):
+        fisher_scores(*network, squared_error, (x, y), microbatch=-1)
+
+
+def draw(**shapes):
+    rng = np.random.default_rng(0)
+    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+
+def test_normalisation_scales_score_their_own_convolution():
+    v = draw(stem=(1, 1, 3, 4), stem_scale=(4,), c=(1, 1, 4, 4), c_scale=(4,), last=(1, 1, 4, 5), h=(5, 2))
+
+    def network(v, x):
+        x = conv(x, v["stem"]) * v["stem_scale"][None, None, None]
+        x = jax.nn.relu(x + conv(x, v["c"]) * v["c_scale"][None, None, None])
+        return conv(x, v["last"]).sum((1, 2)) @ v["h"]
+
+    graph = trace_graph(network)(v, images())
+    scores = norm_scale_scores(graph, v)
+    assert set(scores.values) == {"stem", "c"}, "the last convolution has no factor of its own"
+    np.testing.assert_allclose(scores.values["stem"], np.abs(v["stem_scale"]), rtol=1e-6)
+    np.testing.assert_allclose(scores.values["c"], np.abs(v["c_scale"]), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"matches '\*gamma'"):
+        norm_scale_scores(graph, v, scale="*gamma")
+
+
+def test_normalisation_before_the_activation_scores_the_stream():
+    v = draw(stem=(1, 1, 3, 4), c=(1, 1, 4, 4), n_scale=(4,), h=(4, 2))
+
+    def network(v, x):
+        x = conv(x, v["stem"])
+        return ((x + conv(x, v["c"])) * v["n_scale"][None, None, None]).sum((1, 2)) @ v["h"]
+
+    scores = norm_scale_scores(trace_graph(network)(v, images()), v)
+    for path in ("stem", "c"):
+        np.testing.assert_allclose(scores.values[path], np.abs(v["n_scale"]), rtol=1e-6)
