@@ -133,13 +133,13 @@ def compare(
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The figures as plain text, one column per checkpoint."""
-    head = f"{'':30}{'limit':>10}" + "".join(f"{r['checkpoint']:>24}" for r in results)
+    head = f"{'':34}{'limit':>10}" + "".join(f"{r['checkpoint']:>24}" for r in results)
     rows = [head, "-" * len(head)]
     for name in ("accuracy_jax", "accuracy_torch"):
-        rows.append(f"{name:30}{'':>10}" + "".join(f"{r[name]:>23.2%} " for r in results))
+        rows.append(f"{name:34}{'':>10}" + "".join(f"{r[name]:>23.2%} " for r in results))
     for name, limit in LIMITS.items():
         cells = "".join(f"{r[name]:>22.3g}{' ' if r[name] <= limit else '!'} " for r in results)
-        rows.append(f"{name:30}{limit:>10.0e}" + cells)
+        rows.append(f"{name:34}{limit:>10.0e}" + cells)
     return "\n".join(rows)
 
 
