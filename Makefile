@@ -24,7 +24,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m recipes.quickstart --seeds $(SEEDS) $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -p no:cacheprovider $(ARGS)
+	$(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --no-cache .
