@@ -14,12 +14,15 @@ from ehap_jax.pruning import (
     PruningPlan,
     Scores,
     allocate,
+    fisher_scores,
     hessian_scores,
     magnitude_scores,
     mask_variables,
+    norm_scale_scores,
     random_scores,
     shrink,
     shrink_variables,
+    taylor_scores,
 )
 from ehap_jax.quant import INT8, Quantized, QuantRule, fake_quant
 
@@ -40,13 +43,16 @@ __all__ = [
     "channel_trace",
     "count_cost",
     "fake_quant",
+    "fisher_scores",
     "hessian_scores",
     "hvp",
     "magnitude_scores",
     "mask_variables",
+    "norm_scale_scores",
     "random_scores",
     "shrink",
     "shrink_variables",
+    "taylor_scores",
     "trace_graph",
 ]
 __version__ = "0.1.0"
