@@ -8,6 +8,7 @@ from ehap_jax.graph.channels import (
     channel_structure,
 )
 from ehap_jax.graph.cost import Cost, count_cost
+from ehap_jax.graph.explain import explain
 from ehap_jax.graph.interpret import RULES, Rule, evaluate, evaluate_call, register
 from ehap_jax.graph.trace import Graph, Node, Value, trace_graph
 
@@ -26,6 +27,7 @@ __all__ = [
     "count_cost",
     "evaluate",
     "evaluate_call",
+    "explain",
     "register",
     "trace_graph",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,11 +43,13 @@ class ChannelStructure:
     def groups(self) -> tuple[ChannelGroup, ...]:
         """Prunable groups, in the order in which their first producer is written."""
         classes = self.solution.produced_classes()
+        prunable = np.zeros(self.solution.classes.max(initial=0) + 1, bool)
+        prunable[classes] = True
         slices: dict[int, dict[tuple[str, int], tuple[int, ...]]] = {int(c): {} for c in classes}
         for leaf in self.solution.structure.leaves:
             of_index = self.solution.classes[leaf.start : leaf.start + leaf.size]
             by_class = defaultdict(list)
-            for index in np.flatnonzero(np.isin(of_index, classes)):
+            for index in np.flatnonzero(prunable[of_index]):
                 by_class[int(of_index[index])].append(int(index))
             for cls, indices in by_class.items():
                 slices[cls][leaf.path, leaf.axis] = tuple(indices)
@@ -56,7 +59,7 @@ class ChannelStructure:
         ]
         return tuple(ChannelGroup(p, members) for p, members in zip(producers, slices.values(), strict=True) if p)
 
-    def alive(self, keep: Mapping[str, Sequence[int]]) -> np.ndarray:
+    def alive(self, keep: Mapping[str, Any]) -> np.ndarray:
         """Which classes live when kernels keep only the output channels ``keep`` (others keep all).
 
         Raises ValueError where two kernels that must agree do not, or a channel that cannot go is missing.
@@ -84,6 +87,14 @@ class ChannelStructure:
                         "but the plan keeps only one of them. Was it made for another coupling or network?"
                     )
         return self.solution.alive(np.array([c for c, (s, *_) in state.items() if c in prunable and not s], int))
+
+    def why_fixed(self, path: str) -> str:
+        """What first keeps the output channels of a kernel from being pruned ("" where nothing does)."""
+        structure, axis = self.solution.structure, self.kernel_axes[path]
+        leaf = next(leaf for leaf in structure.leaves if (leaf.path, leaf.axis) == (path, axis))
+        ties = structure.ties()
+        own = ties[leaf.start : leaf.start + leaf.size]
+        return next((why for labels, why in structure.frozen if np.isin(ties[labels], own).any()), "")
 
     def kept_slices(self, alive: np.ndarray) -> dict[str, dict[int, np.ndarray]]:
         """{variable path: {axis: kept indices}} of everything that is smaller than in full."""

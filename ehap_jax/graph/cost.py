@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ehap_jax.graph.channels import ChannelStructure, channel_structure
 from ehap_jax.graph.interpret import RULES
 from ehap_jax.graph.structure import Coupling
-from ehap_jax.graph.trace import SCAN, Body, Graph, Operand
+from ehap_jax.graph.trace import SCAN, Body, Graph, Node, Operand
+
+Shape = Callable[[Operand], tuple[int, ...]]
 
 
 class Cost(NamedTuple):
@@ -31,7 +33,7 @@ class Plan(Protocol):
     def coupling(self) -> Coupling: ...
 
     @property
-    def keep(self) -> dict[str, np.ndarray]: ...
+    def keep(self) -> Mapping[str, Any]: ...
 
 
 def count_cost(graph: Graph, plan: Plan | None = None) -> Cost:
@@ -50,29 +52,34 @@ def count_cost(graph: Graph, plan: Plan | None = None) -> Cost:
 
 def cost_of_alive(structure: ChannelStructure, alive: np.ndarray) -> Cost:
     """Cost when only the label classes ``alive`` remain."""
+    return _cost(structure.graph, kept_shape(structure, alive))
+
+
+def kept_shape(structure: ChannelStructure, alive: np.ndarray) -> Shape:
+    """The shape of any value of the graph when only the label classes ``alive`` remain."""
 
     def shape(operand: Operand) -> tuple[int, ...]:
         kept = structure.kept(operand, alive)
         return tuple(n if k is None else len(k) for n, k in zip(operand.shape, kept, strict=True))
 
-    return _cost(structure.graph, shape)
+    return shape
 
 
-def _cost(graph: Graph, shape: Callable[[Operand], tuple[int, ...]]) -> Cost:
+def node_macs(body: Body, shape: Shape) -> Iterator[tuple[Node, int]]:
+    """Every conv and matrix product with its multiply-accumulates, those inside calls and scans included."""
+    for node in body.nodes:
+        rule = RULES.get(node.name)
+        if node.body is not None:
+            rounds = node.params["length"] if node.name == SCAN else 1
+            yield from ((inner, rounds * count) for inner, count in node_macs(node.body, shape))
+        elif rule is not None and rule.macs is not None:
+            yield node, rule.macs(node, [shape(v) for v in node.inputs], [shape(v) for v in node.outputs])
+
+
+def _cost(graph: Graph, shape: Shape) -> Cost:
     shapes = {path: shape(value) for path, value in graph.leaves.items()}
-
-    def macs(body: Body) -> int:
-        total = 0
-        for node in body.nodes:
-            rule = RULES.get(node.name)
-            if node.body is not None:
-                total += macs(node.body) * (node.params["length"] if node.name == SCAN else 1)
-            elif rule is not None and rule.macs is not None:
-                total += rule.macs(node, [shape(v) for v in node.inputs], [shape(v) for v in node.outputs])
-        return total
-
     return Cost(
         params=sum(prod(shapes[path]) for path in graph.parameters),
-        macs=macs(graph.body),
+        macs=sum(count for _, count in node_macs(graph.body, shape)),
         bytes=sum(prod(shapes[path]) * np.dtype(value.dtype).itemsize for path, value in graph.leaves.items()),
     )

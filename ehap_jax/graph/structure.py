@@ -112,16 +112,21 @@ class Structure:
 
     def _order(self, axis: Axis) -> tuple[int, int]:
         """Results are named after the variable of highest rank (a kernel, not its gain), after copies last of all."""
-        first = int(axis[0][0]) if axis[0].size else 0
+        labels = axis[0]
+        leaf = self.leaf_of(labels)
+        return (-leaf.rank if leaf else int(self.is_copies(labels)), int(labels[0]) if labels.size else 0)
+
+    def leaf_of(self, labels: np.ndarray) -> Leaf | None:
+        """The axis of a variable that these labels are from, judged by the first; None for other labels."""
+        first = int(labels[0]) if labels.size else ALIVE
         i = bisect_right(self.leaves, first, key=lambda leaf: leaf.start) - 1
-        is_leaf = i >= 0 and first < self.leaves[i].start + self.leaves[i].size
-        return (-self.leaves[i].rank if is_leaf else int(self.is_copies(axis[0])), first)
+        return self.leaves[i] if i >= 0 and first < self.leaves[i].start + self.leaves[i].size else None
 
     def add(self, a: Axis, b: Axis, both_zero: bool, why: str) -> Axis:
         """The labels of a sum of two activations. ``both_zero``: pruned indices of both operands are exactly zero."""
         if len(a) > 1 or len(b) > 1 or (not a and not b):
             return self.equal(a, b, why)
-        size = len((a or b)[0])
+        size = next(len(labels) for axis in (a, b) for labels in axis)
         x, y = (axis[0] if axis else np.full(size, ALIVE) for axis in (a, b))
         if np.array_equal(x, y):
             return a
@@ -148,13 +153,16 @@ class Structure:
         held = [a for value in labels for axis in value.axes for a in axis]
         if not held:
             return []
-        ties = [*self._equal, *((r, a) for r, a, _, _ in self._adds), *((r, b) for r, _, b, _ in self._adds)]
-        ties = [(a[both], b[both]) for a, b in ties for both in [(a != ALIVE) & (b != ALIVE)]]
-        classes = self._components(ties)
+        classes = self.ties()
         ids = np.unique(classes[np.concatenate(held)])
         return sorted(
             {leaf.path for leaf in self.leaves if np.isin(classes[leaf.start : leaf.start + leaf.size], ids).any()}
         )
+
+    def ties(self) -> np.ndarray:
+        """The class of every label, had nothing been frozen and every sum merged its operands."""
+        ties = [*self._equal, *((r, a) for r, a, _, _ in self._adds), *((r, b) for r, _, b, _ in self._adds)]
+        return self._components([(a[both], b[both]) for a, b in ties for both in [(a != ALIVE) & (b != ALIVE)]])
 
     def solve(self, coupling: Coupling) -> Solution:
         """Classes of labels that live and die together, and the sums that keep a union."""

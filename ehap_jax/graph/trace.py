@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ehap_jax import _compat
 
@@ -258,4 +259,4 @@ def _operand(env, var) -> Operand:
 
 
 def _is_concrete(const) -> bool:
-    return not isinstance(const, jax.core.Tracer)
+    return not isinstance(const, Tracer)

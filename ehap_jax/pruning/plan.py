@@ -42,7 +42,7 @@ class PruningPlan:
     def from_keep(
         cls,
         graph: Graph,
-        keep: Mapping[str, Sequence[int]],
+        keep: Mapping[str, Sequence[int] | np.ndarray],
         *,
         coupling: Coupling = "group",
         provenance: Mapping[str, Any] | None = None,

@@ -207,8 +207,7 @@ def select(structure: Structure, node: Node, inputs: list[Labels]) -> list[Label
 @elementwise("clamp")
 def clamp(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     low, high = (getattr(node.inputs[i], "value", None) for i in (0, 2))
-    known = low is not None and high is not None and np.ndim(low) == 0 and np.ndim(high) == 0
-    keeps = known and low <= 0 <= high
+    keeps = low is not None and high is not None and bool(np.all(low <= 0) and np.all(high >= 0))
     rank = len(node.outputs[0].shape)
     return _result(structure, node, inputs, zeros(inputs[1], rank) if keeps else frozenset())
 

@@ -194,15 +194,18 @@ def scatter(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labe
     zero: set[int] = set()
     for i, axis in enumerate(operand.axes):
         j = window.get(i)
-        whole = j is not None and i not in dims.scatter_dims_to_operand_dims and node.inputs[2].shape[j] == shape[i]
+        if j is None:
+            structure.freeze(axis, why)
+            axes.append(())
+            continue
+        whole = i not in dims.scatter_dims_to_operand_dims and node.inputs[2].shape[j] == shape[i]
         if whole:
             axes.append(structure.equal(axis, updates.axes[j], why))
             if i in operand.zero and j in updates.zero:
                 zero.add(i)
         else:
             structure.freeze(axis, why)
-            if j is not None:
-                structure.freeze(updates.axes[j], why)
+            structure.freeze(updates.axes[j], why)
             axes.append(())
     return [Labels(tuple(axes), frozenset(zero), all(v.from_variables for v in inputs))]
 

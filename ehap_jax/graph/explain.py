@@ -1,0 +1,87 @@
+"""The structure of a network as a table: what can be pruned, what is tied to what, and why the rest is fixed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from math import prod
+
+from ehap_jax.graph.channels import ChannelStructure, channel_structure
+from ehap_jax.graph.cost import Plan, kept_shape, node_macs
+from ehap_jax.graph.structure import Coupling
+from ehap_jax.graph.trace import Graph, Node, Value
+
+HEADER = ("kernel", "shape", "set", "kept", "params", "MACs", "fixed because")
+
+
+def explain(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = "group") -> str:
+    """One line per conv or dense kernel, in the order of the variables.
+
+    shape: of the full kernel. set: kernels with the same number lose channels together ("-": fixed). kept: output
+    channels kept under ``plan`` / in full. params and MACs: of the kernel itself under ``plan``, for the traced input.
+    Where a kernel is fixed, the first thing that fixes it. ``coupling`` is the plan's where there is one.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from ehap_jax.graph import trace_graph
+    >>> apply = lambda w, x: jax.nn.relu(x @ w["in"]) @ w["out"]
+    >>> graph = trace_graph(apply)({"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}, jnp.ones((1, 3)))
+    >>> print(explain(graph))
+    kernel  shape  set  kept  params  MACs  fixed because
+    in      3x4    1    4/4   12      12
+    out     4x2    -    2/2   8       8     network output y axis 1
+    total                     20      20
+    """
+    structure = channel_structure(graph, coupling if plan is None else plan.coupling)
+    alive = structure.alive({} if plan is None else plan.keep)
+    shape = kept_shape(structure, alive)
+    macs: dict[str | None, int] = defaultdict(int)
+    for node, count in node_macs(graph.body, shape):
+        macs[_kernel_of(structure, node)] += count
+    sets = _sets(structure)
+    rows: list[tuple[str, ...]] = [HEADER]
+    for path in (p for p in graph.leaves if p in structure.kernel_axes):
+        axis, full = structure.kernel_axes[path], graph.leaves[path].shape
+        kept = shape(graph.leaves[path])
+        rows.append(
+            (
+                path,
+                "x".join(map(str, full)),
+                str(sets.get(path, "-")),
+                f"{kept[axis]}/{full[axis]}",
+                str(prod(kept)),
+                str(macs.pop(path, 0)),
+                "" if path in sets else structure.why_fixed(path),
+            )
+        )
+    if any(macs.values()):
+        rows.append(("(no kernel)", "", "", "", "", str(sum(macs.values())), ""))
+    totals = [sum(int(row[i] or 0) for row in rows[1:]) for i in (4, 5)]
+    rows.append(("total", "", "", "", str(totals[0]), str(totals[1]), ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _sets(structure: ChannelStructure) -> dict[str, int]:
+    """Kernel path -> number of the set of kernels that it shares groups with, directly or through others."""
+    members: dict[str, set[str]] = {}
+    for group in structure.groups():
+        joined = set(group.producers).union(*(members.get(path, set()) for path in group.producers))
+        for path in joined:
+            members[path] = joined
+    numbers: dict[str, int] = {}
+    for path in (p for p in structure.graph.leaves if p in members):
+        if path not in numbers:
+            numbers.update(dict.fromkeys(members[path], len(set(numbers.values())) + 1))
+    return numbers
+
+
+def _kernel_of(structure: ChannelStructure, node: Node) -> str | None:
+    """Path of the kernel that a conv or product applies, None where it applies none (attention)."""
+    for operand in node.inputs:
+        labels = structure.labels[operand] if isinstance(operand, Value) else None
+        if labels is None or not labels.from_variables:
+            continue
+        for axis in labels.axes:
+            leaf = structure.solution.structure.leaf_of(axis[0]) if axis else None
+            if leaf is not None and leaf.path in structure.kernel_axes:
+                return leaf.path
+    return None
