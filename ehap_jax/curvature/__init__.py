@@ -2,7 +2,14 @@
 
 from ehap_jax.curvature.channel_trace import channel_trace, probe_channel_products
 from ehap_jax.curvature.estimate import TraceEstimate, TraceState
+from ehap_jax.curvature.gauss_newton import (
+    gauss_newton_trace,
+    second_derivative,
+    softmax_cross_entropy,
+    squared_error,
+)
 from ehap_jax.curvature.hvp import hvp
+from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel, rademacher
 from ehap_jax.curvature.problem import Batches
@@ -19,12 +26,17 @@ __all__ = [
     "channel_trace",
     "expected_misplaced",
     "fingerprint",
+    "gauss_newton_trace",
     "hvp",
     "is_kernel",
     "load_trace",
+    "piecewise_linear_kernels",
     "probe_channel_products",
     "rademacher",
     "save_trace",
+    "second_derivative",
+    "softmax_cross_entropy",
     "split_variance",
+    "squared_error",
     "stable_decision",
 ]

@@ -16,7 +16,7 @@ from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, esti
 from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
 from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
 from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import Layout, batch_size, layout_of
+from ehap_jax.curvature.problem import Batches, Layout, batch_size, layout_of
 from ehap_jax.curvature.taps import Taps, find_taps
 from ehap_jax.graph import trace_graph
 
@@ -120,7 +120,7 @@ def gauss_newton_trace(
       model: ``model(params, x) -> logits``, with the examples on the first axis of both.
       params: pytree of arrays; may hold constants such as running statistics beside the weights.
       batch: x itself, or a tuple or list ``(x, *targets)``, or a dict with ``"image"`` or ``"x"``, and perhaps
-        ``"label"``. Targets are handed to the head.
+        ``"label"``, or `Batches` of any of them. Targets are handed to the head.
       head: ``head(logits, *targets) -> S`` of one example, S of shape ``(*logits.shape, R)``, or ``(S, signs)`` with
         one sign per column; the loss is the mean over examples. `softmax_cross_entropy`, `squared_error`,
         ``second_derivative(loss)``, or your own.
@@ -160,7 +160,7 @@ def gauss_newton_trace(
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch is a number of examples and must be at least 1; got {microbatch}")
     leaves = jax.tree.leaves(policy.cast(params))
-    x, targets = _inputs_and_targets(jax.tree.map(jnp.asarray, batch))
+    x, targets = jax.tree.map(jnp.asarray, _inputs_and_targets(batch))
     x = policy.cast(x)
     taps = _taps(model, *_described((jax.tree.unflatten(layout.structure, leaves), x)), layout.paths)
     if on_unproven == "error":
@@ -211,6 +211,8 @@ def _draws(classes, draw: str, key, head) -> int:
 
 
 def _inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
+    if isinstance(batch, Batches):
+        batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch)
     if isinstance(batch, tuple | list):
         return batch[0], tuple(batch[1:])
     if isinstance(batch, Mapping):
@@ -260,10 +262,14 @@ def _require_proven(taps: Taps, layout: Layout) -> None:
         )
 
 
-def _root(head: Head, logits: jax.Array, targets: tuple) -> tuple[jax.Array, jax.Array]:
+def _root(head: Head, logits: jax.Array, targets: tuple, random: bool = False) -> tuple[jax.Array, jax.Array]:
     """The head's columns first: (R, *logits.shape), and their signs (R,)."""
     found = head(logits, *targets)
     root, signs = found if isinstance(found, tuple) else (found, None)
+    if random and signs is not None:
+        raise ValueError(
+            'the head returns signs, so its Hessian may be indefinite and has no random combinations: use classes="all"'
+        )
     if root.shape[:-1] != logits.shape:
         raise ValueError(
             "the head must return (*logits.shape, R) for one example; "
@@ -294,7 +300,7 @@ def _cotangents(plan: _Plan, logits, targets, example, key, start):
     if plan.draw == "labels":
         labels = jax.vmap(lambda k: jax.random.categorical(k, logits))(keys)
         return jax.nn.softmax(logits)[None] - jax.nn.one_hot(labels, logits.size, dtype=logits.dtype), inside
-    root, signs = _root(plan.head, logits, targets)
+    root, signs = _root(plan.head, logits, targets, random=True)
     flips = jax.vmap(lambda k: jax.random.bits(k, signs.shape, jnp.uint8) & jnp.uint8(1))(keys)
     return jnp.tensordot(1 - 2 * flips.astype(root.dtype), root, 1), inside
 
@@ -341,9 +347,8 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
 def _sum_over_batch(plan: _Plan, leaves, x, targets, key, policy: Policy, size: int, chunk: int, columns: int):
     """``{path: (columns, channels)}`` in float64: the mean over examples of every column's squares."""
     scale = policy.loss_scale or (FIRST_FLOAT16_SCALE if policy.backs_off else 1.0)
-    total = {path: 0.0 for path in plan.layout.paths}
-    starts = range(0, columns, plan.columns)
-    parts = {start: dict(total) for start in starts}
+    starts, paths = range(0, columns, plan.columns), plan.layout.paths
+    parts: dict[int, dict[str, Any]] = {start: dict.fromkeys(paths, 0.0) for start in starts}
     rejected = 0
     for first in range(0, size, chunk):
         examples = np.minimum(np.arange(first, first + chunk), size - 1).astype(np.int32)
@@ -369,7 +374,7 @@ def _sum_over_batch(plan: _Plan, leaves, x, targets, key, policy: Policy, size: 
                 _require_independent(plan, leaves, here[0], logits)
             for path, s in squares.items():
                 parts[start][path] = parts[start][path] + s
-    return {path: np.concatenate([parts[s][path] for s in starts])[:columns] for path in total}, rejected
+    return {path: np.concatenate([parts[s][path] for s in starts])[:columns] for path in paths}, rejected
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -423,16 +428,14 @@ def _estimate(layout: Layout, by_column: dict, random: bool, columns: int, rejec
     mean = jax.tree.map(lambda s: reduce(s, axis=0), samples)
     squares = jax.tree.map(lambda s, m: ((s - m) ** 2).sum(0) if random else np.zeros_like(m), samples, mean)
     moments = Moments(*jax.tree.map(lambda m: jnp.asarray(m, sums), (mean, squares)))
-    one = jnp.ones((), sums)
-    values = {
-        "key": key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key),
-        "count": jnp.int32(columns),
-        "rejected": jnp.int32(rejected),
-        "loss_scale": one,
-        "probe_scale": one,
-        "failure": jnp.int32(-1),
-        "linear": jnp.array(False),
-        "moments": moments,
-    }
-    state = TraceState(**{name: values[name] for name in TraceState._fields})
+    state = TraceState(
+        key=key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key),
+        count=jnp.int32(columns),
+        rejected=jnp.int32(rejected),
+        loss_scale=jnp.ones((), sums),
+        probe_scale=jnp.ones((), sums),
+        failure=jnp.int32(-1),
+        linear=jnp.array(False),
+        moments=moments,
+    )
     return estimate_of(layout.like_params, state)

@@ -58,7 +58,12 @@ def piecewise_linear_kernels(graph: Graph, paths: Iterable[str] | None = None) -
     inputs = {graph.leaves[path]: _State(bit, ()) for path, bit in bits.items()}
     outputs = walk.body(graph.body, [inputs.get(value, _FREE) for value in graph.body.inputs])
     unproven = _merge(state.unproven for state in outputs)
-    return {path: next((why for found, why in unproven if found & bit), True) for path, bit in bits.items()}
+    verdicts: dict[str, Literal[True] | str] = dict.fromkeys(bits, True)
+    for path, bit in bits.items():
+        for found, why in unproven:
+            if found & bit:
+                verdicts[path] = why
+    return verdicts
 
 
 class _State(NamedTuple):

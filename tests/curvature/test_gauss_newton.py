@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ehap_jax._compat import enable_x64
-from ehap_jax.curvature import Policy
+from ehap_jax.curvature import Batches, Policy
 from ehap_jax.curvature.gauss_newton import (
     gauss_newton_trace,
     second_derivative,
@@ -16,6 +16,13 @@ from ehap_jax.curvature.gauss_newton import (
 from ehap_jax.curvature.problem import path_name
 
 DOUBLE = Policy("float64")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def conv(x, w, stride=1, padding="SAME", groups=1, dilation=1, lhs_dilation=1):
@@ -184,8 +191,7 @@ def dense_traces(model, params, x, labels, loss, axes):
         return jax.vmap(loss)(model(jax.tree.unflatten(jax.tree.structure(params), leaves), x), labels).mean()
 
     vector = jnp.concatenate([leaf.ravel() for leaf in kernels.values()])
-    fast_to_compile = {"xla_backend_optimization_level": 0}
-    H = jax.jit(jax.hessian(of_vector)).lower(vector).compile(fast_to_compile)(vector)
+    H = jax.jit(jax.hessian(of_vector))(vector)
     found = {}
     for (path, leaf), diagonal in zip(kernels.items(), np.split(np.diag(H), ends), strict=True):
         axis = axes.get(path, -1) % leaf.ndim
@@ -217,3 +223,235 @@ def test_equals_the_dense_hessian(case):
         assert trace.count == np.asarray(model(params, x)).shape[1] - 1
         np.testing.assert_allclose(trace.total(), sum(t.sum() for t in truth.values()), rtol=1e-10)
         assert trace.total_sem() == 0
+
+
+def small(p, x):
+    """Two dense layers: quick to compile."""
+    return jax.nn.relu(x @ p["w"] + p["b"][None]) @ p["out"]
+
+
+def smooth(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"][None]) @ p["out"]
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """Float64 parameters of `small`, 7 examples with labels, and the exact trace."""
+    rng = np.random.default_rng(8)
+    with enable_x64():
+        params = {
+            "w": jnp.asarray(rng.normal(size=(4, 5))),
+            "b": jnp.asarray(rng.normal(size=5)),
+            "out": jnp.asarray(rng.normal(size=(5, 3))),
+        }
+        x, labels = jnp.asarray(rng.normal(size=(7, 4))), jnp.asarray(rng.integers(0, 3, 7), jnp.int32)
+        return params, x, labels, gauss_newton_trace(small, params, x, policy=DOUBLE)
+
+
+def test_every_chunking_gives_the_same(dense):
+    params, x, _, whole = dense
+    with enable_x64():
+        for microbatch in (1, 3, 100):
+            trace = gauss_newton_trace(small, params, x, policy=DOUBLE, microbatch=microbatch)
+            close(trace, {path: np.asarray(whole.mean[path]) for path in ("w", "out")}, 1e-13)
+        options = {"classes": 3, "key": jax.random.key(1), "policy": DOUBLE}
+        one = gauss_newton_trace(small, params, x, **options)
+        other = gauss_newton_trace(small, params, x, microbatch=2, **options)
+        close(other, {path: np.asarray(one.mean[path]) for path in ("w", "out")}, 1e-13)
+
+
+def test_a_small_memory_budget_gives_the_same(dense):
+    params, x, _, whole = dense
+    with enable_x64():
+        trace = gauss_newton_trace(small, params, x, policy=DOUBLE, memory_budget=1)
+        close(trace, {path: np.asarray(whole.mean[path]) for path in ("w", "out")}, 1e-13)
+
+
+@pytest.mark.parametrize("draw", ["signs", "labels"])
+def test_random_combinations_are_unbiased(dense, draw):
+    """Within 5 of their own standard errors for every channel, which chance exceeds once in 200,000 runs."""
+    params, x, _, exact = dense
+    with enable_x64():
+        trace = gauss_newton_trace(
+            small, params, x, classes=400, draw=draw, key=jax.random.key(0), policy=DOUBLE, microbatch=7
+        )
+    assert trace.count == 400
+    for path in ("w", "out"):
+        error = np.abs(np.asarray(trace.mean[path]) - np.asarray(exact.mean[path]))
+        sem, scale = np.asarray(trace.sem[path]), np.asarray(exact.mean[path]).max()
+        assert (error <= 5 * sem + 1e-12 * scale).all()
+        assert 1e-3 * scale < sem.max() < 0.2 * scale
+    assert abs(trace.total() - exact.total()) <= 5 * trace.total_sem()
+
+
+def test_one_combination_is_reproducible_and_has_no_standard_error(dense):
+    params, x, _, _ = dense
+    with enable_x64():
+        runs = [
+            gauss_newton_trace(small, params, x, classes=1, key=jax.random.key(seed), policy=DOUBLE)
+            for seed in (0, 0, 1)
+        ]
+    first, again, other = (np.asarray(run.mean["w"]) for run in runs)
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    assert np.isnan(runs[0].sem["w"]).all()
+
+
+def test_many_classes_go_in_several_passes():
+    rng = np.random.default_rng(9)
+    with enable_x64():
+        params = {"w": jnp.asarray(rng.normal(size=(3, 2))), "out": jnp.asarray(rng.normal(size=(2, 40)))}
+        x, labels = jnp.asarray(rng.normal(size=(2, 3))), jnp.zeros(2, jnp.int32)
+
+        def model(p, x):
+            return jnp.abs(x @ p["w"]) @ p["out"]
+
+        trace = gauss_newton_trace(model, params, (x, labels), policy=DOUBLE)
+        assert trace.count == 39
+        close(trace, dense_traces(model, params, x, labels, cross_entropy, {}))
+
+
+HEADS = {
+    "squared error": (squared_error, lambda z, t: ((z - t.astype(z.dtype)) ** 2).sum()),
+    "second derivative": (
+        second_derivative(lambda z, t: (1 + t.astype(z.dtype)) * jax.nn.logsumexp(z) - 0.3 * z[0] * z[1]),
+        lambda z, t: (1 + t.astype(z.dtype)) * jax.nn.logsumexp(z) - 0.3 * z[0] * z[1],
+    ),
+    "a user's own": (
+        lambda z, t: jnp.sqrt(jnp.exp(z))[:, None] * jnp.eye(3, dtype=z.dtype),
+        lambda z, t: jnp.exp(z).sum() + t.astype(z.dtype) * z[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_other_heads_equal_the_dense_hessian(dense, name):
+    head, loss = HEADS[name]
+    params, x, labels, _ = dense
+    with enable_x64():
+        truth = dense_traces(small, params, x, labels, loss, {})
+        close(gauss_newton_trace(small, params, (x, labels), head=head, policy=DOUBLE), truth)
+
+
+def test_the_root_of_the_softmax_hessian():
+    """Exact also where probabilities vanish, and finite always."""
+    with enable_x64():
+        for logits in (
+            [0.0, 0.0, 0.0],
+            [1.0, -2.0, 0.5, 3.0],
+            [0.0, 800.0, -800.0],
+            [-40.0, 40.0, 39.0, -41.0],
+            [1.0, 2.0],
+        ):
+            z = jnp.asarray(logits)
+            S, p = (np.asarray(jax.jit(f)(z)) for f in (softmax_cross_entropy, jax.nn.softmax))
+            assert S.shape == (len(logits), len(logits) - 1)
+            np.testing.assert_allclose(S @ S.T, np.diag(p) - np.outer(p, p), atol=1e-16)
+            # relative accuracy of every variance, even the smallest
+            np.testing.assert_allclose((S**2).sum(1), p * (1 - p), rtol=1e-6 if max(logits) < 100 else 1, atol=1e-300)
+
+
+def test_gauss_newton_where_it_is_not_the_hessian(dense):
+    """A smooth network is refused with the reason; asked for, G is J^T H_out J exactly."""
+    params, x, _, _ = dense
+    with enable_x64():
+        with pytest.raises(ValueError, match=r"1 of 2 kernels(.|\n)*w: tanh is not known to be piecewise linear at"):
+            gauss_newton_trace(smooth, params, x, policy=DOUBLE)
+        trace = gauss_newton_trace(smooth, params, x, policy=DOUBLE, on_unproven="gauss_newton")
+        p = np.asarray(jax.nn.softmax(smooth(params, x)))
+        J = np.asarray(jax.jit(jax.jacobian(smooth))(params, x)["w"])
+        H_out = np.stack([np.diag(row) - np.outer(row, row) for row in p])
+        truth = np.einsum("nkij,nkl,nlij->j", J, H_out, J) / 7
+        np.testing.assert_allclose(trace.mean["w"], truth, rtol=1e-10)
+        only = gauss_newton_trace(smooth, params, x, policy=DOUBLE, select=lambda path, _: path == "out")
+        assert only.mean["w"] is None
+        np.testing.assert_allclose(only.mean["out"], trace.mean["out"], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-5), ("float16", 0.02), ("bfloat16", 0.1)])
+def test_precision(dense, compute, tolerance):
+    """Weights and cotangents that leave float16's range are scaled; sums are in float32."""
+    params, x, _, exact = dense
+    single = jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
+    trace = gauss_newton_trace(small, *single, policy=Policy(compute))
+    assert trace.mean["w"].dtype == jnp.float32
+    close(trace, {path: np.asarray(exact.mean[path]) for path in ("w", "out")}, tolerance)
+
+
+def test_float16_lowers_its_scale_where_it_overflows(dense):
+    params, x, _, exact = dense
+    scales = {"w": 0.01, "b": 0.01, "out": 100.0}
+    scaled = {path: np.asarray(leaf) * scales[path] for path, leaf in params.items()}
+    single = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (scaled, x))
+    low = gauss_newton_trace(small, *single, policy=Policy("float16", loss_scale=2.0**15))
+    assert low.rejected > 0
+    expected = {"w": np.asarray(exact.mean["w"]) * 1e4, "out": np.asarray(exact.mean["out"]) * 1e-4}
+    close(low, expected, 0.02)
+
+
+def test_batches_of_other_forms(dense):
+    params, x, labels, exact = dense
+    with enable_x64():
+        several = Batches([(x[:4], labels[:4]), (x[4:], labels[4:])])
+        for batch in ((x,), [x, labels], {"image": x, "label": labels}, {"x": x}, several):
+            close(
+                gauss_newton_trace(small, params, batch, policy=DOUBLE),
+                {path: np.asarray(exact.mean[path]) for path in ("w", "out")},
+                1e-14,
+            )
+
+
+def centred(p, x):
+    return (x - x.mean(0, keepdims=True)) @ p["w"] @ p["out"]
+
+
+ERRORS = {
+    "coupled examples": (centred, {}, ValueError, "not independent"),
+    "no key": (small, {"classes": 2}, ValueError, "need a key"),
+    "no classes": (small, {"classes": 0}, ValueError, "classes must be"),
+    "labels of another head": (
+        small,
+        {"classes": 1, "key": jax.random.key(0), "draw": "labels", "head": squared_error},
+        ValueError,
+        "needs head=softmax_cross_entropy",
+    ),
+    "combinations of an indefinite head": (
+        small,
+        {"classes": 1, "key": jax.random.key(0), "head": second_derivative(lambda z: z[0] * z[1])},
+        ValueError,
+        "may be indefinite",
+    ),
+    "two outputs": (lambda p, x: (small(p, x), x), {}, TypeError, "one floating-point array"),
+    "no example axis": (lambda p, x: small(p, x).sum(), {}, TypeError, "one floating-point array"),
+    "a head of another shape": (small, {"head": lambda z: jnp.eye(2)}, ValueError, "the head must return"),
+    "logits with tokens": (lambda p, x: small(p, x)[:, None], {}, ValueError, "logits of one example"),
+    "nothing selected": (small, {"select": lambda path, leaf: False}, ValueError, "no parameter is selected"),
+    "microbatch": (small, {"microbatch": 0}, ValueError, "at least 1"),
+    "overflow": (small, {"head": lambda z: jnp.full((3, 1), jnp.inf)}, FloatingPointError, "is not finite in float32"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(dense, name):
+    model, options, error, message = ERRORS[name]
+    params, x, _, _ = dense
+    single = jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
+    with pytest.raises(error, match=message):
+        gauss_newton_trace(model, *single, **options)
+
+
+def test_compiled_once(dense):
+    """A second call with the same function and shapes traces nothing."""
+    params, x, _, _ = dense
+    single = jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
+    traced = []
+
+    def counted(p, x):
+        traced.append(1)
+        return small(p, x)
+
+    for _ in range(2):
+        gauss_newton_trace(counted, *single)
+        count = len(traced)
+        traced.clear()
+    assert count == 0
