@@ -9,24 +9,36 @@ from ehap_jax.quant.fake_quant import (
 )
 from ehap_jax.quant.numerics import (
     Grid,
+    activation_grid,
     asymmetric_grid,
     dequantise,
     fake_quantise,
     quantise,
-    signed_grid,
     symmetric_grid,
 )
-from ehap_jax.quant.observers import RangeState, check_calibrated, empty_range, freeze_ranges, observe
-from ehap_jax.quant.rules import INT4_WEIGHTS, INT8, QuantRule, match_rules
+from ehap_jax.quant.observers import (
+    QState,
+    RangeState,
+    check_calibrated,
+    empty_range,
+    freeze_ranges,
+    observe,
+    range_parameters,
+    with_range_parameters,
+)
+from ehap_jax.quant.rules import HAWQ, INT4_WEIGHTS, INT8, QuantRule, match_rules
 
 __all__ = [
+    "HAWQ",
     "INT4_WEIGHTS",
     "INT8",
     "Grid",
+    "QState",
     "QuantRule",
     "Quantized",
     "QuantizedKernel",
     "RangeState",
+    "activation_grid",
     "asymmetric_grid",
     "check_calibrated",
     "dequantise",
@@ -39,6 +51,7 @@ __all__ = [
     "quantise",
     "quantize_weights",
     "quantized_bytes",
-    "signed_grid",
+    "range_parameters",
     "symmetric_grid",
+    "with_range_parameters",
 ]

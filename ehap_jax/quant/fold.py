@@ -1,63 +1,107 @@
 """Quantised sites of a graph, and the affine tail of each: what can be folded into its kernel and bias.
 
-The tail is found by what it computes: additions, subtractions, multiplications and divisions of a layer's output by
-values that depend on the variables alone and vary along the channel axis at most, each result used once. BatchNorm with
-frozen statistics is one in any spelling, and so are a scale and a bias.
+The tail is found by what it computes: additions, subtractions, multiplications, divisions and negations of a layer's
+output by values that depend on the variables alone and vary along the channel axis at most, each result used once.
+Transposes, reshapes that keep the channel axis whole and casts may stand between them. BatchNorm with frozen
+statistics is such a tail in any spelling, and so are a scale and a bias.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import jax
 import jax.numpy as jnp
 
+from ehap_jax import _compat
 from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Constant, Graph, Node, Operand, Value
+
+AFFINE = frozenset({"add", "sub", "mul", "div", "neg"})
+MOVES = frozenset({"transpose", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy"})
+ELEMENTWISE = AFFINE | {
+    "abs", "convert_element_type", "copy", "exp", "integer_pow", "log", "max", "min", "pow", "rsqrt", "sign", "sqrt",
+    "square", "tanh", "logistic", "log1p", "expm1", "clamp", "select_n", "stop_gradient",
+}  # fmt: skip
+LAYERS = frozenset({"conv_general_dilated", "dot_general"})
+LOST = -1
 
 
 @dataclass(frozen=True, eq=False)
 class TailStep:
-    """``z ∘ vector`` (or ``vector ∘ z`` where ``flipped``); ``vector`` is a scalar or has one number per channel."""
+    """One folded operation on the layer's output z.
 
-    name: str
-    vector: Operand
+    ``vector`` is what z is combined with (``z ∘ vector``, or ``vector ∘ z`` where ``flipped``), None for a negation or
+    a move. ``axis`` is the channel axis of the operation's result.
+    """
+
+    node: Node
+    vector: Operand | None
     flipped: bool
+    axis: int | None
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """A conv or dense layer with a kernel made of variables.
 
-    name: the kernel's path, with "#2", … at its second use. path: the kernel's path. kernel_axis, out_axis: the output
-    channels in the kernel and in the result. tail: what is folded; ``result`` is the value it ends in.
+    name: the kernel's path, with "#2", … at its second use. path: the kernel's path. kernel_operand: 0 or 1, which
+    input of the node is the kernel; the other is the activation. kernel_axis: the output channels in the kernel,
+    out_axis: in ``result``, both None for a layer with a single output. tail: what is folded; ``result`` is the value
+    it ends in.
     """
 
     node: Node
     name: str
     path: str
-    kernel_axis: int
-    out_axis: int
+    kernel_operand: int
+    kernel_axis: int | None
+    out_axis: int | None
     tail: tuple[TailStep, ...]
-    skipped: tuple[Node, ...]
     result: Value
+
+    @property
+    def kernel(self) -> Operand:
+        return self.node.inputs[self.kernel_operand]
+
+    @property
+    def activation(self) -> Operand:
+        return self.node.inputs[1 - self.kernel_operand]
+
+    @property
+    def channels(self) -> int:
+        """Output channels: weight scales and biases of the layer."""
+        return 1 if self.kernel_axis is None else self.kernel.shape[self.kernel_axis]
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the tail adds anything, so that the folded layer has a bias."""
+        return any(step.node.name in ("add", "sub") for step in self.tail)
 
 
 @dataclass(frozen=True, eq=False)
 class Sites:
-    """by_node: the layers. variable_nodes: what depends on variables alone. folded_leaves: variables inside layers."""
+    """The layers of a graph.
+
+    by_node: those that can be quantised. blocked: why the others cannot, by kernel path. variable_nodes: what depends
+    on variables alone. sources: the variables that each of their values derives from.
+    """
 
     by_node: dict[Node, Site]
+    blocked: dict[str, str]
     variable_nodes: frozenset[Node]
-    folded_leaves: frozenset[str]
+    sources: dict[Value, frozenset[str]]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Kernel paths of every layer, each once, in order."""
+        return tuple(dict.fromkeys([*(site.path for site in self.by_node.values()), *self.blocked]))
 
 
 def find_sites(graph: Graph) -> Sites:
-    """Every conv and dense layer of ``graph`` whose kernel derives from variables, with its tail.
-
-    Raises NotImplementedError for such a layer inside a custom derivative rule, which cannot be replaced in there.
-    """
+    """Every conv and dense layer of ``graph`` whose kernel derives from variables, with its tail."""
     sources: dict[Value, frozenset[str]] = {value: frozenset([path]) for path, value in graph.leaves.items()}
     made_by: dict[Value, Node] = {}
     variable_nodes: set[Node] = set()
@@ -65,33 +109,48 @@ def find_sites(graph: Graph) -> Sites:
     users = Counter(v for node in graph.body.walk() for v in node.inputs if isinstance(v, Value))
     users.update(v for body in _bodies(graph.body) for v in body.outputs if isinstance(v, Value))
     consumers = {v: node for node in graph.body.walk() for v in node.inputs if isinstance(v, Value)}
-    shapes = {path: value.shape for path, value in graph.leaves.items()}
+    sizes = {path: (len(value.shape), prod(value.shape)) for path, value in graph.leaves.items()}
     seen: Counter[str] = Counter()
     by_node: dict[Node, Site] = {}
-    folded: set[str] = set()
-    for node in _layers(graph.body, sources):
-        path = max(sources[_kernel(node)], key=lambda p: (len(shapes[p]), shapes[p]))
+    blocked: dict[str, str] = {}
+    for node, kernel_operand, reason in _layers(graph.body, sources):
+        kernel = node.inputs[kernel_operand]
+        assert isinstance(kernel, Value)
+        path = max(sources[kernel], key=lambda p: sizes[p])
+        if reason is not None:
+            blocked[path] = reason
+            continue
         seen[path] += 1
-        kernel_axis, out_axis = _channel_axes(node)
-        steps, skipped, result = _tail(node, out_axis, users, consumers, sources, made_by)
-        name = path if seen[path] == 1 else f"{path}#{seen[path]}"
-        by_node[node] = Site(node, name, path, kernel_axis, out_axis, tuple(steps), tuple(skipped), result)
-        folded |= sources[_kernel(node)]
-        for step in steps:
-            folded |= sources.get(step.vector, frozenset()) if isinstance(step.vector, Value) else frozenset()
-    return Sites(by_node, frozenset(variable_nodes), frozenset(folded))
+        kernel_axis, out_axis = _channel_axes(node, kernel_operand)
+        tail = _tail(node, out_axis, users, consumers, sources, made_by)
+        by_node[node] = Site(
+            node=node,
+            name=path if seen[path] == 1 else f"{path}#{seen[path]}",
+            path=path,
+            kernel_operand=kernel_operand,
+            kernel_axis=kernel_axis,
+            out_axis=tail[-1].axis if tail else out_axis,
+            tail=tuple(tail),
+            result=tail[-1].node.outputs[0] if tail else node.outputs[0],
+        )
+    return Sites(by_node, blocked | _hidden(graph.body, sources, sizes), frozenset(variable_nodes), sources)
 
 
-def fold(site: Site, read: Callable[[Operand], jax.Array], channels: int, dtype) -> tuple[jax.Array, jax.Array]:
-    """(scale, offset) per channel of the tail: ``tail(z) = scale · z + offset``, each (channels,)."""
-    scale, offset = jnp.ones(channels, dtype), jnp.zeros(channels, dtype)
+def fold(site: Site, read: Callable[[Operand], jax.Array], dtype) -> tuple[jax.Array, jax.Array]:
+    """(scale, offset) of the tail: ``tail(z) = scale · z + offset`` up to its moves, each (channels,) of ``dtype``."""
+    scale, offset = jnp.ones(site.channels, dtype), jnp.zeros(site.channels, dtype)
     for step in site.tail:
-        vector = jnp.broadcast_to(jnp.reshape(jnp.asarray(read(step.vector), dtype), (-1,)), (channels,))
-        if step.name == "mul":
+        name = step.node.name
+        if name == "neg":
+            scale, offset = -scale, -offset
+        if step.vector is None:
+            continue
+        vector = _per_channel(jnp.asarray(read(step.vector)).astype(dtype), step.axis, site.channels)
+        if name == "mul":
             scale, offset = scale * vector, offset * vector
-        elif step.name == "div":
+        elif name == "div":
             scale, offset = scale / vector, offset / vector
-        elif step.name == "add":
+        elif name == "add":
             offset = offset + vector
         elif step.flipped:
             scale, offset = -scale, vector - offset
@@ -100,7 +159,22 @@ def fold(site: Site, read: Callable[[Operand], jax.Array], channels: int, dtype)
     return scale, offset
 
 
-def _bodies(body: Body) -> Iterable[Body]:
+def apply_moves(site: Site, z: jax.Array) -> jax.Array:
+    """The moves of the tail (transposes, reshapes) on a layer's output, in its own dtype."""
+    for step in site.tail:
+        if step.node.name in MOVES and step.node.name != "convert_element_type":
+            (z,) = _compat.bind(step.node.primitive, [z], step.node.params)
+    return z
+
+
+def _per_channel(vector: jax.Array, axis: int | None, channels: int) -> jax.Array:
+    """(channels,): a value that varies along ``axis`` at most."""
+    if vector.ndim:
+        vector = vector[tuple(slice(None) if i == axis else 0 for i in range(vector.ndim))]
+    return jnp.broadcast_to(vector.reshape(-1), (channels,))
+
+
+def _bodies(body: Body) -> Iterator[Body]:
     yield body
     for node in body.nodes:
         if node.body is not None:
@@ -112,11 +186,12 @@ def _follow(body: Body, sources, made_by, variable_nodes) -> None:
     sources.update({value: frozenset() for value in body.constants})
     for node in body.nodes:
         known = [sources.get(v) if isinstance(v, Value) else frozenset() for v in node.inputs]
-        if node.body is not None:
+        if (
+            node.body is not None and node.name in REMAT | CUSTOM_RULE
+        ):  # in a loop, what comes in is not what goes round
             inner = zip(node.body.inputs, known, strict=True)
             sources.update({v: k for v, k in inner if k is not None})
             _follow(node.body, sources, made_by, variable_nodes)
-            made_by.update({out: node for out in node.outputs})
         if all(k is not None for k in known):
             variable_nodes.add(node)
             merged = frozenset().union(*(k for k in known if k is not None))
@@ -124,79 +199,138 @@ def _follow(body: Body, sources, made_by, variable_nodes) -> None:
         made_by.update({out: node for out in node.outputs})
 
 
-def _layers(body: Body, sources) -> Iterable[Node]:
+def _layers(body: Body, sources, reason: str | None = None) -> Iterator[tuple[Node, int, str | None]]:
+    """(layer, which operand is its kernel, why it cannot be replaced or None)."""
     for node in body.nodes:
-        if node.name in ("conv_general_dilated", "dot_general"):
-            kernel, other = _kernel(node), _activation(node)
-            if isinstance(kernel, Value) and sources.get(kernel) and not _from_variables(other, sources):
-                yield node
-        elif node.name in REMAT and node.body is not None:
-            yield from _layers(node.body, sources)
-        elif node.name in CUSTOM_RULE and node.body is not None:
-            inside = next(iter(_layers(node.body, sources)), None)
-            if inside is not None:
-                raise NotImplementedError(
-                    f"the {inside.name} at {inside.source} is inside a {node.name}, whose rule would not be that "
-                    "of the quantised layer; move it out, or skip its kernel with QuantRule(pattern=..., skip=True)."
-                )
+        if node.name in LAYERS:
+            kernel_operand = _kernel_operand(node, sources)
+            if kernel_operand is not None:
+                yield node, kernel_operand, reason
+        elif node.body is not None and node.name in REMAT:
+            yield from _layers(node.body, sources, reason)
+        elif node.body is not None and node.name in CUSTOM_RULE:
+            yield from _layers(
+                node.body, sources, f"it is inside a {node.name} at {node.source}, whose derivative rule"
+            )
 
 
-def _from_variables(operand: Operand, sources) -> bool:
-    return isinstance(operand, Constant) or operand in sources
+def _kernel_operand(node: Node, sources) -> int | None:
+    """The operand made of variables where the other is not; either side of a dot, the right-hand side of a conv."""
+    for index in (1, 0) if node.name == "dot_general" else (1,):
+        kernel, other = node.inputs[index], node.inputs[1 - index]
+        if isinstance(kernel, Value) and sources.get(kernel) and isinstance(other, Value) and other not in sources:
+            return index
+    return None
 
 
-def _kernel(node: Node) -> Operand:
-    return node.inputs[1]
+def _hidden(body: Body, sources, sizes) -> dict[str, str]:
+    """Variables that reach a conv or dense layer inside a loop or branch, which cannot be looked into."""
+    found: dict[str, str] = {}
+    for node in body.walk():
+        if node.name not in REMAT | CUSTOM_RULE and any(_contains_layer(inner) for inner in _inner_jaxprs(node)):
+            if all(v in sources for v in node.inputs if isinstance(v, Value)):
+                continue  # computed from variables alone
+            paths = frozenset().union(*(sources.get(v, frozenset()) for v in node.inputs if isinstance(v, Value)))
+            for path in sorted(p for p in paths if sizes[p][0] >= 2):
+                found[path] = f"it is used inside a {node.name} at {node.source}, which"
+    return found
 
 
-def _activation(node: Node) -> Operand:
-    return node.inputs[0]
+def _inner_jaxprs(holder: Node | _compat.JaxprEqn) -> Iterator[_compat.Jaxpr]:
+    for param in holder.params.values():
+        for item in param if isinstance(param, tuple | list) else (param,):
+            if isinstance(item, _compat.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, _compat.Jaxpr):
+                yield item
 
 
-def _channel_axes(node: Node) -> tuple[int, int]:
-    """The output channels' axis in the kernel and in the result."""
+def _contains_layer(jaxpr: _compat.Jaxpr) -> bool:
+    return any(e.primitive.name in LAYERS or any(map(_contains_layer, _inner_jaxprs(e))) for e in jaxpr.eqns)
+
+
+def _channel_axes(node: Node, kernel_operand: int) -> tuple[int | None, int | None]:
+    """The output channels' axis in the kernel and in the result; None where the layer has a single output."""
     numbers = node.params["dimension_numbers"]
     if node.name == "conv_general_dilated":
         return numbers.rhs_spec[0], numbers.out_spec[1]
-    (_, contracted), (_, batch) = numbers
-    free = [i for i in range(len(node.inputs[1].shape)) if i not in (*contracted, *batch)]
-    return (free[-1] if free else 0), len(node.outputs[0].shape) - 1
+    contracted, batch = numbers[0][kernel_operand], numbers[1][kernel_operand]
+    free = [i for i in range(len(node.inputs[kernel_operand].shape)) if i not in (*contracted, *batch)]
+    if not free:
+        return None, None
+    # The result's axes: batch, free axes of the left-hand side, free axes of the right-hand side.
+    last = len(node.outputs[0].shape) if kernel_operand == 1 else len(batch) + len(free)
+    return free[-1], last - 1
 
 
-def _tail(node: Node, axis: int, users, consumers, sources, made_by):
+def _tail(node: Node, axis: int | None, users, consumers, sources, made_by) -> list[TailStep]:
     steps: list[TailStep] = []
-    skipped: list[Node] = []
     value = node.outputs[0]
     while users[value] == 1 and (user := consumers.get(value)) is not None:
         step = _step(user, value, axis, sources, made_by)
         if step is None:
             break
         steps.append(step)
-        skipped.append(user)
-        value = user.outputs[0]
-    return steps, skipped, value
+        value, axis = user.outputs[0], step.axis
+    while steps and steps[-1].node.name in MOVES:  # a move that nothing follows stays where it is
+        steps.pop()
+    return steps
 
 
-def _step(user: Node, value: Value, axis: int, sources, made_by) -> TailStep | None:
-    if user.name not in ("add", "sub", "mul", "div") or user.outputs[0].shape != value.shape:
+def _step(user: Node, value: Value, axis: int | None, sources, made_by) -> TailStep | None:
+    if user.name in MOVES:
+        moved = _moved_axis(user, value.shape, axis)
+        return None if moved == LOST else TailStep(user, None, False, moved)
+    if user.name not in AFFINE or user.outputs[0].shape != value.shape:
         return None
+    if user.name == "neg":
+        return TailStep(user, None, False, axis)
     flipped = user.inputs[0] is not value
     other = user.inputs[0] if flipped else user.inputs[1]
-    if (user.name == "div" and flipped) or not _from_variables(other, sources):
+    if (user.name == "div" and flipped) or not (isinstance(other, Constant) or other in sources):
         return None
-    vector = _per_channel(other, value.shape, axis, made_by)
-    return None if vector is None else TailStep(user.name, vector, flipped)
+    if not _varying_axes(other, made_by, {}) <= ({axis} if len(other.shape) == len(value.shape) else set()):
+        return None
+    return TailStep(user, other, flipped, axis)
 
 
-def _per_channel(other: Operand, shape: tuple[int, ...], axis: int, made_by) -> Operand | None:
-    """The operand itself, or what it was broadcast from, if that varies along ``axis`` at most."""
-    if all(n == 1 or (i == axis and len(other.shape) == len(shape)) for i, n in enumerate(other.shape)):
-        return other
-    node = made_by.get(other)
-    if node is None or node.name != "broadcast_in_dim":
-        return None
-    source = node.inputs[0]
-    along = node.params["broadcast_dimensions"]
-    if all(n == 1 or along[i] == axis for i, n in enumerate(source.shape)):
-        return source
-    return None
+def _moved_axis(node: Node, shape: tuple[int, ...], axis: int | None) -> int | None:
+    """Where ``axis`` is after a move, or LOST."""
+    if node.name == "convert_element_type":
+        return axis if jnp.issubdtype(node.outputs[0].dtype, jnp.floating) else LOST
+    if node.name == "copy" or axis is None:
+        return axis
+    if node.name == "transpose":
+        return tuple(node.params["permutation"]).index(axis)
+    if len(node.inputs) > 1 or (node.name == "reshape" and node.params.get("dimensions") is not None):
+        return LOST
+    out = node.outputs[0].shape
+    same = (j for j, n in enumerate(out) if n == shape[axis] and prod(out[:j]) == prod(shape[:axis]))
+    return next(same, LOST)
+
+
+def _varying_axes(operand: Operand, made_by, known: dict[Value, frozenset[int]]) -> frozenset[int]:
+    """A superset of the axes along which a value varies."""
+    if isinstance(operand, Constant):
+        return frozenset(i for i, n in enumerate(operand.shape) if n > 1)
+    if operand in known:
+        return known[operand]
+    every = frozenset(i for i, n in enumerate(operand.shape) if n > 1)
+    node = made_by.get(operand)
+    found: Iterable[int] = every
+    if node is not None:
+        of = [_varying_axes(v, made_by, known) for v in node.inputs]
+        shapes = [v.shape for v in node.inputs]
+        if node.name == "broadcast_in_dim":
+            found = (node.params["broadcast_dimensions"][i] for i in of[0])
+        elif node.name == "transpose":
+            found = (tuple(node.params["permutation"]).index(i) for i in of[0])
+        elif node.name in ("reshape", "squeeze", "expand_dims") and len(node.inputs) == 1:
+            before = [i for i, n in enumerate(shapes[0]) if n > 1]
+            after = [i for i, n in enumerate(operand.shape) if n > 1]
+            if [shapes[0][i] for i in before] == [operand.shape[i] for i in after]:
+                found = (after[before.index(i)] for i in of[0])
+        elif node.name in ELEMENTWISE and all(not s or len(s) == len(operand.shape) for s in shapes):
+            found = frozenset().union(*of)
+    known[operand] = frozenset(found)
+    return known[operand]

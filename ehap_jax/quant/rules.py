@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from ehap_jax.quant.numerics import GridKind
+
+ObserverKind = Literal["ema", "percentile", "mse", "learned"]
 
 
 @dataclass(frozen=True)
@@ -12,24 +17,39 @@ class QuantRule:
     """How the conv and dense layers whose kernel path matches ``pattern`` (shell wildcards) are quantised.
 
     weight_bits, activation_bits: 2 to 8. per_channel: one weight scale per output channel, else one per kernel.
-    symmetric_activations: signed with zero point 0 instead of unsigned with a true zero point. decay: of the moving
-    average of the activation range. skip: leave the layer in floating point.
+    activations: "asymmetric" (unsigned with a true zero point), "symmetric" (signed, zero point 0) or "unsigned" (zero
+    point 0, negative values clipped). observer: how a batch becomes a range, see :func:`ehap_jax.quant.observe`.
+    decay: of the moving average over batches. percentile: in percent, for that observer. residual_bits: 2 to 16, the
+    operands of residual sums, each branch with its own scale; None leaves them in floating point. skip: leave the layer
+    in floating point.
     """
 
     pattern: str = "*"
     weight_bits: int = 8
     activation_bits: int = 8
     per_channel: bool = True
-    symmetric_activations: bool = False
+    activations: GridKind = "asymmetric"
+    observer: ObserverKind = "ema"
     decay: float = 0.99
+    percentile: float = 99.9
+    residual_bits: int | None = None
     skip: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits"):
-            if not 2 <= getattr(self, name) <= 8:
-                raise ValueError(f"{name} must be between 2 and 8, got {getattr(self, name)} (rule {self.pattern!r}).")
+        rule = f"(rule {self.pattern!r})"
+        for name, largest in (("weight_bits", 8), ("activation_bits", 8), ("residual_bits", 16)):
+            bits: int | None = getattr(self, name)
+            if bits is None and name == "residual_bits":
+                continue
+            if bits is None or not 2 <= bits <= largest:
+                raise ValueError(f"{name} must be between 2 and {largest}, got {bits} {rule}.")
+        for name, kinds in (("activations", get_args(GridKind)), ("observer", get_args(ObserverKind))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {getattr(self, name)!r} {rule}.")
         if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay} (rule {self.pattern!r}).")
+            raise ValueError(f"decay must be in [0, 1), got {self.decay} {rule}.")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile must be above 50 and at most 100, got {self.percentile} {rule}.")
 
 
 INT8: tuple[QuantRule, ...] = (QuantRule(),)
@@ -38,9 +58,16 @@ INT8: tuple[QuantRule, ...] = (QuantRule(),)
 INT4_WEIGHTS: tuple[QuantRule, ...] = (QuantRule(weight_bits=4),)
 """4-bit weights, 8-bit activations."""
 
+HAWQ: tuple[QuantRule, ...] = (QuantRule(activations="unsigned", residual_bits=16),)
+"""HAWQ-V3 (arXiv 2011.10680): unsigned activations with zero point 0, residual sums in 16 bits.
+
+Negative inputs of a layer are clipped: normalised images need a rule of their own before this one, such as
+``QuantRule("*/conv1/kernel", activations="symmetric", residual_bits=16)`` for the first layer.
+"""
+
 
 def match_rules(rules: Sequence[QuantRule], paths: Iterable[str]) -> dict[str, QuantRule]:
-    """{kernel path: the first rule that matches it}; paths that no rule matches are not quantised.
+    """{kernel path: the first rule that matches it}; paths that no rule matches, or a skipping one, are left out.
 
     Raises ValueError for a rule whose pattern matches no path at all (the paths are listed).
     """
@@ -48,7 +75,7 @@ def match_rules(rules: Sequence[QuantRule], paths: Iterable[str]) -> dict[str, Q
     for rule in rules:
         if not any(fnmatchcase(path, rule.pattern) for path in paths):
             raise ValueError(
-                f"quantisation rule {rule.pattern!r} matches no kernel; the kernels are: {', '.join(paths)}."
+                f"quantisation rule {rule.pattern!r} matches no kernel; the kernels are: {', '.join(paths) or 'none'}."
             )
     found = {path: next((r for r in rules if fnmatchcase(path, r.pattern)), None) for path in paths}
     return {path: rule for path, rule in found.items() if rule is not None and not rule.skip}

@@ -1,0 +1,80 @@
+"""Residual sums of a network: which operands are branches, and whose rule they follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Node, Operand, Value
+from ehap_jax.quant.fold import Site, Sites
+
+# Rounding commutes with these: they only move numbers about, or put exact zeros between them.
+REARRANGEMENTS = frozenset(
+    {"transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "pad", "slice", "rev", "gather"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One operand of a sum of two activations.
+
+    node, position: the sum, and which operand. origin: the value the operand is a rearrangement of; the range is taken
+    there. site: the layer whose rule holds, side: "out" where the branch ends in that layer, else "shortcut".
+    """
+
+    node: Node
+    position: int
+    origin: Value
+    site: Site
+    side: str
+
+
+def find_branches(body: Body, layers: Iterable[Site], sites: Sites) -> Iterator[Branch]:
+    """The branches of every sum with a quantised layer at the end of at least one of them.
+
+    A layer is at the end of a branch if nothing but rearrangements and operations with a single operand that depends on
+    the data (such as ReLU) follow it.
+    """
+    layers = list(layers)
+    results = {site.result: site for site in layers}
+    folded = {step.node for site in layers for step in site.tail}
+    yield from _in_body(body, results, folded, sites)
+
+
+def _in_body(body: Body, results: dict[Value, Site], folded: set[Node], sites: Sites) -> Iterator[Branch]:
+    made_by = {out: node for node in body.nodes for out in node.outputs}
+    for node in body.nodes:
+        if node.name in REMAT and node.body is not None:
+            yield from _in_body(node.body, results, folded, sites)
+        if node.name not in ("add", "sub", "add_any") or node in folded or node in sites.variable_nodes:
+            continue
+        operands = [v for v in node.inputs if isinstance(v, Value) and v not in sites.sources]
+        if len(operands) < 2:
+            continue
+        ends = [_layer_at_the_end(v, results, made_by, sites) for v in operands]
+        for position, (operand, site) in enumerate(zip(operands, ends, strict=True)):
+            rule_of = site or ends[1 - position]
+            if rule_of is not None:
+                origin = _origin(operand, results, made_by)
+                yield Branch(node, position, origin, rule_of, "out" if site else "shortcut")
+
+
+def _origin(value: Value, results, made_by) -> Value:
+    while value not in results and (node := made_by.get(value)) is not None and node.name in REARRANGEMENTS:
+        source = node.inputs[0]
+        if not isinstance(source, Value):
+            break
+        value = source
+    return value
+
+
+def _layer_at_the_end(value: Operand, results, made_by, sites: Sites) -> Site | None:
+    while value not in results:
+        node = made_by.get(value)
+        if node is None or (node.body is not None and node.name not in CUSTOM_RULE):
+            return None
+        data = [v for v in node.inputs if isinstance(v, Value) and v not in sites.sources]
+        if len(data) != 1:
+            return None
+        value = data[0]
+    return results[value]

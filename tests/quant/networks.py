@@ -1,0 +1,61 @@
+"""A small hand-written network with everything in it: conv, BatchNorm, ReLU, a residual sum, pooling, dense."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHANNELS = 4
+
+
+def conv(x, kernel, stride=1):
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def batch_norm(x, p):
+    p = {name: v.reshape(1, 1, 1, -1) for name, v in p.items()}
+    return (x - p["mean"]) * (lax.rsqrt(p["var"] + 1e-5) * p["gamma"]) + p["beta"]
+
+
+def apply(variables, x):
+    """(N, 6, 6, 3) -> (N, 5)."""
+    x = jax.nn.relu(batch_norm(conv(x, variables["stem"]["kernel"]), variables["bn0"]))
+    y = jax.nn.relu(batch_norm(conv(x, variables["a"]["kernel"]), variables["bn1"]))
+    y = batch_norm(conv(y, variables["b"]["kernel"]), variables["bn2"])
+    x = jax.nn.relu(x + y).mean(axis=(1, 2))
+    return x @ variables["head"]["kernel"] + variables["head"]["bias"][None]
+
+
+def make_variables(seed=0, gamma_sign=False):
+    keys = iter(jax.random.split(jax.random.key(seed), 32))
+
+    def kernel(*shape):
+        return {"kernel": jax.random.normal(next(keys), shape) * (2 / shape[0] / shape[1] / shape[-2]) ** 0.5}
+
+    def norm():
+        gamma = jax.random.uniform(next(keys), (CHANNELS,), minval=0.5, maxval=1.5)
+        if gamma_sign:
+            gamma = gamma * jnp.array([1.0, -1.0, 1.0, -1.0])
+        return {
+            "gamma": gamma,
+            "beta": 0.3 * jax.random.normal(next(keys), (CHANNELS,)),
+            "mean": 0.3 * jax.random.normal(next(keys), (CHANNELS,)),
+            "var": jax.random.uniform(next(keys), (CHANNELS,), minval=0.5, maxval=1.5),
+        }
+
+    c = CHANNELS
+    return {
+        "stem": kernel(3, 3, 3, c),
+        "a": kernel(3, 3, c, c),
+        "b": kernel(3, 3, c, c),
+        "bn0": norm(),
+        "bn1": norm(),
+        "bn2": norm(),
+        "head": {
+            "kernel": jax.random.normal(next(keys), (c, 5)) * c**-0.5,
+            "bias": 0.1 * jax.random.normal(next(keys), (5,)),
+        },
+    }
+
+
+def make_images(seed=1, n=3):
+    return jax.random.normal(jax.random.key(seed), (n, 6, 6, 3))
