@@ -28,6 +28,12 @@ Head = Callable[..., Any]
 COLUMNS_PER_PASS = 16
 """Cotangents that go backward together."""
 
+CPU_EXAMPLES = 16
+"""Beyond this the arrays of a CIFAR ResNet fall out of a CPU's caches."""
+
+DEFAULT_BUDGET = 2**30
+"""Bytes that intermediate arrays may take, by estimate."""
+
 FIRST_FLOAT16_SCALE = 2.0**10
 """Cotangents are scaled to about this in float16, less where that overflows."""
 
@@ -176,7 +182,7 @@ def gauss_newton_trace(
         columns=math.ceil(columns / math.ceil(columns / COLUMNS_PER_PASS)),
     )
     if microbatch is None:
-        microbatch = _affordable(plan, leaves, memory_budget or 2**30)
+        microbatch = _affordable(plan, leaves, DEFAULT_BUDGET if memory_budget is None else memory_budget)
     chunk = math.ceil(size / math.ceil(size / microbatch))
     key = jax.random.key(0) if key is None else key
     by_column, rejected = _sum_over_batch(plan, leaves, x, targets, key, policy, size, chunk, columns)
@@ -412,10 +418,6 @@ def _affordable(plan: _Plan, leaves, budget: int) -> int:
     affordable = max(1, int(budget // max(forward + backward + largest + copies, 1)))
     platform = next(iter(leaves[0].devices())).platform
     return min(affordable, CPU_EXAMPLES) if platform == "cpu" else affordable
-
-
-CPU_EXAMPLES = 16
-"""Beyond this the arrays of a CIFAR ResNet fall out of a CPU's caches."""
 
 
 def _estimate(layout: Layout, by_column: dict, random: bool, columns: int, rejected: int, key) -> TraceEstimate:

@@ -209,3 +209,18 @@ def test_only_the_asked_paths():
     assert piecewise_linear_kernels(graph, ["b"]) == {"b": True}
     with pytest.raises(KeyError, match="no leaf 'c'"):
         piecewise_linear_kernels(graph, ["c"])
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_every_kernel_of_a_residual_network_in_eval_mode_is_proven(shortcut):
+    from ehap_jax.models import ResNet, eval_apply, train_apply
+
+    model = ResNet(8, 10, shortcut=shortcut, widths=(2, 4, 8))
+    x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(x.shape)))
+    found = piecewise_linear_kernels(trace_graph(eval_apply(model))(variables, x))
+    assert len(found) == (8 if shortcut == "A" else 10)
+    assert set(found.values()) == {True}
+    # In training mode the statistics depend on every kernel before them; the head alone is linear.
+    found = piecewise_linear_kernels(trace_graph(lambda v, x: train_apply(model)(v, x)[0])(variables, x))
+    assert [path for path, verdict in found.items() if verdict is True] == ["params/linear/kernel"]
