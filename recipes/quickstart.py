@@ -95,8 +95,8 @@ class Config:
     batch_size: int = 64
     weight_decay: float = 5e-4
     dense: Phase = Phase(epochs=30, learning_rate=0.1)
-    finetune: Phase = Phase(epochs=12, learning_rate=0.05)
-    int8: Phase = Phase(epochs=4, learning_rate=0.005)
+    finetune: Phase = Phase(epochs=40, learning_rate=0.1)
+    int8: Phase = Phase(epochs=8, learning_rate=0.01)
     trace_examples: int = 256
     """Training images in the Hessian batch, not augmented."""
     num_probes: int = 64
