@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ehap_jax.models import ResNet, eval_apply, init_variables
+from ehap_jax import allocate, random_scores, shrink, shrink_variables, trace_graph
+from ehap_jax.models import ResNet, eval_apply
 from ehap_jax.quant import (
     HAWQ,
     INT4_WEIGHTS,
@@ -21,6 +22,7 @@ from ehap_jax.quant import (
     range_parameters,
     with_range_parameters,
 )
+from tests.pruning.invariant import randomise
 from tests.quant.networks import CHANNELS, apply, make_images, make_variables
 
 DENSE = {"kernel": jax.random.normal(jax.random.key(0), (6, 4)), "bias": jnp.array([0.5, -1.0, 0.0, 2.0])}
@@ -280,11 +282,8 @@ def test_updating_observes_before_rounding_and_freezing_never_recompiles():
 def test_the_models_of_the_library_are_folded_whole():
     """ResNet-8 with both kinds of shortcut: every BatchNorm disappears, and the result stays close."""
     model = ResNet(8, 10, shortcut="B", widths=(4, 6, 8))
-    variables = init_variables(model, jax.random.key(0), (8, 8, 3))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    variables = jax.tree.map(
-        lambda v: jax.random.uniform(next(keys), v.shape, minval=0.5, maxval=1.5) if v.ndim == 1 else v, variables
-    )
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))))
+    variables = randomise(jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes))
     x = jax.random.normal(jax.random.key(2), (4, 8, 8, 3))
     function = eval_apply(model)
     quantized = fake_quant(function)
@@ -297,6 +296,27 @@ def test_the_models_of_the_library_are_folded_whole():
     # Two 1x1 shortcuts read what the first 3x3 conv of their block reads.
     assert len(kernels) == 10 and len(qstate) == 8
     assert quantized_bytes(function, variables, x) == sum(k.size for k in kernels) + 8 * biases + 5 * 8
+
+
+@pytest.mark.parametrize("coupling", ["group", "union"])
+def test_shrunk_networks_are_quantised_too(coupling):
+    """Every layer of the smaller network keeps its fold, and the masked network's range at the input of each."""
+    variables, x = make_variables(gamma_sign=True), make_images()
+    graph = trace_graph(apply)(variables, x)
+    plan = allocate(graph, random_scores(graph, key=jax.random.key(3)), channels=0.6, coupling=coupling)
+    small, function = shrink_variables(variables, plan), shrink(apply, plan)
+    rules = (QuantRule(residual_bits=8),)
+    quantized, qstate = calibrate(function, small, x, rules)
+    check_calibrated(qstate)
+    assert {name.split(":")[0] for name in qstate} == {"stem/kernel", "a/kernel", "b/kernel", "head/kernel"}
+    layers = quantize_weights(function, small, qstate, x, rules)
+    assert {name: layer.integers.shape for name, layer in layers.items()} == {
+        f"{name}/kernel": small[name]["kernel"].shape for name in ("stem", "a", "b", "head")
+    }
+    assert small["a"]["kernel"].shape != variables["a"]["kernel"].shape
+    assert all(layer.bias is not None for layer in layers.values())
+    y, want = quantized.apply(small, qstate, x, update=False)[0], function(small, x)
+    assert float(jnp.abs(y - want).max()) < 0.04 * float(jnp.abs(want).max())
 
 
 def test_equinox_style_single_examples_under_vmap_are_folded():
