@@ -145,6 +145,7 @@ def compare_combinations(data: Path, images: int) -> dict[str, Any]:
         for count in counts:
             runs = [measure(draw, classes=count, draw=draw, key=jax.random.key(seed)) for seed in range(1 + SEEDS)]
             rows += runs[1:]  # the first compiled
+            print(rows[-1], flush=True)
     half = Policy("float16")
     rows.append([measure("exact float16", policy=half) for _ in range(2)][1])
     return {"network": "resnet20", "images": images, "rows": rows, "load_average": os.getloadavg()[0], **provenance()}
@@ -171,6 +172,7 @@ def compare_probes(data: Path, images: int, probes: int, kept: Path, rows: list)
         scores = hap_scores(flat(estimate.mean, variables), variables)
         rows.append({"method": "hutchinson", "samples": count, **spent, **quality(scores, truth)})
         save_trace(kept, estimate, made_from)
+        print(rows[-1], flush=True)
     mean, sem = flat(estimate.mean, variables), flat(estimate.sem, variables)
     alive = sem > 0
     z = (mean - exact)[alive] / sem[alive]
@@ -282,6 +284,7 @@ def main() -> None:
                 [*command, "--one", network, str(images)], stdout=subprocess.PIPE, text=True, check=True
             )
             results["timing"].append({**json.loads(done.stdout.splitlines()[-1]), **provenance()})
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
     if options.only in (None, "combinations"):
         results["combinations"] = compare_combinations(options.data, options.images)
     if options.only in (None, "probes"):
