@@ -52,6 +52,17 @@ def broadcast_in_dim(structure: Structure, node: Node, inputs: list[Labels]) -> 
     return [Labels(tuple(axes), frozenset(zero), value.from_variables)]
 
 
+@register("tile")
+def tile(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """Every repetition carries the labels of what it repeats."""
+    (value,) = inputs
+    axes = tuple(
+        tuple(np.tile(labels, times) for labels in axis) if times != 1 else axis
+        for axis, times in zip(value.axes, node.params["reps"], strict=True)
+    )
+    return [Labels(axes, value.zero, value.from_variables)]
+
+
 @register("squeeze")
 def squeeze(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     value, gone = inputs[0], {d % len(inputs[0].axes) for d in node.params["dimensions"]}
