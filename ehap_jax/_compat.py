@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import jax
 from jax._src import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
@@ -32,9 +34,5 @@ def bind(primitive: Primitive, args, params) -> list:
 
 def enable_x64(enabled: bool = True):
     """Context manager that switches 64-bit types on: public in newer JAX, experimental before."""
-    public = getattr(jax, "enable_x64", None)
-    if public is not None:
-        return public(enabled)
-    from jax.experimental import enable_x64 as experimental
-
-    return experimental(enabled)
+    make = getattr(jax, "enable_x64", None) or import_module("jax.experimental").enable_x64
+    return make(enabled)
