@@ -1,0 +1,106 @@
+"""The comparison with PyTorch at a tiny size: what it writes, what it finds, and the errors a user can run into."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
+pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
+from interop.torch_models import cifar_resnet  # noqa: E402
+from recipes import compare_torch  # noqa: E402
+from tests.interop.conftest import lively  # noqa: E402
+
+TINY = ["--images", "8", "--test-images", "16", "--same-probes", "2", "--probes", "1", "3", "--ratios", "0.8", "0.5"]
+
+
+@pytest.fixture(autouse=True)
+def as_a_user_has_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(checkpoint, npz)."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.save(lively(cifar_resnet(8, widths=(4, 4, 8), num_classes=3)).state_dict(), folder / "tiny.pt")
+    generator = np.random.default_rng(0)
+    arrays = {
+        f"{kind}_{split}": generator.integers(0, high, (30, *shape)).astype(np.uint8)
+        for split in ("train", "test")
+        for kind, high, shape in (("x", 256, (8, 8, 3)), ("y", 3, ()))
+    }
+    np.savez(folder / "tiny.npz", **arrays)
+    return folder / "tiny.pt", folder / "tiny.npz"
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compare") / "run"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert compare_torch.command([str(files[0]), "--data", f"npz:{files[1]}", *TINY, "--output", str(output)]) == 0
+    return output
+
+
+def test_both_frameworks_agree(finished):
+    found = json.loads((finished / "comparison.json").read_text())
+    assert all(found["identity"][name] <= found["limits"][name] for name in compare_torch.SAME)
+    assert found["identity"]["accuracy_jax"] == found["identity"]["accuracy_torch"]
+    assert found["scores"]["spearman"] > 0.999
+    assert found["scores"]["kept_overlap"] == {"0.8": 1.0, "0.5": 1.0}
+    assert found["reference"] == "exact"
+    rows = found["pruned"]
+    assert len(rows) == 2 * 3 and all(row["accuracy_jax"] == row["accuracy_torch"] for row in rows)
+    assert compare_torch.beyond_limits(found) == []
+
+
+def test_published_schedule_is_its_first_probe(finished):
+    """One probe ranks the same however it is scaled; with three the published schedule still stands at the first."""
+    one, three = json.loads((finished / "comparison.json").read_text())["schedule"]
+    assert one["published"]["spearman"] == pytest.approx(one["fixed"]["spearman"], abs=1e-3)
+    assert set(one["same_kept_as_fixed"].values()) == {1.0}
+    assert abs(three["published"]["spearman"] - one["published"]["spearman"]) < 0.02
+    assert three["fixed"]["spearman"] != pytest.approx(one["fixed"]["spearman"], abs=1e-6)
+
+
+def test_run_directory_explains_itself(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json", "versions.json", "comparison.json", "comparison.txt", "schedule.png", "scores.png",
+    }  # fmt: skip
+    found = json.loads((finished / "comparison.json").read_text())
+    assert found.keys() >= found["meaning"].keys() and found["config"]["images"] == 8
+    assert 0.99 < found["weight_of_the_first_published_probe"] < 1
+    for cost in found["cost"].values():
+        assert 0 < cost["memory_before"] <= cost["peak_memory"] and cost["seconds_per_probe"] > 0
+    text = (finished / "comparison.txt").read_text()
+    assert "as published" in text and "seconds per probe" in text and "tiny.pt" in text
+
+
+def test_figures_beyond_their_limits_are_named(finished):
+    found = json.loads((finished / "comparison.json").read_text())
+    found["identity"]["gradient_relative"] = float("nan")
+    found["pruned"][0]["logits_max_abs"] = 1.0
+    assert compare_torch.beyond_limits(found) == ["gradient_relative", "pruned_logits_max_abs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "31"], "--images 31 is not between 1 and the 2\\d there are"),
+        (["--test-images", "0"], "--test-images 0"),
+        (["--probes", "0", "10"], "--probes"),
+        (["--ratios", "1.5"], "--ratios"),
+        (["--data", "npz:nowhere.npz"], "nowhere.npz"),
+        (["--layout", "timm"], "unknown layout 'timm'"),
+    ],
+)
+def test_bad_settings_fail_before_anything_is_written(files, tmp_path, capsys, arguments, message):
+    output = tmp_path / "run"
+    given = [str(files[0]), "--data", f"npz:{files[1]}", *TINY, *arguments, "--output", str(output)]
+    assert compare_torch.command(given) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not output.exists()
