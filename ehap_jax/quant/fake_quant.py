@@ -115,7 +115,10 @@ class QuantizedKernel(NamedTuple):
 def quantize_weights(
     apply: Callable, variables, qstate: QState, x, rules: Sequence[QuantRule] = INT8
 ) -> dict[str, QuantizedKernel]:
-    """The integers behind ``fake_quant(apply, rules)``, by layer (the kernel's path, with "#2" for its second use)."""
+    """The integers behind ``fake_quant(apply, rules)``, by layer (the kernel's path, with "#2" for its second use).
+
+    For use outside jit. Raises ValueError for a folded kernel or a range that is not finite: NaN has no integer.
+    """
     network = _prepare(apply, rules, variables, x)
     _check_ranges(network, qstate, update=False)
     found: dict[str, QuantizedKernel] = {}
@@ -125,6 +128,9 @@ def quantize_weights(
         seen = _activation_grid(qstate[network.names[rounding]], rounding, rule)
         numbers = _layer_numbers(site, rule, seen, read)
         bias = None if numbers.bias is None else quantise(numbers.offset, numbers.bias).astype(jnp.int32)
+        for what, scale in (("input range", seen.scale), ("folded kernel", numbers.weights.scale)):
+            if not isinstance(scale, Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
+                raise ValueError(f"{site.name}: its {what} is not finite, which no integer can stand for.")
         found[site.name] = QuantizedKernel(
             quantise(numbers.kernel, numbers.weights).astype(jnp.int8),
             numbers.weights.scale.astype(jnp.float32),
@@ -163,12 +169,13 @@ Read = Callable[[Operand], Any]
 
 @dataclass(frozen=True)
 class _Rounding:
-    """A value and the kind of grid it is rounded to; layers that agree on both share a range."""
+    """A value, the kind of grid it is rounded to and how it is observed; layers that agree on all share a range."""
 
     value: Operand
     bits: int
     kind: GridKind
 
+    observer: tuple[str, float, float]
 
 @dataclass(frozen=True, eq=False)
 class _Network:
@@ -187,7 +194,11 @@ class _Network:
 
 
 def _input_rounding(site: Site, rule: QuantRule) -> _Rounding:
-    return _Rounding(site.activation, rule.activation_bits, rule.activations)
+    return _Rounding(site.activation, rule.activation_bits, rule.activations, _observer(rule))
+
+
+def _observer(rule: QuantRule) -> tuple[str, float, float]:
+    return rule.observer, rule.decay, rule.percentile
 
 
 def _prepare(apply, rules, variables, x) -> _Network:
@@ -208,7 +219,7 @@ def _prepare(apply, rules, variables, x) -> _Network:
     for branch in find_branches(graph.body, layers.values(), sites):
         rule = matched[branch.site.path]
         if rule.residual_bits is not None:
-            rounding = _Rounding(branch.origin, rule.residual_bits, _residual_kind(rule))
+            rounding = _Rounding(branch.origin, rule.residual_bits, _residual_kind(rule), _observer(rule))
             branches[branch.node, branch.position] = (rounding, rule)
             if rounding not in names:
                 name = f"{branch.site.name}:{branch.side}"

@@ -116,7 +116,7 @@ def find_sites(graph: Graph) -> Sites:
     for node, kernel_operand, reason in _layers(graph.body, sources):
         kernel = node.inputs[kernel_operand]
         assert isinstance(kernel, Value)
-        path = max(sources[kernel], key=lambda p: sizes[p])
+        path = max(sorted(sources[kernel]), key=lambda p: sizes[p])  # of equals the first in the alphabet
         if reason is not None:
             blocked[path] = reason
             continue
@@ -218,8 +218,9 @@ def _kernel_operand(node: Node, sources) -> int | None:
     """The operand made of variables where the other is not; either side of a dot, the right-hand side of a conv."""
     for index in (1, 0) if node.name == "dot_general" else (1,):
         kernel, other = node.inputs[index], node.inputs[1 - index]
+        floating = all(jnp.issubdtype(v.dtype, jnp.floating) for v in node.inputs)
         if isinstance(kernel, Value) and sources.get(kernel) and isinstance(other, Value) and other not in sources:
-            return index
+            return index if floating else None  # integers need no rounding
     return None
 
 

@@ -133,6 +133,66 @@ def test_a_kernel_used_twice_has_a_range_per_use():
     _, qstate = calibrate(lambda v, x: (x @ v["w"]) @ v["w"], variables, x)
     assert {name: float(state.high) for name, state in qstate.items()} == {"w": 5.0, "w#2": 10.0}
 
+def test_layers_that_observe_differently_do_not_share_a_range():
+    rules = (QuantRule("a", observer="percentile", percentile=90.0), QuantRule("b"))
+    variables = {"a": DENSE["kernel"], "b": DENSE["kernel"]}
+    _, qstate = calibrate(lambda v, x: (x @ v["a"], x @ v["b"]), variables, DENSE_X, rules)
+    assert float(qstate["a"].high) < float(qstate["b"].high) == float(DENSE_X.max())
+
+
+def test_a_kernel_made_of_equal_variables_has_a_stable_name():
+    """Of a kernel and its mask the first in the alphabet, whatever the order of a set is in this process."""
+    names = [f"{letter}{i}" for i in range(4) for letter in "zyx"]
+    for name in names:
+        variables = {name: DENSE["kernel"], "a": jnp.ones_like(DENSE["kernel"])}
+        quantized = fake_quant(lambda v, x, name=name: x @ (v[name] * v["a"]))
+        assert list(quantized.init(variables, DENSE_X)) == ["a"]
+
+
+def test_integer_products_are_left_alone():
+    variables = {"kernel": DENSE["kernel"], "table": jnp.ones((6, 4), jnp.int32)}
+
+    def function(v, x):
+        return dense({**v, "bias": DENSE["bias"]}, x), x.astype(jnp.int32) @ v["table"]
+
+    quantized, qstate = calibrate(function, variables, DENSE_X)
+    assert list(qstate) == ["kernel"]
+    got, want = quantized.apply(variables, qstate, DENSE_X, update=False)[0][1], function(variables, DENSE_X)[1]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_grouped_and_depthwise_convolutions_have_a_scale_per_output_channel():
+    x = jax.random.normal(jax.random.key(2), (2, 4, 4, 4))
+    gamma = jnp.array([1.0, -2.0, 0.5, 3.0])
+
+    def function(v, x):
+        y = jax.lax.conv_general_dilated(
+            x, v["kernel"], (1, 1), "SAME", feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y * v["gamma"].reshape(1, 1, 1, 4) + 1.0
+
+    for groups in (2, 4):
+        variables = {"kernel": jax.random.normal(jax.random.key(3), (3, 3, 4 // groups, 4)), "gamma": gamma}
+        quantized, qstate = calibrate(function, variables, x)
+        layer = quantize_weights(function, variables, qstate, x)["kernel"]
+        want = np.asarray(variables["kernel"] * gamma.reshape(1, 1, 1, 4))
+        assert layer.scale.shape == (1, 1, 1, 4)
+        assert np.all(np.abs(real(layer) - want) <= np.asarray(layer.scale) * 0.5001)
+        y, exact = quantized.apply(variables, qstate, x, update=False)[0], function(variables, x)
+        assert float(jnp.abs(y - exact).max()) < 0.02 * float(jnp.abs(exact).max())
+
+
+def test_a_tail_that_is_read_elsewhere_is_not_folded():
+    def function(v, x):
+        z = x @ v["kernel"]
+        return z, z * 2.0 + v["bias"][None]
+
+    quantized, qstate = calibrate(function, DENSE, DENSE_X)
+    z, y = quantized.apply(DENSE, qstate, DENSE_X, update=False)[0]
+    np.testing.assert_allclose(y, z * 2.0 + DENSE["bias"][None], atol=1e-6)
+    assert quantize_weights(function, DENSE, qstate, DENSE_X)["kernel"].bias is None
+
+
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-12, 1e-38])
 def test_dead_channels_keep_their_bias(tiny):
@@ -392,6 +452,17 @@ def test_a_qstate_of_another_network_is_named(calibrated):
     _, _, qstate, _ = calibrated
     with pytest.raises(KeyError, match="missing \\['kernel'\\], unexpected \\['a/kernel'"):
         fake_quant(dense).apply(DENSE, qstate, DENSE_X, update=False)
+
+def test_nan_is_seen_and_has_no_integers():
+    quantized, qstate = calibrate(dense, DENSE, DENSE_X.at[0, 0].set(jnp.nan))
+    assert np.all(np.isnan(quantized.apply(DENSE, qstate, DENSE_X, update=False)[0]))
+    with pytest.raises(ValueError, match="kernel: its input range is not finite"):
+        quantize_weights(dense, DENSE, qstate, DENSE_X)
+    _, qstate = calibrate(dense, DENSE, DENSE_X)
+    broken = {**DENSE, "kernel": DENSE["kernel"].at[0, 0].set(jnp.nan)}
+    with pytest.raises(ValueError, match="kernel: its folded kernel is not finite"):
+        quantize_weights(dense, broken, qstate, DENSE_X)
+
 
 
 def test_a_rule_that_matches_no_layer_lists_the_kernels():
