@@ -220,7 +220,7 @@ def draw_plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     every = [row for part in ("combinations", "probes") for row in results[part]["rows"]]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharex=True, layout="constrained")
     styles = {
         "hutchinson": ("Hutchinson probes", "o-", "tab:gray"),
         "signs": ("±1 combinations of classes, K = 1, 2, 4, 8", "s", "tab:blue"),
@@ -238,9 +238,9 @@ def draw_plot(results: dict[str, Any], path: Path) -> None:
             size = 14 if method == "exact" else 5
             x, y = [row["cpu_seconds"] for row in rows], [row[metric] for row in rows]
             ax.plot(x, y, style, color=colour, label=label, markersize=size)
-        ax.set(xscale="log", xlabel="CPU seconds, without compilation", title=title, ylim=(0, 1.03))
+        ax.set(xscale="log", xlabel="CPU seconds, without compilation", title=title, ylim=(-0.03, 1.04))
         ax.grid(alpha=0.3)
-    axes[0].legend(loc="lower right", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     figure.suptitle(f"ResNet-20, CIFAR-10, {results['probes']['images']} images")
     figure.savefig(path, dpi=130)
     plt.close(figure)
