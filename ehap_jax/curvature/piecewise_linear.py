@@ -19,7 +19,7 @@ def piecewise_linear_kernels(graph: Graph, paths: Iterable[str] | None = None) -
 
     Where they are, the second derivative of the outputs with respect to the kernel is zero, so that the kernel's
     block of the Hessian of any loss on the outputs is its block of the Gauss-Newton matrix
-    (Botev, Ritter and Barber 2017, arXiv 1706.03662, section 4), which `gauss_newton_trace` has exactly.
+    (Botev, Ritter and Barber 2017, arXiv 1706.03662), which `gauss_newton_trace` has exactly.
 
     The graph is walked once. Each value carries the set of kernels it depends on and the set for which that
     dependence is not proven. Sums, convolutions and products with independent values keep it linear; maxima, ReLU,
