@@ -49,8 +49,9 @@ def fake_quant(apply: Callable, rules: Sequence[QuantRule] = INT8) -> Quantized:
     For every layer whose kernel derives from variables: the affine tail after it (BatchNorm with frozen statistics,
     scale, bias) is folded into kernel and bias first; the folded kernel is rounded symmetrically per output channel,
     its input asymmetrically per tensor, its bias to int32 at scale ``s_x · s_w``. Gradients pass straight through, zero
-    where clipped, and reach kernel, scale and bias through the folding. Operands of residual sums are rounded too where
-    the rule has ``residual_bits``, each branch with a range of its own.
+    where clipped, and reach kernel, scale and bias through the folding. Operands of residual sums are rounded too,
+    unless the rule's ``residual_bits`` is None, each branch with a range of its own (or that of the layer which reads
+    the same value). Other operations, such as pooling, stay in floating point between rounded values.
 
     ``apply`` is the evaluation-mode function, dense or made by ``shrink``. Ranges are named after the kernel that reads
     the value first; a kernel applied twice has one range per use. Rematerialisation inside ``apply`` is dropped, as its
@@ -117,7 +118,7 @@ def quantize_weights(
 ) -> dict[str, QuantizedKernel]:
     """The integers behind ``fake_quant(apply, rules)``, by layer (the kernel's path, with "#2" for its second use).
 
-    For use outside jit. Raises ValueError for a folded kernel or a range that is not finite: NaN has no integer.
+    Outside jit, raises ValueError for a folded kernel or a range that is not finite: NaN has no integer.
     """
     network = _prepare(apply, rules, variables, x)
     _check_ranges(network, qstate, update=False)
@@ -127,10 +128,10 @@ def quantize_weights(
         rounding = _input_rounding(site, rule)
         seen = _activation_grid(qstate[network.names[rounding]], rounding, rule)
         numbers = _layer_numbers(site, rule, seen, read)
-        bias = None if numbers.bias is None else quantise(numbers.offset, numbers.bias).astype(jnp.int32)
         for what, scale in (("input range", seen.scale), ("folded kernel", numbers.weights.scale)):
             if not isinstance(scale, Tracer) and not bool(jnp.all(jnp.isfinite(scale))):
                 raise ValueError(f"{site.name}: its {what} is not finite, which no integer can stand for.")
+        bias = None if numbers.bias is None else quantise(numbers.offset, numbers.bias).astype(jnp.int32)
         found[site.name] = QuantizedKernel(
             quantise(numbers.kernel, numbers.weights).astype(jnp.int8),
             numbers.weights.scale.astype(jnp.float32),
@@ -174,8 +175,8 @@ class _Rounding:
     value: Operand
     bits: int
     kind: GridKind
-
     observer: tuple[str, float, float]
+
 
 @dataclass(frozen=True, eq=False)
 class _Network:

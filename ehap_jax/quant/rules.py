@@ -32,7 +32,7 @@ class QuantRule:
     observer: ObserverKind = "ema"
     decay: float = 0.99
     percentile: float = 99.9
-    residual_bits: int | None = None
+    residual_bits: int | None = 8
     skip: bool = False
 
     def __post_init__(self) -> None:
@@ -53,10 +53,10 @@ class QuantRule:
 
 
 INT8: tuple[QuantRule, ...] = (QuantRule(),)
-"""EHAP's scheme: symmetric weights per output channel, asymmetric activations per tensor, 8 bits each."""
+"""EHAP's scheme in 8 bits: symmetric weights per output channel, asymmetric activations and branches per tensor."""
 
 INT4_WEIGHTS: tuple[QuantRule, ...] = (QuantRule(weight_bits=4),)
-"""4-bit weights, 8-bit activations."""
+"""4-bit weights, 8-bit activations and residual branches."""
 
 HAWQ: tuple[QuantRule, ...] = (QuantRule(activations="unsigned", residual_bits=16),)
 """HAWQ-V3 (arXiv 2011.10680): unsigned activations with zero point 0, residual sums in 16 bits.

@@ -1,6 +1,6 @@
 """The transform as a whole: what it computes, its gradients, and how it composes."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from ehap_jax.quant import (
     range_parameters,
     with_range_parameters,
 )
-from tests.pruning.invariant import randomise
+from tests.pruning.invariant import jit, randomise
 from tests.quant.networks import CHANNELS, apply, make_images, make_variables
 
 DENSE = {"kernel": jax.random.normal(jax.random.key(0), (6, 4)), "bias": jnp.array([0.5, -1.0, 0.0, 2.0])}
@@ -36,15 +36,33 @@ def dense(v, x):
 @pytest.fixture(scope="module")
 def calibrated():
     """The small network, quantised and calibrated: (quantized, variables, qstate, x), with negative gammas."""
-    quantized = fake_quant(apply)
     variables, x = make_variables(gamma_sign=True), make_images()
-    _, qstate = jax.jit(partial(quantized.apply, update=True))(variables, quantized.init(variables, x), x)
+    quantized, qstate = calibrate(apply, variables, x)
     return quantized, variables, qstate, x
 
 
+quantise_once = cache(fake_quant)
+
+
+@cache
+def compiled(quantized, update):
+    return jit(partial(quantized.apply, update=update))
+
+
 def calibrate(function, variables, x, rules=INT8):
-    quantized = fake_quant(function, rules)
-    return quantized, jax.jit(partial(quantized.apply, update=True))(variables, quantized.init(variables, x), x)[1]
+    """(quantized, its ranges after one batch)."""
+    quantized = quantise_once(function, rules)
+    return quantized, compiled(quantized, True)(variables, quantized.init(variables, x), x)[1]
+
+
+def run(quantized, variables, qstate, x):
+    """Logits with the ranges as they are."""
+    return compiled(quantized, False)(variables, qstate, x)[0]
+
+
+@jit
+def integers_of_the_network(variables, qstate, x):
+    return quantize_weights(apply, variables, qstate, x)
 
 
 def real(layer):
@@ -93,7 +111,7 @@ def test_folding_then_quantising_is_quantising_with_the_folded_range(seed):
         one = jnp.ones(CHANNELS)  # what is left of the normalisation is the shift
         by_hand[norm] = {"gamma": one, "beta": shift, "mean": 0 * one, "var": one - 1e-5}
     (q1, s1), (q2, s2) = calibrate(apply, v, x), calibrate(apply, by_hand, x)
-    first, second = (quantize_weights(apply, vv, s1, x) for vv in (v, by_hand))
+    first, second = (integers_of_the_network(vv, s1, x) for vv in (v, by_hand))
     for name in first:
         np.testing.assert_allclose(first[name].scale, second[name].scale, rtol=1e-5)
         # A weight at a tie may fall either way once it was rounded to float32 elsewhere; the real numbers agree.
@@ -103,20 +121,20 @@ def test_folding_then_quantising_is_quantising_with_the_folded_range(seed):
         np.testing.assert_allclose(*[np.where(off == 0, b, 0) for b in back], rtol=1e-5, atol=1e-7)
     for name in s1:
         np.testing.assert_allclose(s1[name].high, s2[name].high, rtol=0.02)
-    y1, y2 = (q.apply(vv, s1, x, update=False)[0] for q, vv in ((q1, v), (q2, by_hand)))
+    y1, y2 = (run(q, vv, s1, x) for q, vv in ((q1, v), (q2, by_hand)))
     np.testing.assert_allclose(y1, y2, atol=0.02 * float(jnp.abs(y1).max()))
 
 
 def test_the_small_network_stays_close(calibrated):
     quantized, variables, qstate, x = calibrated
     check_calibrated(qstate)
-    y, want = quantized.apply(variables, qstate, x, update=False)[0], apply(variables, x)
+    y, want = run(quantized, variables, qstate, x), apply(variables, x)
     assert 0 < float(jnp.abs(y - want).max()) < 0.03 * float(jnp.abs(want).max())
 
 
 def test_one_range_per_layer_named_after_its_kernel(calibrated):
     _, _, qstate, x = calibrated
-    assert set(qstate) == {"stem/kernel", "a/kernel", "b/kernel", "head/kernel"}
+    assert set(qstate) == {"stem/kernel", "a/kernel", "b/kernel", "b/kernel:out", "head/kernel"}
     assert float(qstate["stem/kernel"].low) == float(x.min()) < 0 == float(qstate["a/kernel"].low)
 
 
@@ -127,11 +145,6 @@ def test_layers_that_read_the_same_value_share_its_range():
     mixed = fake_quant(lambda v, x: (x @ v["a"], x @ v["b"]), (QuantRule("a", activation_bits=4), QuantRule("b")))
     assert list(mixed.init(variables, jnp.ones((2, 3)))) == ["a", "b"]
 
-
-def test_a_kernel_used_twice_has_a_range_per_use():
-    variables, x = {"w": jnp.eye(3) * 2}, jnp.arange(6.0).reshape(2, 3)
-    _, qstate = calibrate(lambda v, x: (x @ v["w"]) @ v["w"], variables, x)
-    assert {name: float(state.high) for name, state in qstate.items()} == {"w": 5.0, "w#2": 10.0}
 
 def test_layers_that_observe_differently_do_not_share_a_range():
     rules = (QuantRule("a", observer="percentile", percentile=90.0), QuantRule("b"))
@@ -193,6 +206,11 @@ def test_a_tail_that_is_read_elsewhere_is_not_folded():
     assert quantize_weights(function, DENSE, qstate, DENSE_X)["kernel"].bias is None
 
 
+def test_a_kernel_used_twice_has_a_range_per_use():
+    variables, x = {"w": jnp.eye(3) * 2}, jnp.arange(6.0).reshape(2, 3)
+    _, qstate = calibrate(lambda v, x: (x @ v["w"]) @ v["w"], variables, x)
+    assert {name: float(state.high) for name, state in qstate.items()} == {"w": 5.0, "w#2": 10.0}
+
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-12, 1e-38])
 def test_dead_channels_keep_their_bias(tiny):
@@ -215,7 +233,7 @@ def test_bits_matter(calibrated):
 
     def error(rules):
         quantized, qstate = calibrate(apply, variables, x, rules)
-        return float(jnp.linalg.norm(quantized.apply(variables, qstate, x, update=False)[0] - want))
+        return float(jnp.linalg.norm(run(quantized, variables, qstate, x) - want))
 
     eight, four, tensor = error(INT8), error(INT4_WEIGHTS), error((QuantRule(weight_bits=4, per_channel=False),))
     assert 3 * eight < four < 2 * tensor
@@ -223,8 +241,8 @@ def test_bits_matter(calibrated):
 
 def test_integers_lie_on_the_grid_and_reproduce_the_layer(calibrated):
     quantized, variables, qstate, x = calibrated
-    layers = quantize_weights(apply, variables, qstate, x)
-    assert layers.keys() == qstate.keys()
+    layers = integers_of_the_network(variables, qstate, x)
+    assert layers.keys() == qstate.keys() - {"b/kernel:out"}
     for layer in layers.values():
         largest = np.abs(np.asarray(layer.integers, int)).max(tuple(range(layer.integers.ndim - 1)))
         np.testing.assert_array_equal(largest, 127)  # narrow: every channel reaches ±127, none −128
@@ -236,8 +254,8 @@ def test_integers_lie_on_the_grid_and_reproduce_the_layer(calibrated):
             bn = variables[norm]
             kernel = kernel / (bn["gamma"] * jax.lax.rsqrt(bn["var"] + 1e-5)).reshape(1, 1, 1, -1)
         rounded[name]["kernel"] = kernel
-    again = quantized.apply(rounded, qstate, x, update=False)[0]
-    np.testing.assert_allclose(again, quantized.apply(variables, qstate, x, update=False)[0], atol=0.02)
+    again = run(quantized, rounded, qstate, x)
+    np.testing.assert_allclose(again, run(quantized, variables, qstate, x), atol=0.02)
 
 
 # Gradients
@@ -250,8 +268,8 @@ def test_gradients_match_the_float_network(calibrated):
     def loss(function, v):
         return jnp.sum(jnp.sin(function(v)))
 
-    got = jax.jit(jax.grad(lambda v: loss(lambda v: quantized.apply(v, qstate, x, update=False)[0], v)))(variables)
-    want = jax.jit(jax.grad(lambda v: loss(lambda v: apply(v, x), v)))(variables)
+    got = jit(jax.grad(lambda v: loss(lambda v: quantized.apply(v, qstate, x, update=False)[0], v)))(variables)
+    want = jit(jax.grad(lambda v: loss(lambda v: apply(v, x), v)))(variables)
     flat = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: cosine(a, b), got, want))
     assert min(value for _, value in flat) > 0.98, flat
 
@@ -311,11 +329,11 @@ def test_jit_vmap_and_grad_compose(calibrated):
     quantized, variables, qstate, x = calibrated
     call = partial(quantized.apply, update=False)
     want = call(variables, qstate, x)[0]
-    np.testing.assert_allclose(jax.jit(call)(variables, qstate, x)[0], want, atol=1e-5)
-    one_by_one = jax.jit(jax.vmap(lambda one: call(variables, qstate, one[None])[0][0]))
+    np.testing.assert_allclose(jit(call)(variables, qstate, x)[0], want, atol=1e-5)
+    one_by_one = jit(jax.vmap(lambda one: call(variables, qstate, one[None])[0][0]))
     np.testing.assert_allclose(one_by_one(x), want, atol=1e-5)
-    per_example = jax.jit(jax.vmap(jax.grad(lambda one: call(variables, qstate, one[None])[0].sum())))(x)
-    whole = jax.jit(jax.grad(lambda x: call(variables, qstate, x)[0].sum()))(x)
+    per_example = jit(jax.vmap(jax.grad(lambda one: call(variables, qstate, one[None])[0].sum())))(x)
+    whole = jit(jax.grad(lambda x: call(variables, qstate, x)[0].sum()))(x)
     np.testing.assert_allclose(per_example, whole, atol=1e-4)
 
 
@@ -347,15 +365,15 @@ def test_the_models_of_the_library_are_folded_whole():
     x = jax.random.normal(jax.random.key(2), (4, 8, 8, 3))
     function = eval_apply(model)
     quantized = fake_quant(function)
-    y, qstate = jax.jit(partial(quantized.apply, update=True))(variables, quantized.init(variables, x), x)
-    want = jax.jit(function)(variables, x)
+    y, qstate = jit(partial(quantized.apply, update=True))(variables, quantized.init(variables, x), x)
+    want = jit(function)(variables, x)
     assert float(jnp.abs(y - want).max()) < 0.05 * float(jnp.abs(want).max())
     check_calibrated(qstate)
     kernels = [p for p in jax.tree.leaves(variables["params"]) if p.ndim > 1]
     biases = sum(k.shape[-1] for k in kernels)
     # Two 1x1 shortcuts read what the first 3x3 conv of their block reads.
-    assert len(kernels) == 10 and len(qstate) == 8
-    assert quantized_bytes(function, variables, x) == sum(k.size for k in kernels) + 8 * biases + 5 * 8
+    assert len(kernels) == 10 and len(qstate) == 8 + 5
+    assert quantized_bytes(function, variables, x) == sum(k.size for k in kernels) + 8 * biases + 5 * 13
 
 
 @pytest.mark.parametrize("coupling", ["group", "union"])
@@ -365,17 +383,16 @@ def test_shrunk_networks_are_quantised_too(coupling):
     graph = trace_graph(apply)(variables, x)
     plan = allocate(graph, random_scores(graph, key=jax.random.key(3)), channels=0.6, coupling=coupling)
     small, function = shrink_variables(variables, plan), shrink(apply, plan)
-    rules = (QuantRule(residual_bits=8),)
-    quantized, qstate = calibrate(function, small, x, rules)
+    quantized, qstate = calibrate(function, small, x)
     check_calibrated(qstate)
     assert {name.split(":")[0] for name in qstate} == {"stem/kernel", "a/kernel", "b/kernel", "head/kernel"}
-    layers = quantize_weights(function, small, qstate, x, rules)
+    layers = quantize_weights(function, small, qstate, x)
     assert {name: layer.integers.shape for name, layer in layers.items()} == {
         f"{name}/kernel": small[name]["kernel"].shape for name in ("stem", "a", "b", "head")
     }
     assert small["a"]["kernel"].shape != variables["a"]["kernel"].shape
     assert all(layer.bias is not None for layer in layers.values())
-    y, want = quantized.apply(small, qstate, x, update=False)[0], function(small, x)
+    y, want = run(quantized, small, qstate, x), jit(function)(small, x)
     assert float(jnp.abs(y - want).max()) < 0.04 * float(jnp.abs(want).max())
 
 
@@ -415,16 +432,17 @@ def test_rematerialised_and_bfloat16_networks(calibrated):
 
 
 def test_residual_branches_have_their_own_scales(calibrated):
-    _, variables, _, x = calibrated
-    rules = (QuantRule(residual_bits=8),)
-    quantized, qstate = calibrate(apply, variables, x, rules)
-    # The shortcut is the value conv a reads, so it has that range; the other branch has one of its own.
-    assert set(qstate) == {"stem/kernel", "a/kernel", "b/kernel", "b/kernel:out", "head/kernel"}
-    assert float(qstate["b/kernel:out"].low) < 0
-    y = quantized.apply(variables, qstate, x, update=False)[0]
-    plain, plain_state = calibrate(apply, variables, x)
-    assert float(jnp.abs(y - plain.apply(variables, plain_state, x, update=False)[0]).max()) > 0
-    assert float(jnp.abs(y - apply(variables, x)).max()) < 0.04 * float(jnp.abs(y).max())
+    quantized, variables, qstate, x = calibrated
+    # The shortcut is the value that conv a reads, so it has that range; the other branch has one of its own.
+    assert float(qstate["b/kernel:out"].low) < 0 == float(qstate["a/kernel"].low)
+    y = run(quantized, variables, qstate, x)
+    plain, plain_state = calibrate(apply, variables, x, (QuantRule(residual_bits=None),))
+    assert plain_state.keys() == qstate.keys() - {"b/kernel:out"}
+    assert float(jnp.abs(y - run(plain, variables, plain_state, x)).max()) > 0
+    coarse, coarse_state = calibrate(apply, variables, x, (QuantRule(residual_bits=3),))
+    assert coarse_state.keys() == qstate.keys() | {"stem/kernel:out"}  # 3 bits there, 8 where conv a reads it
+    want = apply(variables, x)
+    assert jnp.linalg.norm(run(coarse, variables, coarse_state, x) - want) > 3 * jnp.linalg.norm(y - want)
 
 
 def test_hawq_preset_keeps_sixteen_bits_on_residual_sums(calibrated):
@@ -448,11 +466,6 @@ def test_ranges_that_saw_nothing_are_an_error_and_never_a_scale():
     assert np.all(np.isnan(jax.jit(partial(quantized.apply, update=False))(DENSE, qstate, DENSE_X)[0]))
 
 
-def test_a_qstate_of_another_network_is_named(calibrated):
-    _, _, qstate, _ = calibrated
-    with pytest.raises(KeyError, match="missing \\['kernel'\\], unexpected \\['a/kernel'"):
-        fake_quant(dense).apply(DENSE, qstate, DENSE_X, update=False)
-
 def test_nan_is_seen_and_has_no_integers():
     quantized, qstate = calibrate(dense, DENSE, DENSE_X.at[0, 0].set(jnp.nan))
     assert np.all(np.isnan(quantized.apply(DENSE, qstate, DENSE_X, update=False)[0]))
@@ -463,6 +476,11 @@ def test_nan_is_seen_and_has_no_integers():
     with pytest.raises(ValueError, match="kernel: its folded kernel is not finite"):
         quantize_weights(dense, broken, qstate, DENSE_X)
 
+
+def test_a_qstate_of_another_network_is_named(calibrated):
+    _, _, qstate, _ = calibrated
+    with pytest.raises(KeyError, match="missing \\['kernel'\\], unexpected \\['a/kernel'"):
+        fake_quant(dense).apply(DENSE, qstate, DENSE_X, update=False)
 
 
 def test_a_rule_that_matches_no_layer_lists_the_kernels():

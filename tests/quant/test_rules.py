@@ -42,6 +42,11 @@ def test_impossible_rules_are_refused(options, message):
 
 
 def test_presets():
-    assert (INT8[0].weight_bits, INT8[0].activations, INT8[0].decay) == (8, "asymmetric", 0.99)
+    assert (INT8[0].weight_bits, INT8[0].residual_bits, INT8[0].activations, INT8[0].decay) == (
+        8,
+        8,
+        "asymmetric",
+        0.99,
+    )
     assert (INT4_WEIGHTS[0].weight_bits, INT4_WEIGHTS[0].activation_bits) == (4, 8)
     assert (HAWQ[0].activations, HAWQ[0].residual_bits) == ("unsigned", 16)
