@@ -15,6 +15,7 @@ JAX runs on its default device, PyTorch on the CPU.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -81,8 +82,9 @@ MEANING = {
     "probes: many equally weighted probes, drawn independently of those compared.",
     "pruned": "Test accuracy right after pruning, without fine-tuning, per criterion and kept fraction of channels. "
     "JAX runs the masked network, PyTorch the shrunk one; logits_max_abs is the largest difference between the two.",
-    "cost": "Each framework in a process of its own, the same images: first_call_seconds compiles, seconds_per_probe "
-    "is from the second call; memory in MiB of resident memory (on a GPU, of its memory, for JAX).",
+    "cost": "Each framework in a process of its own, the same images: first_call_seconds compiles, the others are from "
+    "the second call. On a machine that others use (load_average above the number of cores) compare the CPU seconds. "
+    "Memory in MiB of resident memory (on a GPU, of its memory, for JAX); memory_before has both frameworks imported.",
 }
 
 
@@ -111,6 +113,8 @@ class Config:
     """What rankings are compared with; "auto" is exact where that is proven to be the Hessian."""
     reference_probes: int = 1000
     """Probes of the reference where it is not exact."""
+    cost: bool = True
+    """Measure time and memory, too."""
     seed: int = 0
 
 
@@ -372,18 +376,21 @@ def measure(framework: str, checkpoint: Path, layout: str, images, labels, probe
         def trace() -> None:
             fixed_trace(nets.module, x, y, drawn)
 
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(2):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         trace()
         seconds.append(time.perf_counter() - started)
+        cpu_seconds.append(time.process_time() - cpu_started)
     on_device = (jax.devices()[0].memory_stats() or {}) if framework == "JAX" else {}
     peak = on_device["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in on_device else _memory()["peak"]
     return {
         "first_call_seconds": seconds[0],
         "seconds_per_probe": seconds[1] / probes,
+        "cpu_seconds_per_probe": cpu_seconds[1] / probes,
         "memory_before": before,
         "peak_memory": peak,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
     }
 
 
@@ -450,7 +457,7 @@ def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
         "schedule": schedule,
         "weight_of_the_first_published_probe": first_weight,
         "pruned": pruned_accuracies(job, criteria),
-        "cost": compare_cost(job),
+        "cost": compare_cost(job) if config.cost else {},
         "meaning": MEANING,
     }
     return document, both
@@ -497,12 +504,14 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
     cost = Table("", *document["cost"], title="Cost of a trace, each in a process of its own", title_justify="left")
     for key, what in (
         ("seconds_per_probe", "seconds per probe"),
+        ("cpu_seconds_per_probe", "CPU seconds per probe"),
         ("first_call_seconds", "first call, s"),
         ("memory_before", "memory before, MiB"),
         ("peak_memory", "peak memory, MiB"),
+        ("load_average", "load average meanwhile"),
     ):
         cost.add_row(what, *[f"{measured[key]:.4g}" for measured in document["cost"].values()])
-    return [same, ranking, pruned, cost]
+    return [same, ranking, pruned, *([cost] if document["cost"] else [])]
 
 
 def schedule_figure(document: Mapping[str, Any]) -> Figure:

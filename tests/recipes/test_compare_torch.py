@@ -13,7 +13,9 @@ from interop.torch_models import cifar_resnet  # noqa: E402
 from recipes import compare_torch  # noqa: E402
 from tests.interop.conftest import lively  # noqa: E402
 
-TINY = ["--images", "8", "--test-images", "16", "--same-probes", "2", "--probes", "1", "3", "--ratios", "0.8", "0.5"]
+TINY = [
+    "--images", "8", "--test-images", "16", "--same-probes", "2", "--probes", "1", "3", "--ratios", "0.8", "0.5", "--no-cost",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def files(tmp_path_factory):
     """(checkpoint, npz)."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("inputs")
-    torch.save(lively(cifar_resnet(8, widths=(4, 4, 8), num_classes=3)).state_dict(), folder / "tiny.pt")
+    torch.save(lively(cifar_resnet(4, widths=(12,), num_classes=3)).state_dict(), folder / "tiny.pt")
     generator = np.random.default_rng(0)
     arrays = {
         f"{kind}_{split}": generator.integers(0, high, (30, *shape)).astype(np.uint8)
@@ -74,10 +76,26 @@ def test_run_directory_explains_itself(finished):
     found = json.loads((finished / "comparison.json").read_text())
     assert found.keys() >= found["meaning"].keys() and found["config"]["images"] == 8
     assert 0.99 < found["weight_of_the_first_published_probe"] < 1
-    for cost in found["cost"].values():
-        assert 0 < cost["memory_before"] <= cost["peak_memory"] and cost["seconds_per_probe"] > 0
     text = (finished / "comparison.txt").read_text()
-    assert "as published" in text and "seconds per probe" in text and "tiny.pt" in text
+    assert "as published" in text and "tiny.pt" in text
+
+
+@pytest.mark.parametrize("framework", ["JAX", "PyTorch"])
+def test_time_and_memory(framework, files):
+    images, labels = np.zeros((2, 8, 8, 3), np.float32), np.zeros(2, np.int32)
+    cost = compare_torch.measure(framework, files[0], "auto", images, labels, 1)
+    assert 0 < cost["memory_before"] <= cost["peak_memory"]
+    assert 0 < cost["seconds_per_probe"] <= cost["first_call_seconds"]
+    assert cost["cpu_seconds_per_probe"] > 0
+
+
+@pytest.mark.slow
+def test_time_and_memory_in_processes_of_their_own(files, tmp_path):
+    given = [str(files[0]), "--data", f"npz:{files[1]}", *TINY[:-1], "--cost", "--output", str(tmp_path / "run")]
+    assert compare_torch.command(given) == 0
+    assert "CPU seconds per probe" in (tmp_path / "run" / "comparison.txt").read_text()
+    found = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert list(found["cost"]) == ["JAX", "PyTorch"]
 
 
 def test_figures_beyond_their_limits_are_named(finished):
