@@ -22,6 +22,8 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -155,6 +157,8 @@ def prepare(config: Config, progress: Progress) -> Job:
             raise ValueError(f"--{option} {getattr(config, name)} is not between 1 and the {count} there are")
     nets = pair(config.checkpoint, config.layout)
     spec = nets.info.spec
+    if nets.info.indices:
+        raise ValueError("this checkpoint was pruned before and adds by index; it cannot be pruned further in PyTorch")
     if dataset.image_shape[-1] != spec.image_channels:
         raise ValueError(f"the network reads {spec.image_channels} channels, the images have {dataset.image_shape[-1]}")
     if dataset.num_classes > spec.num_classes:
@@ -321,7 +325,7 @@ def pruned_accuracies(job: Job, criteria: Mapping[str, Scores]) -> list[dict[str
             for criterion, scores in criteria.items():
                 plan = plan_of(job, scores, ratio)
                 ours = np.asarray(forward(mask_variables(job.nets.variables, plan), job.test))
-                module = load(to_torch_shrunk(job.nets, plan))
+                module = load(to_torch(shrink_variables(job.nets.variables, plan), plan))
                 theirs = _torch_logits(module, job.test)
                 rows.append(
                     {
@@ -334,17 +338,6 @@ def pruned_accuracies(job: Job, criteria: Mapping[str, Scores]) -> list[dict[str
                 )
                 advance()
     return rows
-
-
-def to_torch_shrunk(nets: Pair, plan: PruningPlan) -> dict[str, Any]:
-    """The state dict of the shrunk network.
-
-    Raises:
-        ValueError: the checkpoint was pruned before with sums by index, which `to_torch` cannot shrink further.
-    """
-    if nets.info.indices:
-        raise ValueError("this checkpoint adds by index already; pruning it further cannot be written for PyTorch")
-    return to_torch(shrink_variables(nets.variables, plan), plan)
 
 
 def _torch_logits(module: Any, images: np.ndarray) -> np.ndarray:
@@ -548,7 +541,7 @@ def write_results(run: RunDirectory, document: dict[str, Any], both: Mapping[str
     shown = tables(document)
     for table in shown:
         console.print(table)
-    plain = Console(record=True, width=110, file=open("/dev/null", "w"))  # noqa: SIM115
+    plain = Console(record=True, width=110, file=StringIO())
     for table in shown:
         plain.print(table)
     run.write_text("comparison.txt", plain.export_text())
@@ -569,8 +562,9 @@ def main(config: Config, output: Path, overwrite: bool) -> list[str]:
         run = RunDirectory.create(output, config, overwrite=overwrite)
         document, both = compare(job)
         document = {
-            "config": run.read_json("config.json"),
-            "versions": run.read_json("versions.json"),
+            "config": run.read_json("config.json")
+            | {"checkpoint": config.checkpoint.name, "data": file_name(config.data)},
+            "versions": run.read_json("versions.json") | {"torch": version("torch")},
             **document,
             "seconds": round(time.perf_counter() - started, 1),
         }
@@ -601,6 +595,12 @@ def command(arguments: Sequence[str] | None = None) -> int:
     if beyond:
         print(f"compare_torch: beyond the limit: {', '.join(beyond)}", file=sys.stderr)
     return int(bool(beyond))
+
+
+def file_name(data: str) -> str:
+    """The data set without the folder it lies in."""
+    kind, _, path = data.partition(":")
+    return f"{kind}:{Path(path).name}" if path else kind
 
 
 def _path(name: str) -> str:
