@@ -1,6 +1,13 @@
 """Channel pruning guided by the Hessian and INT8 quantisation-aware training, as pure JAX function transforms."""
 
-from ehap_jax.curvature import Policy, TraceEstimate, channel_trace, hvp
+from ehap_jax.curvature import (
+    Policy,
+    TraceEstimate,
+    channel_trace,
+    gauss_newton_trace,
+    hvp,
+    piecewise_linear_kernels,
+)
 from ehap_jax.graph import (
     ChannelGroup,
     Cost,
@@ -8,6 +15,7 @@ from ehap_jax.graph import (
     UnknownPrimitiveError,
     channel_groups,
     count_cost,
+    explain,
     trace_graph,
 )
 from ehap_jax.pruning import (
@@ -42,13 +50,16 @@ __all__ = [
     "channel_groups",
     "channel_trace",
     "count_cost",
+    "explain",
     "fake_quant",
     "fisher_scores",
+    "gauss_newton_trace",
     "hessian_scores",
     "hvp",
     "magnitude_scores",
     "mask_variables",
     "norm_scale_scores",
+    "piecewise_linear_kernels",
     "random_scores",
     "shrink",
     "shrink_variables",

@@ -34,5 +34,7 @@ def bind(primitive: Primitive, args, params) -> list:
 
 def enable_x64(enabled: bool = True):
     """Context manager that switches 64-bit types on: public in newer JAX, experimental before."""
-    make = getattr(jax, "enable_x64", None) or import_module("jax.experimental").enable_x64
+    make = getattr(jax, "enable_x64", None)
+    if make is None:
+        make = import_module("jax.experimental").enable_x64
     return make(enabled)
