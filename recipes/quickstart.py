@@ -171,7 +171,8 @@ def train(job: Job, seed: int, stage: str, apply: Callable, variables: dict[str,
     with job.progress.stage(f"seed {seed}: {stage}", phase.epochs) as advance, checkpoints(job, seed, stage) as saved:
 
         def on_epoch(number: int, _: TrainState, metrics: EpochMetrics) -> None:
-            job.run.append_metrics({"seed": seed, "stage": stage, "epoch": number, **metrics._asdict()})
+            record = {"seed": seed, "stage": stage, "epoch": number, **metrics._asdict()}
+            job.run.append_metrics(record, identity=("seed", "stage", "epoch"))
             advance(loss=float(metrics.loss), accuracy=float(metrics.accuracy))
 
         advance(saved.latest() or 0)
