@@ -1,19 +1,32 @@
 """Tables, plots and the self-contained HTML page of a run."""
 
 from ehap_jax.report.page import write_comparison, write_report
-from ehap_jax.report.plots import accuracy_per_stage, kept_channels, score_scatter, sensitivity_per_layer
-from ehap_jax.report.run_data import RunData, read_run
-from ehap_jax.report.tables import stage_rows, stage_table
+from ehap_jax.report.plots import (
+    accuracy_against_bytes,
+    accuracy_per_stage,
+    kept_channels,
+    score_scatter,
+    sensitivity_per_layer,
+    trace_convergence,
+)
+from ehap_jax.report.run_data import Convergence, RunData, read_run, score_arrays
+from ehap_jax.report.tables import stage_html, stage_markdown, stage_rows, stage_table
 
 __all__ = [
+    "Convergence",
     "RunData",
+    "accuracy_against_bytes",
     "accuracy_per_stage",
     "kept_channels",
     "read_run",
+    "score_arrays",
     "score_scatter",
     "sensitivity_per_layer",
+    "stage_html",
+    "stage_markdown",
     "stage_rows",
     "stage_table",
+    "trace_convergence",
     "write_comparison",
     "write_report",
 ]

@@ -2,103 +2,179 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import os
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ehap_jax.report.plots import accuracy_per_stage, kept_channels, score_scatter, sensitivity_per_layer
+from ehap_jax.report import plots
 from ehap_jax.report.run_data import RunData, read_run
-from ehap_jax.report.tables import HEADER, stage_rows
+from ehap_jax.report.tables import HEADER, html_table, stage_caption, stage_html, stage_rows
 
-RESOLUTION = 160  # dots per inch; pictures are shown at 96
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REFERENCE = "float32"
+THEME = {
+    plots.INK: "currentColor",
+    plots.SOFT: "var(--soft)",
+    plots.LINE: "var(--line)",
+    plots.BAR: "var(--bar)",
+    plots.BLUE: "var(--blue)",
+}
+"""Colours of a figure that follow the page's theme, light or dark."""
 
 
 def write_report(run: str | Path) -> Path:
     """Write ``report.html`` into a run directory and return its path.
 
-    Raises FileNotFoundError or ValueError where the run lacks a file or has an ill-formed one (see ``read_run``),
-    ImportError where the "report" extra is not installed.
+    The page is made from the files of the run alone (see `ehap_jax.report.run_data`), holds its styles and pictures,
+    and replaces an earlier one in one step.
+
+    Raises:
+        FileNotFoundError, ValueError: the run lacks a file or has an ill-formed one (see `read_run`).
+        ImportError: the "report" extra is not installed.
     """
     data = read_run(run)
-    html = _render(f"ehap_jax: {data.path.name}", _describe(data), [_section(data, "Stages")])
+    html = _render(f"ehap_jax: {_name(data)}", _describe(data), None, [_section(data, "Stages")])
     return _write(data.path / "report.html", html)
 
 
 def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
-    """Write one page with the tables and pictures of several runs and return its path. Errors as `write_report`."""
+    """Write one page that compares several runs and then shows each, and return its path.
+
+    Raises:
+        FileNotFoundError, ValueError: a run lacks a file or has an ill-formed one, or no run is named.
+        ImportError: the "report" extra is not installed.
+    """
     data = [read_run(run) for run in runs]
-    html = _render("ehap_jax: comparison", f"{len(data)} runs", [_section(d, str(d.path)) for d in data])
-    return _write(Path(output), html)
+    if not data:
+        raise ValueError("name at least one run directory to compare")
+    names = _distinct([_name(run) for run in data])
+    rows = [(name, *row) for name, run in zip(names, data, strict=True) for row in stage_rows(run.summary)]
+    figure = plots.accuracy_against_bytes({name: run.stages for name, run in zip(names, data, strict=True)})
+    overview = {
+        "table": html_table(("run", *HEADER), rows),
+        "caption": "accuracy: mean ± standard deviation; in brackets points and shares against the run's own dense",
+        "figure": _picture(figure, "Mean ± standard deviation of every stage, against its bytes.", "overview"),
+    }
+    sections = [_section(run, name) for name, run in zip(names, data, strict=True)]
+    return _write(Path(output), _render("ehap_jax: comparison", f"{len(data)} runs", overview, sections))
+
+
+def _name(data: RunData) -> str:
+    return data.path.name or data.path.resolve().name
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
 def _section(data: RunData, title: str) -> dict[str, Any]:
+    summary = data.summary
+    facts = {name.replace("_", " "): f"{value:.2g}" for name, value in summary.get("checks", {}).items()}
+    facts |= {f"{name.replace('_', ' ')} time": f"{value:,.0f} s" for name, value in summary.get("seconds", {}).items()}
     return {
         "title": title,
-        "rows": stage_rows(data.summary),
-        "checks": "  ".join(f"{k.replace('_', ' ')}: {v:.2g}" for k, v in data.summary.get("checks", {}).items()),
-        "figures": list(_figures(data)),
+        "subtitle": _describe(data),
+        "table": stage_html(summary),
+        "caption": stage_caption(summary),
+        "facts": facts,
+        "figures": [_picture(figure, text, f"{title} {i}") for i, (figure, text) in enumerate(_figures(data))],
         "files": {
-            name: json.dumps(content, indent=1)
+            name: json.dumps(content, indent=1, ensure_ascii=False)
             for name, content in (("config.json", data.config), ("versions.json", data.versions))
         },
     }
 
 
-def _figures(data: RunData):
-    yield _picture(accuracy_per_stage(data.stages), "Test accuracy: seeds in blue, mean ± standard deviation in black.")
-    if data.plan:
-        yield _picture(kept_channels(data.plan), "Output channels that the plan keeps in every conv and dense layer.")
-    reference = data.scores.get("float32")
-    if not reference:
-        return
-    caption = (
-        "Score of every channel, float32; the bar is the layer's median. Triangles count the channels below the axis: "
-        "grey those at exactly 0 (dead), red negative estimates, which are noise of the estimator."
-    )
-    yield _picture(sensitivity_per_layer(reference), caption)
-    for policy in ("float16", "bfloat16"):
-        if policy in data.scores:
-            figure = score_scatter(reference, data.scores[policy], ("float32", policy))
-            yield _picture(figure, f"Scores in {policy} against float32, from the same probes.")
+def _figures(data: RunData) -> Iterator[tuple[Figure, str]]:
+    yield plots.accuracy_per_stage(data.stages), "Blue: every seed. Black: mean ± standard deviation over the seeds."
+    name = REFERENCE if REFERENCE in data.scores else next(iter(data.scores), None)
+    if name is not None:
+        text = (
+            f"Score of every channel in {name}; the bar is the layer's median. A triangle is a negative estimate, "
+            "drawn at its absolute value: noise, wherever the true trace cannot be negative. Channels at exactly 0 are "
+            "dead."
+        )
+        yield plots.sensitivity_per_layer(data.scores[name]), text
+    if data.plan and (data.plan["keep"] or data.plan.get("axes")):
+        yield plots.kept_channels(data.plan), "Output channels that the plan keeps (blue) and prunes (grey)."
+    if name is not None:
+        for other in sorted(set(data.scores) - {name}, reverse=True):
+            figure = plots.score_scatter(data.scores[name], data.scores[other], (name, other))
+            yield figure, f"Scores in {other} against {name}, one dot per channel."
+    if data.convergence is not None:
+        text = "Running mean of the total trace; the band is ± 1.96 standard errors, the dashes the last mean."
+        yield plots.trace_convergence(*data.convergence), text
 
 
 def _describe(data: RunData) -> str:
-    device = data.versions.get("device", {})
-    packages = data.versions.get("packages", {})
-    git = data.versions.get("git") or {}
+    device, packages, git = (_dictionary(data.versions.get(name)) for name in ("device", "packages", "git"))
     parts = [
         f"{data.config.get('model', 'model')} on {data.config.get('data', 'data')}",
-        f"JAX {packages.get('jax', '?')} on {device.get('kind', '?')}",
-        f"commit {git['commit'][:10]}{' (modified)' if git.get('modified') else ''}" if git else "",
-        f"{data.summary['seconds']['total']:.0f} s" if "total" in data.summary.get("seconds", {}) else "",
+        f"JAX {packages['jax']}" if packages.get("jax") else "",
+        str(device.get("kind", "")),
+        f"commit {str(git['commit'])[:10]}{' (modified)' if git.get('modified') else ''}" if "commit" in git else "",
     ]
     return " · ".join(part for part in parts if part)
 
 
-def _picture(figure, text: str) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=RESOLUTION)
-    width = int(figure.get_size_inches()[0] * 96)
-    return {"data": base64.b64encode(buffer.getvalue()).decode(), "width": width, "text": text}
+def _dictionary(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-def _render(title: str, subtitle: str, sections: list[dict[str, Any]]) -> str:
+def _picture(figure: Figure, text: str, name: str) -> dict[str, Any]:
+    """The figure as inline SVG in the colours of the page; ``name`` keeps the ids of pictures on one page apart."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ehap_jax"}):
+        figure.savefig(buffer, format="svg", dpi=160, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    prefix = re.sub(r"\W", "-", name)
+    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\1{prefix}-", svg)
+    for color, themed in THEME.items():
+        svg = svg.replace(f": {color}", f": {themed}")
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    svg = re.sub(r'\b(width|height)="[^"]*pt"', "", svg, count=2)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{_title_of(figure)}" width="{width}" height="{height}"', 1)
+    return {"svg": svg, "width": width, "text": text}
+
+
+def _title_of(figure: Figure) -> str:
+    from html import escape
+
+    return escape(figure.axes[0].get_title(loc="left"))
+
+
+def _render(title: str, subtitle: str, overview: dict[str, Any] | None, sections: list[dict[str, Any]]) -> str:
     try:
-        from jinja2 import Environment
+        from jinja2 import Environment, StrictUndefined
     except ImportError as error:
         raise ImportError("the report needs jinja2: pip install 'ehap-jax[report]'") from error
     source = files("ehap_jax.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, trim_blocks=True).from_string(source)
-    return template.render(title=title, subtitle=subtitle, sections=sections, header=HEADER)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(source).render(title=title, subtitle=subtitle, overview=overview, sections=sections)
 
 
 def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Replace the file in one step; nothing is left behind where that fails."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
     return path
