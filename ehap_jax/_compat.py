@@ -17,6 +17,7 @@ __all__ = [
     "Var",
     "bind",
     "enable_x64",
+    "scan_operands",
     "source_line",
 ]
 
@@ -38,3 +39,11 @@ def enable_x64(enabled: bool = True):
     if make is None:
         make = import_module("jax.experimental").enable_x64
     return make(enabled)
+
+
+def scan_operands(params) -> tuple[int, int]:
+    """Of a ``scan`` equation: where its operands stop being constants, and where they stop being carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts, carry, _ = (len(list(part)) for part in params["ft_in"].unpack())
+    return consts, consts + carry

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ehap_jax import _compat
 from ehap_jax.graph import rules as _rules  # noqa: F401  registers every primitive's rule
 from ehap_jax.graph.interpret import RULES
 from ehap_jax.graph.structure import Coupling, Labels, Solution, Structure
@@ -186,8 +187,7 @@ def _propagate_call(structure: Structure, node: Node, inputs, labels, on_unknown
 
 def _propagate_scan(structure: Structure, node: Node, body: Body, inputs, labels, on_unknown: str) -> list[Labels]:
     """The body sees one slice of what is scanned over; what is carried keeps the same indices in every round."""
-    consts = node.params["num_consts"]
-    carried = consts + node.params["num_carry"]
+    consts, carried = _compat.scan_operands(node.params)
     carry, slices = list(inputs[consts:carried]), []
     for value in inputs[carried:]:
         structure.freeze(value.axes[0], f"scanned over at {node.source}")

@@ -97,8 +97,7 @@ def evaluate_call(node: Node, args: Sequence, run: Callable, run_derivative: Cal
 
 
 def _scan(node: Node, args: Sequence, run: Callable) -> list:
-    consts = node.params["num_consts"]
-    carried = consts + node.params["num_carry"]
+    consts, carried = _compat.scan_operands(node.params)
 
     def step(carry, xs):
         outs = run(node.body, (*args[:consts], *carry, *xs))
