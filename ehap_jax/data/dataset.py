@@ -6,13 +6,17 @@ import numpy as np
 
 from ehap_jax.data.augment import Augmentation
 
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""(mean, standard deviation) per channel, in units where 255 is 1."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """Images as uint8 (N, H, W, C), labels as int32 (N,), split three ways; read-only.
 
     The validation split is carved out of the training data, so that the test split is used for nothing but the
-    last evaluation. `mean` and `std` are those of the training split, per channel, in units where 255 is 1.
+    last evaluation. `mean` and `std` are those of the training split unless others were given, per channel, in units
+    where 255 is 1.
     """
 
     name: str
@@ -43,6 +47,7 @@ def make_dataset(
     augmentation: Augmentation,
     validation_fraction: float = 0.1,
     seed: int = 0,
+    normalisation: Normalisation | None = None,
 ) -> Dataset:
     """Carve a stratified validation split out of `train`, and measure mean and standard deviation on the rest.
 
@@ -53,9 +58,10 @@ def make_dataset(
         augmentation: what training does to an image.
         validation_fraction: share of every class's training images that is held out for validation, in (0, 1).
         seed: of the validation split; it does not touch the test split.
+        normalisation: (mean, std) that a trained network expects; those of the training split by default.
 
     Raises:
-        ValueError: shapes, dtypes, label range or fraction do not fit; the message names the array.
+        ValueError: shapes, dtypes, label range, fraction or normalisation do not fit; the message names the array.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be in (0, 1), not {validation_fraction}")
@@ -69,11 +75,37 @@ def make_dataset(
             f"{name}: {len(y_train)} training images leave {len(in_train)} for training and {len(in_val)} for "
             f"validation at validation_fraction={validation_fraction}; both need at least one"
         )
-    mean, std = channel_statistics(x_train[in_train])
+    mean, std = normalisation or channel_statistics(x_train[in_train])
+    channels = x_train.shape[-1]
+    if not len(mean) == len(std) == channels or min(std) <= 0:
+        raise ValueError(f"{name}: images of {channels} channels need as many means and positive stds: {mean}, {std}")
     arrays = (x_train[in_train], y_train[in_train], x_train[in_val], y_train[in_val], x_test, y_test)
     for array in arrays:
         array.setflags(write=False)
     return Dataset(name, *arrays, num_classes=num_classes, mean=mean, std=std, augmentation=augmentation)
+
+
+def limit_training(dataset: Dataset, count: int | None, seed: int = 0) -> Dataset:
+    """The data set with `count` of its training images, every class by its share; all of them where it is None.
+
+    Normalisation and the other splits stay as they are.
+
+    Raises:
+        ValueError: there are not as many training images, or `count` is below 1.
+    """
+    if count is None:
+        return dataset
+    total = len(dataset.x_train)
+    if not 1 <= count <= total:
+        raise ValueError(f"{dataset.name}: cannot take {count} of {total} training images")
+    order = np.random.default_rng(seed).permutation(total)
+    # The i-th image of a class with n images ranks at (i + 0.5) / n: the lowest ranks are a share of every class.
+    ranks = np.empty(total)
+    for label in np.unique(dataset.y_train):
+        members = order[dataset.y_train[order] == label]
+        ranks[members] = (np.arange(len(members)) + 0.5) / len(members)
+    chosen = np.sort(np.argsort(ranks, kind="stable")[:count])
+    return dataclasses.replace(dataset, x_train=dataset.x_train[chosen], y_train=dataset.y_train[chosen])
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,14 +3,16 @@
 import numpy as np
 
 from ehap_jax.data.augment import Augmentation
-from ehap_jax.data.dataset import Dataset, make_dataset, stratified_split
+from ehap_jax.data.dataset import Dataset, Normalisation, make_dataset, stratified_split
 
 # The test split is the same whatever the seed of a run, so that accuracies are comparable.
 _TEST_FRACTION = 0.2
 _TEST_SEED = 2023
 
 
-def load_digits(*, validation_fraction: float = 0.1, seed: int = 0) -> Dataset:
+def load_digits(
+    *, validation_fraction: float = 0.1, seed: int = 0, normalisation: Normalisation | None = None
+) -> Dataset:
     """scikit-learn's digits as uint8 (N, 8, 8, 1), 10 classes: 359 test images, fixed and stratified.
 
     The source's 17 grey levels 0..16 become 0..255, rounded. `seed` chooses the validation images among the rest.
@@ -35,4 +37,5 @@ def load_digits(*, validation_fraction: float = 0.1, seed: int = 0) -> Dataset:
         augmentation=Augmentation(crop_padding=1),
         validation_fraction=validation_fraction,
         seed=seed,
+        normalisation=normalisation,
     )

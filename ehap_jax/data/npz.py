@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from ehap_jax.data.augment import Augmentation
-from ehap_jax.data.dataset import Dataset, make_dataset
+from ehap_jax.data.dataset import Dataset, Normalisation, make_dataset
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def load_npz(path: str | Path, *, validation_fraction: float = 0.1, seed: int = 0) -> Dataset:
+def load_npz(
+    path: str | Path, *, validation_fraction: float = 0.1, seed: int = 0, normalisation: Normalisation | None = None
+) -> Dataset:
     """Images uint8 (N, H, W, C) and integer labels (N,) from an .npz file; pickled arrays are refused.
 
     Classes are 0 .. the largest label of either split. Augmentation is CIFAR's: a crop after padding by 4 pixels
@@ -46,4 +48,5 @@ def load_npz(path: str | Path, *, validation_fraction: float = 0.1, seed: int = 
         augmentation=Augmentation(crop_padding=padding, flip=True),
         validation_fraction=validation_fraction,
         seed=seed,
+        normalisation=normalisation,
     )

@@ -1,6 +1,8 @@
 """Training, evaluation, checkpoints and run directories for any pure function."""
 
 from ehap_jax.training.checkpoint import Checkpoints as Checkpoints
+from ehap_jax.training.deadline import Deadline as Deadline
+from ehap_jax.training.deadline import OutOfTime as OutOfTime
 from ehap_jax.training.epoch import EpochMetrics as EpochMetrics
 from ehap_jax.training.epoch import cross_entropy as cross_entropy
 from ehap_jax.training.epoch import forward_from_apply as forward_from_apply
@@ -17,3 +19,5 @@ from ehap_jax.training.run_directory import RunDirectory as RunDirectory
 from ehap_jax.training.state import TrainState as TrainState
 from ehap_jax.training.state import check_finite as check_finite
 from ehap_jax.training.state import create_train_state as create_train_state
+from ehap_jax.training.variables_file import load_variables as load_variables
+from ehap_jax.training.variables_file import save_variables as save_variables

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax.training.checkpoint import Checkpoints
+from ehap_jax.training.deadline import Deadline
 from ehap_jax.training.epoch import EpochMetrics
 from ehap_jax.training.state import TrainState
 
@@ -22,6 +23,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 1,
     on_epoch: Callable[[int, TrainState, EpochMetrics], None] | None = None,
+    deadline: Deadline | None = None,
 ) -> TrainState:
     """Run `epoch` until `epochs` of them are done, counting those a checkpoint already holds.
 
@@ -36,8 +38,10 @@ def fit(
         checkpoint_every: epochs from one checkpoint to the next; the last epoch is always saved.
         on_epoch: called as `on_epoch(epochs_done, state, metrics)` before the checkpoint is saved, for bars and logs;
             a resumed run may repeat epochs it has already reported.
+        deadline: where it has passed after an epoch other than the last, that epoch is saved and the run stops.
 
     Raises:
+        OutOfTime: the deadline has passed.
         FloatingPointError: the loss of an epoch is not finite. The checkpoint before it stays as it was.
         ValueError: `checkpoint_every` is below 1, or the checkpoint is from more than `epochs` epochs.
     """
@@ -60,6 +64,9 @@ def fit(
             )
         if on_epoch is not None:
             on_epoch(number, state, metrics)
-        if checkpoints is not None and (number % checkpoint_every == 0 or number == epochs):
+        stopping = deadline is not None and deadline.passed and number < epochs
+        if checkpoints is not None and (number % checkpoint_every == 0 or number == epochs or stopping):
             checkpoints.save(number, state)
+        if deadline is not None and stopping:
+            deadline.check(f"{number} of {epochs} epochs done")
     return state

@@ -1,0 +1,189 @@
+"""Many prunings of one dense network, cell by cell: criterion, kept fraction and seed; each is done once and kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from ehap_jax.graph import Cost, count_cost
+from recipes.criteria import Criterion
+from recipes.int8 import train_int8
+from recipes.lab import Lab, Phase, accuracy
+from recipes.network import Network
+from recipes.pruned import PruneConfig, finetune, prune_network
+
+DENSE = "dense"
+"""The criterion of the cell that prunes nothing and is fine-tuned like all others: what they are compared with."""
+
+
+@dataclass(frozen=True)
+class CellsConfig:
+    """Which cells, and what happens in each."""
+
+    criteria: tuple[Criterion, ...] = ("hessian", "magnitude", "random")
+    keeps: tuple[float, ...] = (0.5, 0.25, 0.1)
+    """Kept fractions of the budget."""
+    seeds: int = 3
+    """How many, starting from 0; a seed chooses the Hessian batch, the random scores and the order of training."""
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    """Criterion and fraction in it are replaced by those of the cell."""
+    finetune: Phase = field(default_factory=lambda: Phase(epochs=1, learning_rate=0.05))
+    int8: Phase = field(default_factory=lambda: Phase(epochs=1, learning_rate=0.005))
+    int8_criteria: tuple[Criterion, ...] = ("hessian",)
+    """Which criteria's networks go on to INT8."""
+
+
+class Cell(NamedTuple):
+    """One experiment."""
+
+    criterion: str
+    keep: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.criterion}-{self.keep:g}-seed{self.seed}"
+
+
+def cells_of(config: CellsConfig) -> list[Cell]:
+    """The dense cells first, then seed by seed, so that a run that is stopped early has whole seeds.
+
+    Raises:
+        ValueError: nothing to do, or a fraction out of range.
+    """
+    if config.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
+    if not config.criteria or not config.keeps:
+        raise ValueError("--criteria and --keeps each need at least one value")
+    if not all(0 < keep <= 1 for keep in config.keeps):
+        raise ValueError(f"--keeps are fractions in (0, 1], got {config.keeps}")
+    cells = []
+    for seed in range(config.seeds):
+        cells.append(Cell(DENSE, 1.0, seed))
+        cells += [Cell(criterion, keep, seed) for keep, criterion in product(config.keeps, config.criteria)]
+    return cells
+
+
+def run_cells(lab: Lab, network: Network, config: CellsConfig) -> list[dict[str, Any]]:
+    """The rows of all cells, in order; those already in the run are read, not repeated.
+
+    Raises:
+        OutOfTime: the lab's deadline has passed; finished cells are kept.
+    """
+    cells, rows = cells_of(config), []
+    for number, cell in enumerate(cells):
+        file = lab.run.file(f"cells/{cell.name}.json")
+        if not file.exists():
+            row = run_cell(lab, network, cell, config)
+            lab.run.write_json(f"cells/{cell.name}.json", row)
+            lab.deadline.check(f"{number + 1} of {len(cells)} cells done")
+        rows.append(lab.run.read_json(f"cells/{cell.name}.json"))
+    return rows
+
+
+def run_cell(lab: Lab, network: Network, cell: Cell, config: CellsConfig) -> dict[str, Any]:
+    """Prune, fine-tune and, where asked for, train in INT8; accuracies are of the test split, once per stage."""
+    started = time.perf_counter()
+    graph, name = network.graph(), f"{cell.criterion}-{cell.keep:g}"
+    found: dict[str, Any] = {"accuracy_pruned": None, "negative_scores": 0, "accuracy_int8": None, "bytes_int8": None}
+    if cell.criterion == DENSE:
+        small, cost = network, count_cost(graph)
+    else:
+        settings = replace(config.prune, criterion=cell.criterion, keep=cell.keep)
+        small, scores, plan, _ = prune_network(lab, cell.seed, network, graph, settings)
+        cost = count_cost(graph, plan)
+        found |= {
+            "accuracy_pruned": accuracy(lab, small.apply, small.variables),
+            "negative_scores": scores.negative,
+        }
+    tuned = finetune(lab, cell.seed, small, config.finetune, stage=name)
+    found |= {"accuracy": accuracy(lab, tuned.apply, tuned.variables)}
+    if cell.criterion in config.int8_criteria:
+        int8 = train_int8(lab, cell.seed, tuned.apply, tuned.variables, config.int8, stage=f"{name}-int8")
+        found |= {"accuracy_int8": accuracy(lab, int8.apply, int8.variables), "bytes_int8": int8.bytes}
+    return {**cell._asdict(), **cost._asdict(), **found, "seconds": time.perf_counter() - started}
+
+
+def statistics(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per criterion and fraction: accuracies over seeds (one per seed, mean, standard deviation), and mean costs."""
+    found = []
+    for criterion, keep in dict.fromkeys((row["criterion"], row["keep"]) for row in rows):
+        chosen = [row for row in rows if (row["criterion"], row["keep"]) == (criterion, keep)]
+        entry: dict[str, Any] = {"criterion": criterion, "keep": keep, "seeds": [row["seed"] for row in chosen]}
+        entry |= {name: mean(row[name] for row in chosen) for name in Cost._fields}
+        for name in ("accuracy_pruned", "accuracy", "accuracy_int8", "bytes_int8"):
+            entry[name] = spread([row[name] for row in chosen if row[name] is not None])
+        found.append(entry)
+    return found
+
+
+def paired_differences(rows: Sequence[dict[str, Any]], criteria: Sequence[str]) -> list[dict[str, Any]]:
+    """The first criterion less every other one, seed by seed at the same fraction, in fractions of 1."""
+    first, *others = criteria
+    by_cell = {Cell(row["criterion"], row["keep"], row["seed"]): row["accuracy"] for row in rows}
+    found = []
+    for keep in dict.fromkeys(cell.keep for cell in by_cell if cell.criterion == first):
+        seeds = [cell.seed for cell in by_cell if cell.criterion == first and cell.keep == keep]
+        for other in others:
+            gaps = [by_cell[Cell(first, keep, seed)] - by_cell[Cell(other, keep, seed)] for seed in seeds]
+            found.append({"first": first, "other": other, "keep": keep, "difference": spread(gaps)})
+    return found
+
+
+def spread(values: Iterable[float]) -> dict[str, Any] | None:
+    """Mean, standard deviation (None for one value) and the values; None where there are none."""
+    values = list(values)
+    if not values:
+        return None
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
+
+
+def cells_table(result: dict[str, Any]) -> str:
+    """The statistics and the differences for people, in per cent, ± standard deviation over seeds."""
+    header = ("criterion", "keep", "params", "MACs", "pruned", "fine-tuned", "INT8")
+    table = [
+        (
+            entry["criterion"],
+            f"{entry['keep']:g}",
+            f"{entry['params']:,.0f}",
+            f"{entry['macs'] / 1e6:.1f} M",
+            *(percent(entry[name]) for name in ("accuracy_pruned", "accuracy", "accuracy_int8")),
+        )
+        for entry in result["statistics"]
+    ]
+    lines = [
+        f"{result['data']}: {result['train_images']} training images, accuracy on {result['test_images']} test images; "
+        f"{percent(spread([result['accuracy_start']]))} before any training here",
+        "",
+        *aligned([header, *table]),
+        "",
+        *(
+            f"{gap['first']} - {gap['other']} at {gap['keep']:g}: {percent(gap['difference'])} points"
+            for gap in result["differences"]
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def percent(found: dict[str, Any] | None) -> str:
+    """A `spread` in per cent."""
+    if found is None:
+        return "-"
+    deviation = "" if found["std"] is None else f" ± {100 * found['std']:.2f}"
+    return f"{100 * found['mean']:.2f}{deviation}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of text side by side, the first one to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

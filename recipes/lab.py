@@ -1,0 +1,178 @@
+"""What every stage of a recipe works with, and the stages that all of them share: train and evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ehap_jax.data import Dataset, normalise
+from ehap_jax.pruning import PruningPlan, mask_variables
+from ehap_jax.training import (
+    Checkpoints,
+    Deadline,
+    EpochMetrics,
+    Progress,
+    RunDirectory,
+    TrainState,
+    check_finite,
+    create_train_state,
+    cross_entropy,
+    evaluation_inputs,
+    fit,
+    forward_from_apply,
+    make_epoch,
+    make_evaluate,
+    sgd_cosine,
+    training_inputs,
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of training: SGD with Nesterov momentum and a cosine learning rate."""
+
+    epochs: int
+    learning_rate: float
+    """The peak."""
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+    warmup: float = 0.0
+    """Epochs over which the learning rate rises from zero."""
+
+
+class Lab(NamedTuple):
+    """Where a recipe works: its data, its run directory, its progress bars and its time limit."""
+
+    dataset: Dataset
+    run: RunDirectory
+    progress: Progress
+    deadline: Deadline
+
+
+def check_phases(dataset: Dataset, **phases: Phase) -> None:
+    """Everything that can be wrong with the phases, before any work starts; the names are those of the options.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    count = len(dataset.x_train)
+    for name, phase in phases.items():
+        option = "--" + name.replace("_", "-")
+        if phase.epochs < 1:
+            raise ValueError(f"{option}.epochs must be at least 1, got {phase.epochs}")
+        if not 1 <= phase.batch_size <= count:
+            raise ValueError(f"{option}.batch-size {phase.batch_size} is not between 1 and the {count} training images")
+        if not 0 <= phase.warmup < phase.epochs:
+            raise ValueError(f"{option}.warmup must be at least 0 and below the {phase.epochs} epochs: {phase.warmup}")
+        optimizer_of(phase, count)
+
+
+def train(lab: Lab, stage: str, seed: int, apply: Callable, variables: dict[str, Any], phase: Phase) -> dict[str, Any]:
+    """Train ``apply(variables, x) -> (logits, updates)``; resumes from the stage's checkpoint.
+
+    Raises:
+        OutOfTime: the lab's deadline has passed; what was done is saved.
+        FloatingPointError, ValueError: training diverged.
+    """
+    dataset = lab.dataset
+    epoch = epoch_of(apply, dataset, phase)
+    state = create_train_state(variables, optimizer_of(phase, len(dataset.x_train)), jax.random.key(1000 + seed))
+    directory = lab.run.file(f"seed{seed}/checkpoints/{stage}")
+    with lab.progress.stage(f"seed {seed}: {stage}", phase.epochs) as advance, Checkpoints(directory) as saved:
+
+        def on_epoch(number: int, _: TrainState, metrics: EpochMetrics) -> None:
+            record = {"seed": seed, "stage": stage, "epoch": number, **metrics._asdict()}
+            lab.run.append_metrics(record, identity=("seed", "stage", "epoch"))
+            advance(loss=float(metrics.loss), accuracy=float(metrics.accuracy))
+
+        advance(saved.latest() or 0)
+        state = fit(
+            epoch,
+            state,
+            dataset.x_train,
+            dataset.y_train,
+            epochs=phase.epochs,
+            checkpoints=saved,
+            checkpoint_every=max(phase.epochs // 4, 1),
+            on_epoch=on_epoch,
+            deadline=lab.deadline,
+        )
+    check_finite(state.variables, f"training {stage} diverged")
+    return state.variables
+
+
+@lru_cache(maxsize=8)
+def epoch_of(apply: Callable, dataset: Dataset, phase: Phase) -> Callable:
+    """The compiled epoch; that of the same function, data and phase serves all seeds."""
+    return make_epoch(
+        forward_from_apply(apply),
+        optimizer_of(phase, len(dataset.x_train)),
+        training_inputs(dataset),
+        batch_size=phase.batch_size,
+        num_examples=len(dataset.x_train),
+    )
+
+
+@lru_cache(maxsize=8)
+def optimizer_of(phase: Phase, count: int):
+    """The phase's optimizer for `count` training images."""
+    steps = count // phase.batch_size
+    return sgd_cosine(
+        phase.learning_rate,
+        phase.epochs * steps,
+        weight_decay=phase.weight_decay,
+        warmup_steps=round(phase.warmup * steps),
+    )
+
+
+@lru_cache(maxsize=8)
+def evaluate_of(apply: Callable, dataset: Dataset) -> Callable:
+    """The compiled evaluation of ``apply(variables, x) -> logits``."""
+    return make_evaluate(apply, evaluation_inputs(dataset))
+
+
+def accuracy(lab: Lab, apply: Callable, variables: Any, split: str = "test") -> float:
+    """Fraction of right answers on the "test" split, or on "val", which is what decisions may rest on."""
+    images, labels = getattr(lab.dataset, f"x_{split}"), getattr(lab.dataset, f"y_{split}")
+    return evaluate_of(apply, lab.dataset)(variables, images, labels).accuracy
+
+
+def training_batch(dataset: Dataset, count: int, seed: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """`count` training images, not augmented, normalised, with their labels: the first ones, or a seed's choice.
+
+    Raises:
+        ValueError: there are not as many training images.
+    """
+    total = len(dataset.x_train)
+    if not 1 <= count <= total:
+        raise ValueError(f"{count} images for scores are not between 1 and the {total} training images")
+    chosen = np.arange(count) if seed is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
+    images = normalise(jnp.asarray(dataset.x_train[chosen]), dataset.mean, dataset.std)
+    return images, jnp.asarray(dataset.y_train[chosen])
+
+
+@lru_cache(maxsize=8)
+def evaluation_loss(apply: Callable) -> Callable:
+    """``loss(variables, (images, labels))``, the mean cross-entropy; one per function, as traces compile per loss."""
+    return lambda variables, batch: jnp.mean(cross_entropy(apply(variables, batch[0]), batch[1]))
+
+
+def compare_masked(
+    lab: Lab, apply: Callable, variables: Any, plan: PruningPlan, pruned_apply: Callable, pruned: Any
+) -> float:
+    """Largest difference between the logits of the masked and the shrunk network on validation images.
+
+    Raises ArithmeticError where they differ by more than 1e-5 of the largest logit: then the plan is wrong.
+    """
+    x = normalise(jnp.asarray(lab.dataset.x_val[:128]), lab.dataset.mean, lab.dataset.std)
+    masked, shrunk = jax.jit(apply)(mask_variables(variables, plan), x), jax.jit(pruned_apply)(pruned, x)
+    error = float(jnp.max(jnp.abs(masked - shrunk)) / jnp.max(jnp.abs(masked)))
+    if not error <= 1e-5:
+        raise ArithmeticError(f"the shrunk network differs from the masked one by {error:.1e} of its largest logit")
+    return error

@@ -1,0 +1,139 @@
+"""The network a recipe starts from: a PyTorch checkpoint, or the run directory of an earlier recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ehap_jax.data import Normalisation
+from ehap_jax.graph import Graph, trace_graph
+from ehap_jax.models import eval_apply, init_variables, make_model, train_apply
+from ehap_jax.pruning import PruningPlan, shrink
+from ehap_jax.training import RunDirectory, check_finite, load_variables, save_variables
+
+DESCRIPTION, VARIABLES, PLAN = "network.json", "network.npz", "plan.json"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What to build: `make_model(model, num_classes, **options)` for images of one shape, normalised one way."""
+
+    model: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    normalisation: Normalisation
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The Linen module."""
+        return make_model(self.model, self.num_classes, **self.options)
+
+
+class Network(NamedTuple):
+    """A network with its weights, whole or shrunk.
+
+    apply: ``apply(variables, x) -> logits`` in eval mode; train_apply: ``-> (logits, updates)``.
+    plan: what has been pruned away, or None.
+    """
+
+    architecture: Architecture
+    apply: Callable
+    train_apply: Callable
+    variables: dict[str, Any]
+    plan: PruningPlan | None = None
+
+    def graph(self) -> Graph:
+        """Its structure."""
+        return trace_graph(self.apply)(self.variables, jnp.zeros((1, *self.architecture.image_shape)))
+
+
+def new_network(architecture: Architecture, seed: int) -> Network:
+    """A freshly initialised one."""
+    model = architecture.build()
+    variables = init_variables(model, jax.random.key(seed), architecture.image_shape)
+    return Network(architecture, eval_apply(model), train_apply(model), variables)
+
+
+def load_network(source: str | Path, image_shape: tuple[int, int, int] = (32, 32, 3)) -> Network:
+    """The network in a PyTorch or safetensors file, or in the directory of a run or of one of its seeds.
+
+    Args:
+        source: a checkpoint that `interop.from_torch` reads, or a directory with `network.json` and `network.npz`.
+        image_shape: of the images a checkpoint was trained on; a run knows its own.
+
+    Raises:
+        FileNotFoundError: there is no such file or directory, or the run has not finished.
+        ValueError: the checkpoint is of a network that was pruned elsewhere, or the files do not fit each other.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return _from_run(source)
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no checkpoint or run directory {source}")
+    return _from_checkpoint(source, image_shape)
+
+
+def save_network(run: RunDirectory, network: Network, folder: str = "") -> None:
+    """Write `network.json`, `network.npz` and, of a shrunk one, `plan.json` into the run or a folder of it."""
+    prefix = f"{folder}/" if folder else ""
+    if network.plan is not None:
+        save_plan(network.plan, run.file(f"{prefix}{PLAN}"))
+    save_variables(run.file(f"{prefix}{VARIABLES}"), network.variables)
+    run.write_json(f"{prefix}{DESCRIPTION}", network.architecture)
+
+
+def save_plan(plan: PruningPlan, path: Path) -> None:
+    """Write a plan, in place of an earlier one."""
+    path.unlink(missing_ok=True)
+    plan.save(path)
+
+
+def _from_run(directory: Path) -> Network:
+    described = directory / DESCRIPTION
+    if not described.is_file():
+        seeds = sorted(path.parent.name for path in directory.glob(f"*/{DESCRIPTION}"))
+        hint = f"; choose one of {', '.join(f'{directory}/{seed}' for seed in seeds)}" if seeds else ""
+        raise FileNotFoundError(f"{directory} has no {DESCRIPTION}: the run is not finished, or not of a network{hint}")
+    found = json.loads(described.read_text(encoding="utf-8"))
+    mean, std = found["normalisation"]
+    architecture = Architecture(
+        found["model"],
+        found["num_classes"],
+        _tuple(found["image_shape"]),
+        (tuple(mean), tuple(std)),
+        {name: _tuple(value) for name, value in found["options"].items()},
+    )
+    model = architecture.build()
+    variables = jax.tree.map(jnp.asarray, load_variables(directory / VARIABLES))
+    check_finite(variables, f"cannot use {directory / VARIABLES}")
+    apply, trainable, plan = eval_apply(model), train_apply(model), None
+    if (directory / PLAN).exists():
+        plan = PruningPlan.load(directory / PLAN)
+        apply, trainable = shrink(apply, plan), shrink(trainable, plan)
+    return Network(architecture, apply, trainable, variables, plan)
+
+
+def _from_checkpoint(path: Path, image_shape: tuple[int, int, int]) -> Network:
+    from interop import from_torch
+
+    _, variables, info = from_torch(path)
+    if info.model is None:
+        raise ValueError(f"{path} is of a network with widths of its own (pruned elsewhere); start from a dense one")
+    if image_shape[-1] != info.spec.image_channels:
+        raise ValueError(f"{path} reads {info.spec.image_channels} channels, the images have {image_shape[-1]}")
+    model = info.model
+    options = {"shortcut": model.shortcut, "widths": tuple(model.widths), "stem": model.stem}
+    architecture = Architecture(f"resnet{model.depth}", model.num_classes, image_shape, info.normalisation, options)
+    module = architecture.build()
+    return Network(architecture, eval_apply(module), train_apply(module), variables)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(item) for item in value) if isinstance(value, list) else value

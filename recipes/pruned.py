@@ -1,0 +1,82 @@
+"""From a dense network to a pruned and fine-tuned one, as a stage of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from ehap_jax.graph import Graph
+from ehap_jax.graph.structure import Coupling
+from ehap_jax.pruning import PruningPlan, Scores, allocate, shrink, shrink_variables
+from recipes.criteria import Criterion, ScoreConfig, channel_scores
+from recipes.lab import Lab, Phase, compare_masked, train
+from recipes.network import Network
+
+Budget = Literal["params", "macs", "bytes", "channels"]
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What goes and how much."""
+
+    criterion: Criterion = "hessian"
+    budget: Budget = "params"
+    """What the fraction is of."""
+    keep: float = 0.5
+    """The fraction that is kept."""
+    coupling: Coupling = "union"
+    max_layer_ratio: float = 0.95
+    """No layer loses more than this share of its channels."""
+    round_to: int = 1
+    """Widths become multiples of it."""
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
+
+
+class Pruned(NamedTuple):
+    """The shrunk network before any fine-tuning, what decided it, and the largest relative difference between its
+
+    logits and those of the masked dense network."""
+
+    network: Network
+    scores: Scores
+    plan: PruningPlan
+    masked_error: float
+
+
+def plan_of(graph: Graph, scores: Scores, config: PruneConfig) -> PruningPlan:
+    """The plan a budget asks for."""
+    target: Mapping[str, Any] = {config.budget: config.keep}
+    return allocate(
+        graph,
+        scores,
+        **target,
+        coupling=config.coupling,
+        max_layer_ratio=config.max_layer_ratio,
+        round_to=config.round_to,
+    )
+
+
+def prune_network(lab: Lab, seed: int, network: Network, graph: Graph, config: PruneConfig) -> Pruned:
+    """Score, allocate, and shrink once; nothing is trained."""
+    scores = channel_scores(lab, seed, config.criterion, graph, network.apply, network.variables, config.scores)
+    return shrink_network(lab, network, scores, plan_of(graph, scores, config))
+
+
+def shrink_network(lab: Lab, network: Network, scores: Scores, plan: PruningPlan) -> Pruned:
+    """The network with a plan applied, proven equal to the masked one."""
+    small = Network(
+        network.architecture,
+        shrink(network.apply, plan),
+        shrink(network.train_apply, plan),
+        shrink_variables(network.variables, plan),
+        plan,
+    )
+    error = compare_masked(lab, network.apply, network.variables, plan, small.apply, small.variables)
+    return Pruned(small, scores, plan, error)
+
+
+def finetune(lab: Lab, seed: int, network: Network, phase: Phase, stage: str = "finetuned") -> Network:
+    """Train a network on from its weights."""
+    trained = train(lab, stage, seed, network.train_apply, network.variables, phase)
+    return network._replace(variables=trained)
