@@ -1,6 +1,7 @@
 """A data set in memory: three splits of uint8 images, and the statistics to normalise them."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +9,16 @@ from ehap_jax.data.augment import Augmentation
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """(mean, standard deviation) per channel, in units where 255 is 1."""
+
+
+class Source(NamedTuple):
+    """What a reader found: training and test data as (images uint8 (N, H, W, C), integer labels (N,))."""
+
+    name: str
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    num_classes: int
+    augmentation: Augmentation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +94,12 @@ def make_dataset(
     for array in arrays:
         array.setflags(write=False)
     return Dataset(name, *arrays, num_classes=num_classes, mean=mean, std=std, augmentation=augmentation)
+
+
+def small_image_augmentation(images: np.ndarray, *, flip: bool = True) -> Augmentation:
+    """CIFAR's: a crop after padding by an eighth of the height (4 pixels of 32, at least 1), and a flip."""
+    padding = max(1, images.shape[1] // 8) if images.ndim == 4 else 1
+    return Augmentation(crop_padding=padding, flip=flip)
 
 
 def limit_training(dataset: Dataset, count: int | None, seed: int = 0) -> Dataset:

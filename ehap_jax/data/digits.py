@@ -3,20 +3,18 @@
 import numpy as np
 
 from ehap_jax.data.augment import Augmentation
-from ehap_jax.data.dataset import Dataset, Normalisation, make_dataset, stratified_split
+from ehap_jax.data.dataset import Source, stratified_split
 
 # The test split is the same whatever the seed of a run, so that accuracies are comparable.
 _TEST_FRACTION = 0.2
 _TEST_SEED = 2023
 
 
-def load_digits(
-    *, validation_fraction: float = 0.1, seed: int = 0, normalisation: Normalisation | None = None
-) -> Dataset:
+def read_digits() -> Source:
     """scikit-learn's digits as uint8 (N, 8, 8, 1), 10 classes: 359 test images, fixed and stratified.
 
-    The source's 17 grey levels 0..16 become 0..255, rounded. `seed` chooses the validation images among the rest.
-    Augmentation is a shift by one pixel and no flip: a mirrored digit is another sign.
+    The source's 17 grey levels 0..16 become 0..255, rounded. Augmentation is a shift by one pixel and no flip: a
+    mirrored digit is another sign.
 
     Raises:
         ImportError: scikit-learn is not installed; the message names the extra.
@@ -29,13 +27,10 @@ def load_digits(
     images = np.rint(np.asarray(levels) * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = np.asarray(labels).astype(np.int32)
     in_train, in_test = stratified_split(labels, _TEST_FRACTION, _TEST_SEED)
-    return make_dataset(
+    return Source(
         "digits",
         (images[in_train], labels[in_train]),
         (images[in_test], labels[in_test]),
         num_classes=10,
         augmentation=Augmentation(crop_padding=1),
-        validation_fraction=validation_fraction,
-        seed=seed,
-        normalisation=normalisation,
     )

@@ -5,15 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ehap_jax.data.augment import Augmentation
-from ehap_jax.data.dataset import Dataset, Normalisation, make_dataset
+from ehap_jax.data.dataset import Source, small_image_augmentation
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def load_npz(
-    path: str | Path, *, validation_fraction: float = 0.1, seed: int = 0, normalisation: Normalisation | None = None
-) -> Dataset:
+def read_npz(path: str | Path) -> Source:
     """Images uint8 (N, H, W, C) and integer labels (N,) from an .npz file; pickled arrays are refused.
 
     Classes are 0 .. the largest label of either split. Augmentation is CIFAR's: a crop after padding by 4 pixels
@@ -39,14 +36,4 @@ def load_npz(
     x_train, y_train, x_test, y_test = (arrays[key] for key in _KEYS)
     labels = [y for y in (y_train, y_test) if y.size and np.issubdtype(y.dtype, np.integer)]
     num_classes = max((int(y.max()) for y in labels), default=0) + 1
-    padding = max(1, x_train.shape[1] // 8) if x_train.ndim == 4 else 1
-    return make_dataset(
-        path.stem,
-        (x_train, y_train),
-        (x_test, y_test),
-        num_classes=num_classes,
-        augmentation=Augmentation(crop_padding=padding, flip=True),
-        validation_fraction=validation_fraction,
-        seed=seed,
-        normalisation=normalisation,
-    )
+    return Source(path.stem, (x_train, y_train), (x_test, y_test), num_classes, small_image_augmentation(x_train))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ehap_jax.data import Augmentation, load_dataset, make_dataset
+from ehap_jax.data import Augmentation, limit_training, load_dataset, make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_files_that_are_no_archive(tmp_path):
 
 @pytest.mark.parametrize("spec", ["cifar10", "npz", "npz:", "digits:8", ""])
 def test_unknown_data_set_names_those_known(spec):
-    with pytest.raises(ValueError, match=r"unknown data set.*'digits'.*'npz:PATH'"):
+    with pytest.raises(ValueError, match=r"unknown data set.*'tfds:NAME'.*'npz:PATH'.*'folder:PATH'.*'digits'"):
         load_dataset(spec)
 
 
@@ -130,3 +130,26 @@ def test_a_constant_channel_normalises_to_zero_and_too_few_images_are_an_error()
     assert dataset.std == (1.0,)
     with pytest.raises(ValueError, match="0 for validation"):
         make_dataset("tiny", (x[:2], y[:2]), (x, y), num_classes=1, augmentation=Augmentation())
+
+
+def test_a_given_normalisation_takes_the_place_of_the_training_splits(tmp_path):
+    spec = archive(tmp_path / "small.npz")
+    dataset = load_dataset(spec, normalisation=((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
+    assert dataset.mean == (0.5, 0.4, 0.3) and dataset.std == (0.2, 0.2, 0.1)
+    for wrong in (((0.5,), (0.2,)), ((0.5, 0.4, 0.3), (0.2, 0.0, 0.1))):
+        with pytest.raises(ValueError, match="images of 3 channels need as many means"):
+            load_dataset(spec, normalisation=wrong)
+
+
+@pytest.mark.parametrize("count", [4, 13, 36])
+def test_limited_training_images_are_a_share_of_every_class(tmp_path, count):
+    dataset = load_dataset(archive(tmp_path / "small.npz"), validation_fraction=0.1)
+    small = limit_training(dataset, count)
+    assert len(small.x_train) == len(small.y_train) == count and small.mean == dataset.mean
+    share = np.bincount(dataset.y_train) * count / 36
+    assert (np.abs(np.bincount(small.y_train, minlength=4) - share) <= 1).all()
+    whole = {image.tobytes() for image in dataset.x_train}
+    assert len({image.tobytes() for image in small.x_train} & whole) == count
+    assert limit_training(dataset, None) is dataset
+    with pytest.raises(ValueError, match="cannot take 37 of 36 training images"):
+        limit_training(dataset, 37)

@@ -1,0 +1,54 @@
+"""Decoded images, kept once per source and content."""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+_VERSION = 1
+"""Goes into every key; raised when what is stored changes."""
+
+
+def checksum_of(files: Iterable[Path], root: Path) -> str:
+    """sha256 over the names below `root` and the contents of files, in sorted order."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{file.relative_to(root).as_posix()} {content}\n".encode())
+    return total.hexdigest()
+
+
+def cached_arrays(
+    source: str, checksum: str, decode: Callable[[], Mapping[str, np.ndarray]], folder: str | Path | None = None
+) -> dict[str, np.ndarray]:
+    """`decode()`, from the file of the same source and checksum where there is one.
+
+    Args:
+        source: where the images come from, for the name of the file.
+        checksum: of everything they depend on.
+        decode: makes the arrays.
+        folder: default is $EHAP_JAX_CACHE or ~/.cache/ehap_jax.
+
+    Raises:
+        ValueError: the cached file is damaged; the message says to delete it.
+    """
+    folder = Path(folder or os.environ.get("EHAP_JAX_CACHE") or Path.home() / ".cache" / "ehap_jax")
+    key = hashlib.sha256(f"{_VERSION} {source} {checksum}".encode()).hexdigest()[:24]
+    name = "".join(letter if letter.isalnum() else "-" for letter in source.split("/")[-1])[:40]
+    file = folder / f"{name}-{key}.npz"
+    if file.exists():
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"the cached images in {file} cannot be read ({error}); delete the file") from error
+    arrays = dict(decode())
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}-{key}.{os.getpid()}.npz"
+    np.savez(partial, **arrays)  # pyright: ignore[reportArgumentType]
+    partial.replace(file)
+    return arrays
