@@ -35,6 +35,10 @@ class Architecture:
         """The Linen module."""
         return make_model(self.model, self.num_classes, **self.options)
 
+    def initialise(self, seed: int) -> dict[str, Any]:
+        """Fresh variables."""
+        return init_variables(self.build(), jax.random.key(seed), self.image_shape)
+
 
 class Network(NamedTuple):
     """A network with its weights, whole or shrunk.
@@ -57,8 +61,7 @@ class Network(NamedTuple):
 def new_network(architecture: Architecture, seed: int) -> Network:
     """A freshly initialised one."""
     model = architecture.build()
-    variables = init_variables(model, jax.random.key(seed), architecture.image_shape)
-    return Network(architecture, eval_apply(model), train_apply(model), variables)
+    return Network(architecture, eval_apply(model), train_apply(model), architecture.initialise(seed))
 
 
 def load_network(source: str | Path, image_shape: tuple[int, int, int] = (32, 32, 3)) -> Network:

@@ -122,6 +122,7 @@ def _check_manual(archive: CifarArchive, manual_dir: Path) -> None:
 def _builder_class(archive: CifarArchive) -> Any:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.checksums import UrlInfo
+    from tensorflow_datasets.core.utils import Size
 
     class Cifar(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Writes the features of TFDS's own builder of that name."""
@@ -129,7 +130,7 @@ def _builder_class(archive: CifarArchive) -> Any:
         name = archive.name
         VERSION = tfds.core.Version(archive.version)
         # As a plain attribute it takes the place of TFDS's file of checksums.
-        url_infos = {archive.url: UrlInfo(size=archive.size, checksum=archive.sha256, filename=archive.filename)}  # noqa: RUF012
+        url_infos = {archive.url: UrlInfo(Size(archive.size), archive.sha256, archive.filename)}  # noqa: RUF012
 
         def _info(self) -> tfds.core.DatasetInfo:
             labels = {name: tfds.features.ClassLabel() for name, _ in archive.labels}
@@ -145,10 +146,11 @@ def _builder_class(archive: CifarArchive) -> Any:
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
             path = Path(dl_manager.download(archive.url))
+            features: Any = self.info.features
             with tarfile.open(path) as tar:
                 for label, file in archive.labels:
                     names = _member(tar, archive, file).decode().split("\n")
-                    self.info.features[label].names = [name for name in names if name]
+                    features[label].names = [name for name in names if name]
             return {"train": self._generate_examples(path, "train"), "test": self._generate_examples(path, "test")}
 
         def _generate_examples(self, path: Path, split: str) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -50,7 +50,7 @@ def read_tfds(name: str, *, data_dir: str | Path | None = None, cache: str | Pat
     def decode() -> Mapping[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
         for label, split in (("train", train), ("test", test)):
-            rows = tfds.data_source(
+            rows: Any = tfds.data_source(
                 name, split=split, data_dir=data_dir, download=False, builder_kwargs={"file_format": "array_record"}
             )
             found[f"x_{label}"], found[f"y_{label}"] = _stack(name, rows, *keys)

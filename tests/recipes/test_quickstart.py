@@ -12,7 +12,8 @@ from recipes.quickstart import command
 
 TINY = [
     "--seeds", "1", "--widths", "4", "4", "8", "--dense.epochs", "2", "--finetune.epochs", "2", "--int8.epochs", "2",
-    "--num-probes", "3", "--trace-examples", "32", "--batch-size", "256",
+    "--num-probes", "18", "--trace-examples", "16",
+    "--dense.batch-size", "256", "--finetune.batch-size", "256", "--int8.batch-size", "256",
 ]  # fmt: skip
 
 
@@ -42,7 +43,11 @@ def test_run_directory(finished):
     plan = PruningPlan.load(finished / "plan.json")
     assert plan.provenance["cost"]["macs"] == stages["pruned"]["macs"]
     with np.load(finished / "scores.npz", allow_pickle=False) as scores:
-        assert {name.partition("|")[0] for name in scores.files} == {"float32", "bfloat16", "float16"}
+        assert {name.partition("|")[0] for name in scores.files} == {
+            "float32", "bfloat16", "float16", "sem", "convergence",
+        }  # fmt: skip
+        np.testing.assert_array_equal(scores["convergence|probes"], [16, 17, 18])
+        assert (scores["sem|params/conv1/kernel"] >= 0).all() and scores["sem|params/conv1/kernel"].any()
     assert "<html" in (finished / "report.html").read_text()
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(m["stage"], m["epoch"]) for m in metrics] == [
@@ -63,7 +68,9 @@ def test_resume_ends_in_the_same_numbers(finished):
     [
         (["--model", "alexnet"], "unknown model 'alexnet'"),
         (["--data", "imagenet"], "imagenet"),
-        (["--batch-size", "5000"], "batch"),
+        (["--dense.batch-size", "5000"], "--dense.batch-size 5000"),
+        (["--int8.epochs", "0"], "--int8.epochs must be at least 1"),
+        (["--num-probes", "1"], "--num-probes"),
         (["--macs", "0.0001"], "out of reach"),
         (["--macs", "1.5"], "in \\(0, 1\\]"),
         (["--trace-examples", "100000"], "trace-examples"),
