@@ -30,7 +30,7 @@ def residual_bytes(loss, problem: Problem) -> tuple[int, int]:
         if shape not in sizes:
             scale = jnp.ones((), problem.layout.policy.sums)
             linear = jax.eval_shape(
-                lambda leaves, c, s: linearize(loss, problem.layout, leaves, c, s).pushforward,
+                lambda leaves, c, s: linearize(loss, problem.layout, leaves, c, s).arrays,
                 problem.leaves,
                 chunk,
                 scale,

@@ -53,10 +53,11 @@ class Layout:
         return self.join(probed, [None] * self.structure.num_leaves)
 
     def channel_sums(self, products: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Each leaf summed over all axes but its channel axis."""
+        """Each leaf of ``products`` summed over all axes but its channel axis."""
         return {
             path: products[path].sum(tuple(a for a in range(products[path].ndim) if a != axis))
             for path, axis in zip(self.paths, self.axes, strict=True)
+            if path in products
         }
 
 

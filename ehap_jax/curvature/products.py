@@ -2,18 +2,29 @@
 
 ``jvp``: the derivative of the gradient, anew for every probe. ``linearize``: the gradient is linearised once, its
 residuals are kept, and a probe runs the linear part alone, about a quarter less work for more memory.
+
+Neither computes ``H v`` where a kernel is used by convolutions and matrix products alone. With ``x`` what the kernel
+reads there, ``d`` the cotangent of what it writes, and ``x'``, ``d'`` their derivatives along v,
+
+    v_c . (H v)_c = <(x * v)_c, d'_c> + <(x' * v)_c, d_c>,
+
+which is ``Hv = dW(x, d') + dW(x', d)`` with v moved through the transpose dW. One convolution forward, ``x' * v`` (the
+derivative contains ``x * v`` anyway), takes the place of two weight gradients, the slowest convolutions there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ehap_jax.curvature.problem import Layout
+from ehap_jax.curvature.taps import Taps, find_taps
+from ehap_jax.graph import trace_graph
 
 __all__ = ["Linearization", "Products", "add_linear_products", "add_products", "linearize", "no_products"]
 
@@ -42,12 +53,52 @@ class Products(NamedTuple):
         return self.gradient_bad | self.tangent_bad | self.leaf_bad.any()
 
 
-class Linearization(NamedTuple):
-    """The gradient linearised at one loss scale; a pytree, its residuals are the arrays in ``pushforward``."""
+class _Gradient(NamedTuple):
+    """The loss and its gradient: by path; of a tapped kernel, what it reads and the cotangents of what it writes.
 
-    pushforward: Callable[[PyTree], PyTree]
+    Its derivative along a probe has the same form.
+    """
+
+    loss: jax.Array
+    read: list[jax.Array]
+    cotangents: list[jax.Array]
+    by_path: dict[str, jax.Array]
+
+    def not_finite(self, layout: Layout, taps: Taps) -> jax.Array:
+        """``(leaves,)``."""
+        parts = {path: [self.cotangents[i] for i in taps.sites_of(path)] for path in layout.paths}
+        for path, gradient in self.by_path.items():
+            parts[path] = [gradient]
+        return ~jnp.stack([jnp.array([jnp.isfinite(x).all() for x in parts[path]]).all() for path in layout.paths])
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("arrays", "gradient_bad", "loss_scale"),
+    meta_fields=("places", "structure", "taps"),
+)
+@dataclass(frozen=True)
+class Linearization:
+    """The gradient linearised at one loss scale; a pytree.
+
+    Attributes:
+      arrays: the gradient and the residuals of its linear part, each array once.
+      gradient_bad: ``(leaves,)``, whether the gradient of a leaf is not finite.
+      loss_scale: what the loss was multiplied with.
+      places: for every leaf of ``structure`` its place in ``arrays``.
+      structure: the tree structure of the gradient and its pushforward.
+      taps: the loss with its taps.
+    """
+
+    arrays: list[jax.Array]
     gradient_bad: jax.Array
     loss_scale: jax.Array
+    places: tuple[int, ...]
+    structure: Any
+    taps: Taps
+
+    def parts(self) -> tuple[_Gradient, Callable[[PyTree], _Gradient]]:
+        return jax.tree.unflatten(self.structure, [self.arrays[place] for place in self.places])
 
 
 def no_products(layout: Layout, leaves: list[jax.Array]) -> Products:
@@ -62,54 +113,108 @@ def no_products(layout: Layout, leaves: list[jax.Array]) -> Products:
 @partial(jax.jit, static_argnames=("loss", "layout"))
 def add_products(loss, layout: Layout, leaves, v, examples, weight, scales, found: Products) -> Products:
     """Add ``weight * v_c . (H v)_c`` of one chunk to ``found``, by jvp of grad."""
-    scaled_loss, probed = _scaled_loss(loss, layout, leaves, examples, scales[0])
-    direction = _direction(layout, v, scales[1])
-    (_, gradient), (slope, Hv) = jax.jvp(jax.value_and_grad(scaled_loss), (probed,), (direction,))
-    return _collect(layout, v, _not_finite(layout, gradient), slope, Hv, weight, scales, found)
+    taps = _taps(loss, layout, leaves, examples)
+    gradient, probed = _gradient(layout, taps, leaves, examples, scales[0])
+    at, along = jax.jvp(gradient, (probed,), (_direction(layout, v, scales[1]),))
+    return _collect(layout, taps, v, at, at.not_finite(layout, taps), along, weight, scales, found)
 
 
 @partial(jax.jit, static_argnames=("loss", "layout"))
 def linearize(loss, layout: Layout, leaves, examples, loss_scale) -> Linearization:
     """Linearise the gradient of ``loss_scale * loss`` on one chunk."""
-    scaled_loss, probed = _scaled_loss(loss, layout, leaves, examples, loss_scale)
-    (_, gradient), pushforward = jax.linearize(jax.value_and_grad(scaled_loss), probed)
-    return Linearization(pushforward, _not_finite(layout, gradient), loss_scale)
+    taps = _taps(loss, layout, leaves, examples)
+    gradient, probed = _gradient(layout, taps, leaves, examples, loss_scale)
+    at, pushforward = jax.linearize(gradient, probed)
+    # What a kernel reads is among the residuals, too. As one array it is stored once, and the compiler sees that the
+    # products need no convolution that the pushforward does not have already.
+    parts, structure = jax.tree.flatten((at, pushforward))
+    arrays = list({id(x): x for x in parts}.values())
+    order = {id(x): place for place, x in enumerate(arrays)}
+    places = tuple(order[id(x)] for x in parts)
+    return Linearization(arrays, at.not_finite(layout, taps), loss_scale, places, structure, taps)
 
 
 @partial(jax.jit, static_argnames="layout")
 def add_linear_products(layout: Layout, linear: Linearization, v, weight, scales, found: Products) -> Products:
     """Add ``weight * v_c . (H v)_c`` of one chunk to ``found``, from its linearisation."""
-    slope, Hv = linear.pushforward(_direction(layout, v, scales[1]))
+    at, pushforward = linear.parts()
+    along = pushforward(_direction(layout, v, scales[1]))
     found = found._replace(stale=found.stale | (linear.loss_scale != scales[0]))
-    return _collect(layout, v, linear.gradient_bad, slope, Hv, weight, scales, found)
+    return _collect(layout, linear.taps, v, at, linear.gradient_bad, along, weight, scales, found)
 
 
-def _scaled_loss(loss, layout: Layout, leaves, examples, loss_scale):
+def _taps(loss, layout: Layout, leaves, examples) -> Taps:
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (leaves, examples))
+    leaves, structure = jax.tree.flatten(structs)
+    return _find_taps(loss, layout, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+@lru_cache(maxsize=16)
+def _find_taps(loss, layout: Layout, structure, described) -> Taps:
+    """The loss with a tap wherever a channel's products are a sum over one axis of what is tapped."""
+    leaves, examples = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*found) for found in described])
+    graph = trace_graph(loss, on_unknown="freeze")(jax.tree.unflatten(layout.structure, leaves), examples)
+    taps = find_taps(graph, layout.paths)
+    axes = dict(zip(layout.paths, layout.axes, strict=True))
+    indirect = {
+        path
+        for site in taps.sites
+        for path in site.reads
+        if not (site.direct and site.sums_to(axes[path])) or path in taps.untapped
+    }
+    sites = tuple(site for site in taps.sites if not site.reads & indirect)
+    return replace(taps, sites=sites, untapped=taps.untapped | indirect)
+
+
+def _gradient(layout: Layout, taps: Taps, leaves, examples, loss_scale):
+    """The gradient of the scaled loss as a function of the probed leaves, and these."""
     probed, rest = layout.split(leaves)
+    tapped = {path for site in taps.sites for path in site.reads}
 
-    def scaled_loss(p):
-        return jnp.asarray(loss(layout.join(p, rest), examples)).astype(layout.policy.sums) * loss_scale
+    def gradient(p) -> _Gradient:
+        def scaled_loss(added, own):
+            whole = jax.tree.leaves(layout.join({**p, **own}, rest))
+            (loss,), read = taps.run([*whole, *jax.tree.leaves(examples)], added)
+            return jnp.asarray(loss).astype(layout.policy.sums) * loss_scale, read
 
-    return scaled_loss, probed
+        outputs = [site.node.outputs[0] for site in taps.sites]
+        zeros = [jnp.zeros(out.shape, out.dtype) for out in outputs]
+        own = {path: p[path] for path in layout.paths if path not in tapped}
+        (loss, read), (cotangents, by_path) = jax.value_and_grad(scaled_loss, (0, 1), has_aux=True)(zeros, own)
+        return _Gradient(loss, read, cotangents, by_path)
+
+    return gradient, probed
 
 
 def _direction(layout: Layout, v, probe_scale):
     return {path: v[path] * probe_scale.astype(v[path].dtype) for path in layout.paths}
 
 
-def _not_finite(layout: Layout, tree) -> jax.Array:
-    return ~jnp.stack([jnp.isfinite(tree[path]).all() for path in layout.paths])
-
-
-def _collect(layout: Layout, v, gradient_bad, slope, Hv, weight, scales, found: Products) -> Products:
+def _collect(
+    layout: Layout, taps: Taps, v, at: _Gradient, gradient_bad, along: _Gradient, weight, scales, found: Products
+) -> Products:
+    """``at``: the gradient; ``along``: its derivative along the scaled probe."""
     sums = layout.policy.sums
+    direction = _direction(layout, v, scales[1])
+    products = layout.channel_sums({path: v[path].astype(sums) * Hv.astype(sums) for path, Hv in along.by_path.items()})
+    axes = dict(zip(layout.paths, layout.axes, strict=True))
+    for i, site in enumerate(taps.sites):
+        (path,) = site.reads
+        dtype = site.node.inputs[site.kernel].dtype
+        # x * v carries the probe scale because the derivative holds it in this form already.
+        first = site.apply(at.read[i], direction[path].astype(dtype)).astype(sums) / scales[1]
+        second = site.apply(along.read[i], v[path].astype(dtype)).astype(sums)
+        inner = first * along.cotangents[i].astype(sums) + second * at.cotangents[i].astype(sums)
+        kept = site.output_axis(axes[path])
+        product = inner.sum(tuple(a for a in range(inner.ndim) if a != kept))
+        products[path] = products[path] + product if path in products else product
     # Each scale is divided out on its own: their product could leave the range of float32.
-    unscaled = {path: Hv[path].astype(sums) / scales[0] / scales[1] for path in layout.paths}
-    products = layout.channel_sums({path: v[path].astype(sums) * unscaled[path] for path in layout.paths})
+    products = {path: product / scales[0] / scales[1] for path, product in products.items()}
+    bad = ~jnp.stack([jnp.isfinite(products[path]).all() for path in layout.paths])
     return Products(
         {path: found.channels[path] + weight * products[path] for path in layout.paths},
         found.gradient_bad | gradient_bad.any(),
-        found.tangent_bad | ~jnp.isfinite(slope),
-        found.leaf_bad | gradient_bad | _not_finite(layout, products),
+        found.tangent_bad | ~jnp.isfinite(along.loss),
+        found.leaf_bad | gradient_bad | bad,
         found.stale,
     )

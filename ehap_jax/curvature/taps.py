@@ -113,6 +113,21 @@ class Site:
             g = g.reshape(r, n, *(shape[a] for a in have))
         return jnp.transpose(g, (0, 1, *(2 + int(a) for a in np.argsort(have))))
 
+    def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The operation on ``x`` with another kernel of the same shape."""
+        inputs = [x, kernel] if self.kernel == 1 else [kernel, x]
+        return _compat.bind(self.node.primitive, inputs, self.node.params)[0]
+
+    def output_axis(self, axis: int) -> int:
+        """Where an axis of the kernel for which `sums_to` is true lies in the output."""
+        if self.node.name == "conv_general_dilated":
+            return self.node.params["dimension_numbers"].out_spec[1]
+        batch, _, free = self._axes(self.kernel)
+        if axis in batch:
+            return batch.index(axis)
+        before = len(self._axes(0)[2]) if self.kernel == 1 else 0
+        return len(batch) + before + free.index(axis)
+
     def sums_to(self, axis: int) -> bool:
         """Whether `squares` can give one number per index of this axis of the kernel."""
         if self.node.name == "conv_general_dilated":
@@ -183,6 +198,20 @@ class Taps:
     def sites_of(self, path: str) -> tuple[int, ...]:
         return tuple(i for i, site in enumerate(self.sites) if path in site.reads)
 
+    def run(self, inputs: Sequence[jax.Array], added: Sequence[jax.Array]) -> tuple[list, list]:
+        """The outputs with ``added[i]`` on the output of site i, and what every site reads beside its kernel."""
+        place = {id(site.node): (i, site) for i, site in enumerate(self.sites)}
+        read: list = [None] * len(self.sites)
+
+        def handle(node: Node, operands: list):
+            if id(node) not in place:
+                return None
+            i, site = place[id(node)]
+            read[i] = operands[1 - site.kernel]
+            return [site.apply(read[i], operands[site.kernel]) + added[i]]
+
+        return evaluate(self.body, inputs, handle), read
+
     def backward(self, leaves: Sequence[jax.Array], x: Sequence[jax.Array]):
         """Run a batch forward.
 
@@ -201,22 +230,12 @@ class Taps:
             for path in self.paths
             if path in self.untapped
         }
-        place = {id(site.node): (i, site) for i, site in enumerate(self.sites)}
 
         def one(taps, own, x):
-            read: list = [None] * len(self.sites)
-
-            def handle(node: Node, inputs: list):
-                if id(node) not in place:
-                    return None
-                i, site = place[id(node)]
-                read[i] = inputs[1 - site.kernel]
-                return [_compat.bind(node.primitive, inputs, node.params)[0] + taps[i]]
-
             variables = list(leaves)
             for path, leaf in own.items():
                 variables[places[path]] = leaf
-            (logits,) = evaluate(self.body, [*variables, *x], handle)
+            (logits,), read = self.run([*variables, *x], taps)
             return logits[0], read
 
         def batched(taps, own):
