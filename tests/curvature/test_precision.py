@@ -100,11 +100,11 @@ def test_the_trace_of_ten_million_identities_is_exact(compute):
 def test_a_rejected_probe_is_repeated_not_dropped():
     """The first loss scale overflows in float16; the same probes come through with a lower one, and are counted."""
     params, batch = integer_problem()
-    policy = Policy("float16", loss_scale=2.0**15)
+    policy = Policy("float16", loss_scale=2.0**18)
     estimate = channel_trace(integers, params, batch, key=KEY, num_probes=5, policy=policy, probes_per_step=2)
     exact = channel_trace(integers, params, batch, key=KEY, num_probes=5)
     assert estimate.rejected > 0 and estimate.count == 5
-    assert float(estimate.state.loss_scale) == 2.0 ** (15 - estimate.rejected)
+    assert float(estimate.state.loss_scale) == 2.0 ** (18 - estimate.rejected)
     assert float(estimate.state.probe_scale) == 1.0
     np.testing.assert_array_equal(channels(estimate), channels(exact))
 
