@@ -1,0 +1,96 @@
+"""Is the exact trace the mean of Hutchinson's probes? z-scores of every channel on trained networks.
+
+    python -m benchmarks.zscores --data DIR [--networks resnet20 resnet32] [--images 512] [--probes 500]
+
+DIR as for `benchmarks.exact_trace`. For every channel z = (Hutchinson - exact) / standard error; if both are unbiased and
+the standard error is right, z has mean 0 and standard deviation 1. The standard error of the mean of z itself is reported
+beside it: the channels of one network share their probes, so it comes from the spread between layers. Accuracy only:
+nothing is timed, and it may run beside other work. The probes are kept next to the result; a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.exact_trace import WEIGHTS, flat, hap_scores, load, mean_loss, provenance, quality
+from ehap_jax.curvature import channel_trace, gauss_newton_trace
+from ehap_jax.curvature.problem import path_name
+from ehap_jax.training import Progress
+
+
+def z_scores(data: Path, network: str, images: int, probes: int, kept: Path) -> dict[str, Any]:
+    apply, variables, batch = load(data, network, images)
+    exact = gauss_newton_trace(apply, variables, batch)
+    with Progress() as progress, progress.stage(f"{network}: probes", probes) as advance:
+        before = 0
+
+        def report(done: int, _: int) -> None:
+            nonlocal before
+            advance(done - before)
+            before = done
+
+        found = channel_trace(
+            mean_loss(apply),
+            variables,
+            batch,
+            key=jax.random.key(2024),
+            num_probes=probes,
+            microbatch=16,
+            probes_per_step=5,
+            save_to=kept,
+            progress=report,
+        )
+    layers = []
+    for (path, mean), sem, truth in zip(
+        jax.tree_util.tree_leaves_with_path(found.mean),
+        jax.tree.leaves(found.sem),
+        jax.tree.leaves(exact.mean),
+        strict=True,
+    ):
+        alive = np.asarray(sem) > 0
+        z = (np.asarray(mean, np.float64) - np.asarray(truth, np.float64))[alive] / np.asarray(sem, np.float64)[alive]
+        layers.append({"layer": path_name(path), "channels": z.size, "mean": z.mean(), "std": z.std(ddof=1)})
+    every = flat(found.mean, variables), flat(found.sem, variables), flat(exact.mean, variables)
+    alive = every[1] > 0
+    z = (every[0] - every[2])[alive] / every[1][alive]
+    return {
+        "network": network,
+        "images": images,
+        "probes": found.count,
+        "channels": int(alive.sum()),
+        "z_mean": float(z.mean()),
+        "z_mean_standard_error": float(np.std([row["mean"] for row in layers], ddof=1) / np.sqrt(len(layers))),
+        "z_std": float(z.std(ddof=1)),
+        "dead_channels": int((~alive).sum()),
+        "largest_exact_trace_of_a_dead_channel": float(np.max(every[2][~alive], initial=0.0)),
+        "total": {"exact": float(every[2].sum()), "hutchinson": found.total(), "sem": found.total_sem()},
+        **quality(hap_scores(every[0], variables), hap_scores(every[2], variables)),
+        "layers": [{k: float(v) if k in ("mean", "std") else v for k, v in row.items()} for row in layers],
+        **provenance(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("results/zscores.json"))
+    parser.add_argument("--networks", nargs="+", choices=sorted(WEIGHTS), default=sorted(WEIGHTS))
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--probes", type=int, default=500)
+    options = parser.parse_args()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for network in options.networks:
+        kept = options.out.with_suffix(f".{network}.npz")
+        results[network] = z_scores(options.data, network, options.images, options.probes, kept)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        print({name: value for name, value in results[network].items() if name != "layers"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
