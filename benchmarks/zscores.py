@@ -2,10 +2,11 @@
 
     python -m benchmarks.zscores --data DIR [--networks resnet20 resnet32] [--images 512] [--probes 500]
 
-DIR as for `benchmarks.exact_trace`. For every channel z = (Hutchinson - exact) / standard error; if both are unbiased and
-the standard error is right, z has mean 0 and standard deviation 1. The standard error of the mean of z itself is reported
-beside it: the channels of one network share their probes, so it comes from the spread between layers. Accuracy only:
-nothing is timed, and it may run beside other work. The probes are kept next to the result; a run that was stopped goes on.
+DIR as for `benchmarks.exact_trace`. For every channel z = (Hutchinson - exact) / standard error; if both are unbiased
+and the standard error is right, z has mean 0 and standard deviation 1. The standard error of the mean of z itself is
+reported beside it: the channels of one network share their probes, so it comes from the spread between layers. Accuracy
+only: nothing is timed, and it may run beside other work. The probes are kept next to the result, and a run that was
+stopped goes on from them.
 """
 
 from __future__ import annotations
