@@ -1,8 +1,10 @@
 """Scores, budgets, plans, masks and shrunk functions."""
 
 from ehap_jax.pruning.allocate import allocate
+from ehap_jax.pruning.expand import expand_variables
 from ehap_jax.pruning.mask import mask_variables
 from ehap_jax.pruning.plan import PruningPlan
+from ehap_jax.pruning.schedule import Pruned, cubic, kept_fractions, linear, prune_iteratively
 from ehap_jax.pruning.scores import (
     Scores,
     fisher_scores,
@@ -15,14 +17,20 @@ from ehap_jax.pruning.scores import (
 from ehap_jax.pruning.shrink import shrink, shrink_variables
 
 __all__ = [
+    "Pruned",
     "PruningPlan",
     "Scores",
     "allocate",
+    "cubic",
+    "expand_variables",
     "fisher_scores",
     "hessian_scores",
+    "kept_fractions",
+    "linear",
     "magnitude_scores",
     "mask_variables",
     "norm_scale_scores",
+    "prune_iteratively",
     "random_scores",
     "shrink",
     "shrink_variables",

@@ -35,6 +35,7 @@ def allocate(
     exclude: Sequence[str] = (),
     aggregate: Literal["sum", "mean", "max"] = "sum",
     ranking: Literal["global", "layer", "isomorphic"] = "global",
+    start: PruningPlan | None = None,
 ) -> PruningPlan:
     """Remove groups in ascending order of score until at most a fraction of the network is kept.
 
@@ -49,8 +50,11 @@ def allocate(
     that every layer loses the same fraction. ``"isomorphic"``: layers of the same structure (number and kind of the
     kernels and other variables they tie together), each such class losing the same fraction (arXiv 2407.04616).
 
-    Raises ValueError for a fraction out of (0, 1] or below what the limits allow (the range is given), or a pattern of
-    ``exclude`` that matches no kernel.
+    ``start`` is an earlier plan for the same network: what it removed goes first and stays gone, whatever its scores
+    are now (pruning in rounds, see ``prune_iteratively``).
+
+    Raises ValueError for a fraction out of (0, 1] or below what the limits allow (the range is given), a pattern of
+    ``exclude`` that matches no kernel, or a ``start`` of another network or coupling.
     """
     budget, fraction = _budget(params=params, macs=macs, channels=channels, bytes=bytes)
     if not 0 <= max_layer_ratio < 1:
@@ -72,6 +76,7 @@ def allocate(
     order = _ranked(_without(groups, exclude, structure.kernel_axes), scores, aggregate)
     if ranking != "global":
         order = _interleaved(order, graph, _layer if ranking == "layer" else _isomorphism_class)
+    order, gone = _gone_first(order, graph, coupling, start)
     removable = _within_layer_limit(order, sizes, max_layer_ratio, min_channels)
     total = _measure(structure, [], groups, budget)
 
@@ -86,7 +91,7 @@ def allocate(
             f"min_channels={min_channels}, round_to={round_to} and {len(exclude)} exclusions this network can keep "
             f"between {lowest:.4f} and 1 of its {budget}."
         )
-    low, high = 0, len(removable)
+    low, high = min(gone, len(removable)), len(removable)
     while low < high:
         middle = (low + high) // 2
         if kept_fraction(middle) <= fraction:
@@ -159,6 +164,24 @@ def _interleaved(order: Sequence[ChannelGroup], graph: Graph, class_of: Callable
         keys.append(((seen[cls] + 0.5) / size[cls], position))
         seen[cls] += 1
     return [order[position] for _, position in sorted(keys)]
+
+
+def _gone_first(order, graph: Graph, coupling: Coupling, start: PruningPlan | None) -> tuple[list[ChannelGroup], int]:
+    """``order`` with what an earlier plan removed in front, and how many groups that is."""
+    if start is None:
+        return list(order), 0
+    if start.coupling != coupling:
+        raise ValueError(f'start was made for coupling "{start.coupling}", not "{coupling}".')
+    if dict(start.shapes) != {path: tuple(value.shape) for path, value in graph.leaves.items()}:
+        raise ValueError("start is a plan for a network with other variables or shapes than this graph's.")
+
+    def is_gone(group: ChannelGroup) -> bool:
+        return any(
+            path in start.keep and i not in start.keep[path] for path, idx in group.producers.items() for i in idx
+        )
+
+    front = [group for group in order if is_gone(group)]
+    return [*front, *(group for group in order if not is_gone(group))], len(front)
 
 
 def _layer(group: ChannelGroup, graph: Graph):
