@@ -9,6 +9,7 @@ from ehap_jax.curvature.gauss_newton import (
     squared_error,
 )
 from ehap_jax.curvature.hvp import hvp
+from ehap_jax.curvature.memory import ProductMemory, product_memory
 from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel, rademacher
@@ -19,6 +20,7 @@ from ehap_jax.curvature.stopping import VarianceParts, expected_misplaced, split
 __all__ = [
     "Batches",
     "Policy",
+    "ProductMemory",
     "TraceEstimate",
     "TraceFingerprint",
     "TraceState",
@@ -32,6 +34,7 @@ __all__ = [
     "load_trace",
     "piecewise_linear_kernels",
     "probe_channel_products",
+    "product_memory",
     "rademacher",
     "save_trace",
     "second_derivative",

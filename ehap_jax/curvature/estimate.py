@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["TraceEstimate", "TraceState"]
+__all__ = ["NO_PRODUCT", "PRODUCTS", "TraceEstimate", "TraceState"]
 
 PyTree = Any
+
+PRODUCTS = ("jvp", "linearize", "remat")
+"""The ways to a Hessian-vector product; a state holds the place of its way in this tuple."""
+
+NO_PRODUCT = -1
+"""In a state: no Hessian-vector product went into it."""
 
 
 class Moments(NamedTuple):
@@ -32,7 +38,8 @@ class TraceState(NamedTuple):
       rejected: products that were not finite and were repeated with a lower scale.
       loss_scale, probe_scale: the float16 scales now in use.
       failure: -1, or the number of the first leaf whose product stayed non-finite at the smallest scale.
-      linear: whether products come from a linearisation; going on with ``method="auto"`` keeps to it.
+      product: how products are computed, a place in `PRODUCTS`; going on with ``product="auto"`` keeps to
+        it. `NO_PRODUCT` where there are none.
       moments: of the traces of one probe: ``{"channel": {path: (channels,)}, "layer": {path: ()}, "total": ()}``.
     """
 
@@ -42,7 +49,7 @@ class TraceState(NamedTuple):
     loss_scale: jax.Array
     probe_scale: jax.Array
     failure: jax.Array
-    linear: jax.Array
+    product: jax.Array
     moments: Moments
 
 
@@ -86,6 +93,12 @@ class TraceEstimate:
     def total_sem(self) -> float:
         """The standard error of ``total()``."""
         return float(_sem(jax.device_get(self.state.moments.squares["total"]), self.count))
+
+    @property
+    def product(self) -> str | None:
+        """How Hessian-vector products were computed, one of `PRODUCTS`; None where there are none."""
+        place = int(self.state.product)
+        return PRODUCTS[place] if place >= 0 else None
 
     def _channels(self) -> dict[str, np.ndarray]:
         return jax.device_get(self.state.moments.mean["channel"])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
+from ehap_jax.curvature.estimate import NO_PRODUCT, Moments, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
 from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
 from ehap_jax.curvature.probes import is_kernel
@@ -437,7 +437,7 @@ def _estimate(layout: Layout, by_column: dict, random: bool, columns: int, rejec
         loss_scale=jnp.ones((), sums),
         probe_scale=jnp.ones((), sums),
         failure=jnp.int32(-1),
-        linear=jnp.array(False),
+        product=jnp.int32(NO_PRODUCT),
         moments=moments,
     )
     return estimate_of(layout.like_params, state)

@@ -101,9 +101,13 @@ def prepare(
     select: Callable[[str, jax.Array], bool],
     channel_axis: int | Mapping[str, int],
     microbatch: int | None,
+    shards: int = 1,
     check_loss: bool = True,
 ) -> Problem:
-    """Check a loss, its parameters and its batch, and cast and cut them; raises what `channel_trace` lists."""
+    """Check a loss, its parameters and its batch, and cast and cut them; raises what `channel_trace` lists.
+
+    With ``shards`` a chunk has up to ``microbatch`` examples for each of them.
+    """
     policy.require_available()
     layout = layout_of(params, policy, select, channel_axis)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
@@ -114,10 +118,10 @@ def prepare(
     _require_finite(params, "params", "")
     _require_finite(tuple(batch) if isinstance(batch, Batches) else batch, "batch", "")
     parts = list(batch) if isinstance(batch, Batches) else [batch]
-    step = size if microbatch is None else microbatch
+    step = size if microbatch is None else microbatch * shards
     if check_loss:
-        first = parts[0]
-        _require_usable_loss(loss, params, first, min(step, batch_size(first)), step < size or len(parts) > 1)
+        first, chunked = parts[0], step < size or len(parts) > 1 or shards > 1
+        _require_usable_loss(loss, params, first, min(-(-step // shards), batch_size(first)), chunked)
     cast = jax.tree.leaves(policy.cast(params))
     _require_finite(jax.tree.unflatten(layout.structure, cast), "params", f" in {policy.compute}")
     chunks = []

@@ -24,7 +24,7 @@ from ehap_jax.curvature.problem import Batches, layout_of, path_name
 __all__ = ["TraceFingerprint", "fingerprint", "load_trace", "save_trace"]
 
 PyTree = Any
-FORMAT = "ehap_jax trace 1"
+FORMAT = "ehap_jax trace 2"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) 
         "key": jax.random.key_data(state.key),
         "key_impl": str(jax.random.key_impl(state.key)),
     }
-    scalars = ("count", "rejected", "loss_scale", "probe_scale", "failure", "linear")
+    scalars = ("count", "rejected", "loss_scale", "probe_scale", "failure", "product")
     arrays |= {name: getattr(state, name) for name in scalars}
     for kind, moments in state.moments._asdict().items():
         arrays[f"{kind}/total"] = moments["total"]
@@ -152,7 +152,7 @@ def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> 
         loss_scale=jnp.asarray(arrays["loss_scale"]),
         probe_scale=jnp.asarray(arrays["probe_scale"]),
         failure=jnp.asarray(arrays["failure"]),
-        linear=jnp.asarray(arrays["linear"]),
+        product=jnp.asarray(arrays["product"]),
         moments=Moments(moments("mean"), moments("squares")),
     )
 

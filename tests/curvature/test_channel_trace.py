@@ -10,7 +10,8 @@ from scipy import stats
 
 from ehap_jax._compat import enable_x64
 from ehap_jax.curvature import Batches, Policy, channel_trace, probe_channel_products, rademacher
-from ehap_jax.curvature.channel_trace import _advance, _first_state, _Run
+from ehap_jax.curvature.estimate import PRODUCTS
+from ehap_jax.curvature.probe_loop import Run, advance_on_device, first_state
 from ehap_jax.curvature.problem import path_name, prepare
 from tests.curvature import network
 
@@ -151,8 +152,13 @@ def test_resume_is_bit_identical_to_an_uninterrupted_run(problem):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("microbatch", "linear"), [(None, False), (4, False), (None, True), (4, True)])
-def test_every_loop_and_method_gives_the_same_traces(problem, microbatch, linear):
+@pytest.fixture(scope="module")
+def three_probes(problem):
+    return channel_trace(network.loss, *problem, key=KEY, num_probes=3, product="jvp").state.moments
+
+
+@pytest.mark.parametrize(("product", "microbatch"), [("jvp", 2), ("jvp", 4), ("linearize", 2), ("remat", None)])
+def test_every_loop_and_product_gives_the_same_traces(problem, three_probes, microbatch, product):
     prepared = prepare(
         network.loss,
         *problem,
@@ -161,16 +167,13 @@ def test_every_loop_and_method_gives_the_same_traces(problem, microbatch, linear
         channel_axis=-1,
         microbatch=microbatch,
     )
-    on_device = not (linear and microbatch)
-    run = _Run(network.loss, prepared, linear, on_device)
-    state = _advance(run, [], _first_state(run, KEY, Policy()), 3) if on_device else None
-    python = channel_trace(
-        network.loss, *problem, key=KEY, num_probes=3, microbatch=microbatch, method="linearize" if linear else "jvp"
-    )
-    exact = channel_trace(network.loss, *problem, key=KEY, num_probes=3, method="jvp")
-    for other in (python.state, state or python.state):
+    run = Run(network.loss, prepared, product)
+    on_device = advance_on_device(run, first_state(run, KEY, Policy()), jnp.int32(3))
+    python = channel_trace(network.loss, *problem, key=KEY, num_probes=3, microbatch=microbatch, product=product)
+    for other in (python.state, on_device):
         assert int(other.count) == 3
-        for x, y in zip(jax.tree.leaves(exact.state.moments), jax.tree.leaves(other.moments), strict=True):
+        assert PRODUCTS[int(other.product)] == product
+        for x, y in zip(jax.tree.leaves(three_probes), jax.tree.leaves(other.moments), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
