@@ -6,14 +6,19 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
+from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import Cost, count_cost
+from ehap_jax.training import Deadline, Progress, RunDirectory
+from recipes.command import RunOptions
 from recipes.criteria import Criterion
+from recipes.curves import accuracy_curves
 from recipes.int8 import train_int8
-from recipes.lab import Lab, Phase, accuracy
-from recipes.network import Network
+from recipes.lab import Lab, Phase, accuracy, check_phases
+from recipes.network import Network, load_network
 from recipes.pruned import PruneConfig, finetune, prune_network
 
 DENSE = "dense"
@@ -68,21 +73,81 @@ def cells_of(config: CellsConfig) -> list[Cell]:
     return cells
 
 
-def run_cells(lab: Lab, network: Network, config: CellsConfig) -> list[dict[str, Any]]:
-    """The rows of all cells, in order; those already in the run are read, not repeated.
+class Comparison(Protocol):
+    """The configuration of a recipe over cells."""
+
+    @property
+    def dense(self) -> Path: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def train_images(self) -> int | None: ...
+    @property
+    def cells(self) -> CellsConfig: ...
+
+
+def compare_cells(
+    config: Comparison, options: RunOptions, *, name: str, plot: str, cost: Literal["params", "macs", "bytes"]
+) -> None:
+    """Do all cells, and write `name`.json, `name`.txt and a plot of those that are done, also when stopped.
+
+    Raises:
+        OutOfTime: the time limit has passed.
+    """
+    deadline = Deadline(options.max_minutes)
+    cells_of(config.cells)
+    network = load_network(config.dense)
+    dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
+    dataset = limit_training(dataset, config.train_images)
+    check_phases(dataset, cells_finetune=config.cells.finetune, cells_int8=config.cells.int8)
+    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    with Progress() as progress:
+        lab = Lab(dataset, run, progress, deadline)
+        start = accuracy(lab, network.apply, network.variables)
+        try:
+            run_cells(lab, network, config.cells)
+        finally:
+            result = comparison(lab, config.cells, start)
+            run.write_json(f"{name}.json", result)
+            run.write_text(f"{name}.txt", cells_table(result))
+            if result["rows"]:
+                accuracy_curves(result["statistics"], cost=cost).savefig(run.file(plot), dpi=150)
+        progress.note((run.path / f"{name}.txt").read_text())
+
+
+def comparison(lab: Lab, config: CellsConfig, start: float) -> dict[str, Any]:
+    """What the finished cells say; `start` is the accuracy before anything was trained here."""
+    cells = cells_of(config)
+    rows = [lab.run.read_json(_file(cell)) for cell in cells if lab.run.file(_file(cell)).exists()]
+    return {
+        "data": lab.dataset.name,
+        "train_images": len(lab.dataset.x_train),
+        "test_images": len(lab.dataset.x_test),
+        "accuracy_start": start,
+        "cells_done": len(rows),
+        "cells": len(cells),
+        "statistics": statistics(rows),
+        "differences": paired_differences(rows, config.criteria),
+        "rows": rows,
+    }
+
+
+def run_cells(lab: Lab, network: Network, config: CellsConfig) -> None:
+    """Do all cells in order; those already in the run are not repeated.
 
     Raises:
         OutOfTime: the lab's deadline has passed; finished cells are kept.
     """
-    cells, rows = cells_of(config), []
+    cells = cells_of(config)
     for number, cell in enumerate(cells):
-        file = lab.run.file(f"cells/{cell.name}.json")
-        if not file.exists():
-            row = run_cell(lab, network, cell, config)
-            lab.run.write_json(f"cells/{cell.name}.json", row)
-            lab.deadline.check(f"{number + 1} of {len(cells)} cells done")
-        rows.append(lab.run.read_json(f"cells/{cell.name}.json"))
-    return rows
+        if not lab.run.file(_file(cell)).exists():
+            lab.run.write_json(_file(cell), run_cell(lab, network, cell, config))
+            if number + 1 < len(cells):
+                lab.deadline.check(f"{number + 1} of {len(cells)} cells done")
+
+
+def _file(cell: Cell) -> str:
+    return f"cells/{cell.name}.json"
 
 
 def run_cell(lab: Lab, network: Network, cell: Cell, config: CellsConfig) -> dict[str, Any]:
@@ -126,10 +191,10 @@ def paired_differences(rows: Sequence[dict[str, Any]], criteria: Sequence[str]) 
     first, *others = criteria
     by_cell = {Cell(row["criterion"], row["keep"], row["seed"]): row["accuracy"] for row in rows}
     found = []
-    for keep in dict.fromkeys(cell.keep for cell in by_cell if cell.criterion == first):
-        seeds = [cell.seed for cell in by_cell if cell.criterion == first and cell.keep == keep]
-        for other in others:
-            gaps = [by_cell[Cell(first, keep, seed)] - by_cell[Cell(other, keep, seed)] for seed in seeds]
+    for keep, other in product(dict.fromkeys(cell.keep for cell in by_cell if cell.criterion == first), others):
+        pairs = [(Cell(first, keep, seed), Cell(other, keep, seed)) for seed in {cell.seed: None for cell in by_cell}]
+        gaps = [by_cell[a] - by_cell[b] for a, b in pairs if a in by_cell and b in by_cell]
+        if gaps:
             found.append({"first": first, "other": other, "keep": keep, "difference": spread(gaps)})
     return found
 
@@ -155,7 +220,9 @@ def cells_table(result: dict[str, Any]) -> str:
         )
         for entry in result["statistics"]
     ]
+    unfinished = result["cells"] - result["cells_done"]
     lines = [
+        *([f"UNFINISHED: {unfinished} of {result['cells']} cells are still to do"] if unfinished else []),
         f"{result['data']}: {result['train_images']} training images, accuracy on {result['test_images']} test images; "
         f"{percent(spread([result['accuracy_start']]))} before any training here",
         "",

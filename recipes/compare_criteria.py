@@ -22,13 +22,9 @@ from typing import Annotated
 
 import tyro
 
-from ehap_jax.data import limit_training, load_dataset
-from ehap_jax.training import Deadline, Progress, RunDirectory
-from recipes.cells import CellsConfig, cells_of, cells_table, paired_differences, run_cells, statistics
+from recipes.cells import CellsConfig, compare_cells
 from recipes.command import RunOptions, run_command
-from recipes.curves import accuracy_curves
-from recipes.lab import Lab, Phase, accuracy, check_phases
-from recipes.network import load_network
+from recipes.lab import Phase
 
 
 @dataclass(frozen=True)
@@ -68,31 +64,7 @@ VARIANTS = {
 
 
 def main(config: Config, options: RunOptions) -> None:
-    deadline = Deadline(options.max_minutes)
-    network = load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
-    dataset = limit_training(dataset, config.train_images)
-    check_phases(dataset, cells_finetune=config.cells.finetune, cells_int8=config.cells.int8)
-    cells_of(config.cells)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
-    with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline)
-        rows = run_cells(lab, network, config.cells)
-        start = accuracy(lab, network.apply, network.variables)
-        result = {
-            "data": dataset.name,
-            "train_images": len(dataset.x_train),
-            "test_images": len(dataset.x_test),
-            "accuracy_start": start,
-            "statistics": statistics(rows),
-            "differences": paired_differences(rows, config.cells.criteria),
-            "rows": rows,
-        }
-        run.write_json("comparison.json", result)
-        run.write_text("comparison.txt", cells_table(result))
-        figure = accuracy_curves(result["statistics"], cost="params")
-        figure.savefig(run.file("accuracy.png"), dpi=150)
-        progress.note((run.path / "comparison.txt").read_text())
+    compare_cells(config, options, name="comparison", plot="accuracy.png", cost="params")
 
 
 def command(arguments: Sequence[str] | None = None) -> int:

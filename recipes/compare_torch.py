@@ -56,6 +56,7 @@ from interop.parity import (
     trace_pair,
 )
 from interop.to_torch import to_torch
+from recipes.ranking import kept_overlap, spearman
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -281,28 +282,8 @@ def same_probe(job: Job, index: int) -> dict[str, Any]:
     return {name: torch.from_numpy(named[name]) for name, p in job.nets.module.named_parameters() if name in named}
 
 
-def spearman(a: Scores, b: Scores) -> float:
-    """Rank correlation of the scores of all channels."""
-    from scipy.stats import spearmanr
-
-    paths = sorted(a.values)
-    x, y = (np.concatenate([scores.values[path] for path in paths]) for scores in (a, b))
-    return float(spearmanr(x, y).statistic)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def plan_of(job: Job, scores: Scores, ratio: float) -> PruningPlan:
     return allocate(job.graph, scores, channels=ratio, coupling=job.config.coupling)
-
-
-def kept_overlap(a: PruningPlan, b: PruningPlan) -> float:
-    """Intersection over union of the kept output channels of all kernels."""
-
-    def kept(plan: PruningPlan) -> set[tuple[str, int]]:
-        full = {path: range(plan.shapes[path][axis]) for path, axis in plan.axes.items()}
-        return {(path, int(c)) for path, every in full.items() for c in plan.keep.get(path, every)}
-
-    ours, theirs = kept(a), kept(b)
-    return len(ours & theirs) / len(ours | theirs)
 
 
 def agreement(job: Job, found: Scores, expected: Scores) -> dict[str, Any]:

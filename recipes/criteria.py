@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from ehap_jax.report import Convergence
 from recipes.lab import Lab, evaluation_loss, training_batch
 
 Criterion = Literal["hessian", "magnitude", "taylor", "fisher", "random"]
+Compute = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,32 @@ class ScoreConfig:
     estimator: Literal["auto", "exact", "probes"] = "auto"
     """Hessian traces: exact, by Hutchinson probes, or exact where that is proven to be the Hessian's."""
     probes: int = 300
-    compute: Literal["float32", "bfloat16", "float16"] = "float32"
+    compute: Compute = "float32"
     """Precision of the Hessian traces."""
     microbatch: int | None = 128
     """Images that are differentiated at a time; all of them where it is None."""
 
 
 def channel_scores(
-    lab: Lab, seed: int, criterion: Criterion, graph: Graph, apply: Callable, variables: Any, config: ScoreConfig
+    lab: Lab,
+    seed: int,
+    criterion: Criterion,
+    graph: Graph,
+    apply: Callable,
+    variables: Any,
+    config: ScoreConfig,
+    label: str = "trace",
 ) -> Scores:
-    """Scores of every channel of ``apply(variables, x)``; a Hessian trace is kept in the run and taken up again."""
+    """Scores of every channel of ``apply(variables, x)``.
+
+    Probes of a Hessian trace are kept in the run under `label`, and taken up again.
+    """
     if criterion == "magnitude":
         return magnitude_scores(graph, variables)
     if criterion == "random":
         return random_scores(graph, key=jax.random.key(3000 + seed))
     if criterion == "hessian":
-        return hessian_scores(graph, variables, hessian_trace(lab, seed, graph, apply, variables, config))
+        return hessian_scores(graph, variables, hessian_trace(lab, seed, graph, apply, variables, config, label))
     batch, loss = training_batch(lab.dataset, config.examples, seed), evaluation_loss(apply)
     if criterion == "taylor":
         return taylor_scores(graph, variables, loss, batch)
@@ -57,7 +69,13 @@ def channel_scores(
 
 
 def hessian_trace(
-    lab: Lab, seed: int, graph: Graph, apply: Callable, variables: Any, config: ScoreConfig
+    lab: Lab,
+    seed: int,
+    graph: Graph,
+    apply: Callable,
+    variables: Any,
+    config: ScoreConfig,
+    label: str = "trace",
 ) -> TraceEstimate:
     """The Hessian trace of every channel, exact or from probes that are the same for every precision."""
     batch = training_batch(lab.dataset, config.examples, seed)
@@ -66,7 +84,7 @@ def hessian_trace(
             trace = gauss_newton_trace(apply, variables, batch, policy=Policy(config.compute))
             advance()
         return trace
-    return probed_trace(lab, seed, apply, variables, batch, config)
+    return probed_trace(lab, seed, apply, variables, batch, config, label)
 
 
 def is_proven(graph: Graph) -> bool:
@@ -75,14 +93,20 @@ def is_proven(graph: Graph) -> bool:
 
 
 def probed_trace(
-    lab: Lab, seed: int, apply: Callable, variables: Any, batch: tuple[jax.Array, jax.Array], config: ScoreConfig
+    lab: Lab,
+    seed: int,
+    apply: Callable,
+    variables: Any,
+    batch: tuple[jax.Array, jax.Array],
+    config: ScoreConfig,
+    label: str = "trace",
 ) -> TraceEstimate:
     """Hutchinson's estimate, saved as it goes and resumed from its file; its course is kept beside it.
 
     Raises:
         OutOfTime: the lab's deadline has passed; the probes so far are saved.
     """
-    course = Course.read(lab, seed, config.compute)
+    course = Course(lab, seed, f"{label}_{config.compute}")
     with lab.progress.stage(f"seed {seed}: trace {config.compute}", config.probes) as advance:
         done = 0
 
@@ -104,7 +128,7 @@ def probed_trace(
             policy=Policy(config.compute),
             probes_per_step=max(config.probes // 20, 1),
             microbatch=config.microbatch,
-            save_to=lab.run.file(f"seed{seed}/trace_{config.compute}.npz"),
+            save_to=lab.run.file(f"seed{seed}/{label}_{config.compute}.npz"),
             progress=progress,
             until=stop,
         )
@@ -114,27 +138,31 @@ def probed_trace(
     return trace
 
 
-class Course(NamedTuple):
+class Course:
     """The running estimate of the total trace, in a file of the run that a resumed one goes on with."""
 
-    lab: Lab
-    name: str
-    points: dict[int, tuple[float, float]]
-
-    @classmethod
-    def read(cls, lab: Lab, seed: int, compute: str) -> Course:
-        """What the run has so far."""
-        name = f"seed{seed}/convergence_{compute}.json"
-        rows = lab.run.read_json(name) if lab.run.file(name).exists() else []
-        return cls(lab, name, {count: (mean, float(sem)) for count, mean, sem in rows})
+    def __init__(self, lab: Lab, seed: int, trace: str) -> None:
+        self._run, self._name = lab.run, f"seed{seed}/{trace}_convergence.json"
+        found: dict[str, Any] = {"points": []}
+        if lab.run.file(self._name).exists():
+            found = lab.run.read_json(self._name)
+        self._points = {count: (mean, float(sem)) for count, mean, sem in found["points"]}
+        self._clock: list[tuple[int, float]] = []
+        self.seconds_per_probe: float | None = found.get("seconds_per_probe")
 
     def add(self, now: TraceEstimate) -> None:
-        """One more point."""
-        self.points[int(now.count)] = (float(now.total()), float(now.total_sem()))
-        self.lab.run.write_json(self.name, [(count, *point) for count, point in sorted(self.points.items())])
+        """One more point. Time is counted from the first one of this process, when everything has been compiled."""
+        count = int(now.count)
+        self._points[count] = (now.total(), now.total_sem())
+        self._clock.append((count, time.perf_counter()))
+        (first, started), (last, ended) = self._clock[0], self._clock[-1]
+        if last > first:
+            self.seconds_per_probe = (ended - started) / (last - first)
+        points = [(number, *point) for number, point in sorted(self._points.items())]
+        self._run.write_json(self._name, {"points": points, "seconds_per_probe": self.seconds_per_probe})
 
     def convergence(self) -> Convergence:
         """For the report."""
-        probes, points = zip(*sorted(self.points.items()), strict=True)
+        probes, points = zip(*sorted(self._points.items()), strict=True)
         mean, sem = zip(*points, strict=True)
         return Convergence(np.array(probes), np.array(mean), np.array(sem))

@@ -73,15 +73,33 @@ def check_phases(dataset: Dataset, **phases: Phase) -> None:
         optimizer_of(phase, count)
 
 
-def train(lab: Lab, stage: str, seed: int, apply: Callable, variables: dict[str, Any], phase: Phase) -> dict[str, Any]:
+def train(
+    lab: Lab,
+    stage: str,
+    seed: int,
+    apply: Callable,
+    variables: dict[str, Any],
+    phase: Phase,
+    *,
+    project: Callable | None = None,
+) -> dict[str, Any]:
     """Train ``apply(variables, x) -> (logits, updates)``; resumes from the stage's checkpoint.
+
+    Args:
+        lab: where.
+        stage: names the checkpoints and the metrics.
+        seed: of shuffles and augmentation.
+        apply: the training function.
+        variables: to start from.
+        phase: how.
+        project: after every step, ``project(variables) -> variables``, such as masking again.
 
     Raises:
         OutOfTime: the lab's deadline has passed; what was done is saved.
         FloatingPointError, ValueError: training diverged.
     """
     dataset = lab.dataset
-    epoch = epoch_of(apply, dataset, phase)
+    epoch = epoch_of(apply, dataset, phase, project)
     state = create_train_state(variables, optimizer_of(phase, len(dataset.x_train)), jax.random.key(1000 + seed))
     directory = lab.run.file(f"seed{seed}/checkpoints/{stage}")
     with lab.progress.stage(f"seed {seed}: {stage}", phase.epochs) as advance, Checkpoints(directory) as saved:
@@ -108,7 +126,7 @@ def train(lab: Lab, stage: str, seed: int, apply: Callable, variables: dict[str,
 
 
 @lru_cache(maxsize=8)
-def epoch_of(apply: Callable, dataset: Dataset, phase: Phase) -> Callable:
+def epoch_of(apply: Callable, dataset: Dataset, phase: Phase, project: Callable | None = None) -> Callable:
     """The compiled epoch; that of the same function, data and phase serves all seeds."""
     return make_epoch(
         forward_from_apply(apply),
@@ -116,6 +134,7 @@ def epoch_of(apply: Callable, dataset: Dataset, phase: Phase) -> Callable:
         training_inputs(dataset),
         batch_size=phase.batch_size,
         num_examples=len(dataset.x_train),
+        project=project,
     )
 
 

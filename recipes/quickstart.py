@@ -106,7 +106,7 @@ def write_results(lab: Lab, results: Sequence[SeedResult], seconds: float) -> No
     for seed, result in enumerate(results):
         save_plan(result.plan, run.file(f"seed{seed}/plan.json"))
     save_plan(first.plan, run.file("plan.json"))
-    write_scores(run, first.scores, first.sem, Course.read(lab, 0, "float32").convergence())
+    write_scores(run, first.scores, first.sem, Course(lab, 0, "trace_float32").convergence())
     checks = {"masked_minus_shrunk": max(result.masked_error for result in results)}
     summary = summarise([result.stages for result in results], seconds={"total": seconds}, checks=checks)
     run.write_json("summary.json", summary)

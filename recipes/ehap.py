@@ -1,0 +1,162 @@
+"""EHAP from beginning to end: train, trace in half precision, prune, fine-tune, train in INT8.
+
+EHAP (arXiv 2306.07030, tables 4-7): 300 epochs of training, 300 probes on 512 images in float16, about 10 % of the
+parameters kept, 300 epochs of fine-tuning, 30 epochs of INT8 training.
+
+    python -m recipes.ehap resnet32 --max-minutes 25                   # CIFAR-10 through TFDS, a GPU; then --resume
+    python -m recipes.ehap resnet56 --dense runs/pretrain
+    python -m recipes.ehap digits                                      # two minutes on two CPU cores
+
+Expect at 10 % of the parameters 1.5-2 points less than dense, the same from float16 as from float32 traces
+(``recipes.compare_precision``), and INT8 within 0.3 points of the fine-tuned network. Writes one report over all seeds;
+every seed's folder holds its plan and its fine-tuned network, which ``recipes.quantize`` takes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from ehap_jax.data import limit_training, load_dataset
+from ehap_jax.graph import count_cost
+from ehap_jax.pruning import random_scores
+from ehap_jax.report import stage_table, write_report
+from ehap_jax.training import Deadline, Progress, RunDirectory
+from recipes.command import RunOptions, run_command
+from recipes.criteria import ScoreConfig
+from recipes.int8 import train_int8
+from recipes.lab import Lab, Phase, accuracy, check_phases, train
+from recipes.network import Architecture, Network, load_network, new_network, save_network, save_plan
+from recipes.pruned import PruneConfig, Pruned, finetune, plan_of, prune_network
+from recipes.summary import Stage, summarise, write_scores
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole of EHAP."""
+
+    data: str = "tfds:cifar10"
+    """"tfds:NAME", "npz:PATH", "folder:PATH" or "digits"."""
+    train_images: int | None = None
+    """Use only so many of the training images."""
+    dense: Path | None = None
+    """Start from this checkpoint or run directory, for all seeds; None trains one per seed."""
+    model: str = "resnet32"
+    shortcut: str | None = "B"
+    widths: tuple[int, ...] | None = None
+    """Channels of the stages of a ResNet; None for the model's own."""
+    seeds: int = 3
+    """How many seeds, starting from 0."""
+    pretrain: Phase = field(default_factory=lambda: Phase(epochs=300, learning_rate=0.05, weight_decay=1e-3))
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    finetune: Phase = field(default_factory=lambda: Phase(epochs=300, learning_rate=0.0512, weight_decay=5e-4))
+    int8: Phase = field(default_factory=lambda: Phase(epochs=30, learning_rate=1e-4, weight_decay=5e-4))
+
+
+def paper(model: str, channels: float) -> Config:
+    """The paper's settings: its network, its fraction of the channels, float16 probes."""
+    scores = ScoreConfig(estimator="probes", compute="float16")
+    return Config(model=model, prune=PruneConfig(budget="channels", keep=channels, scores=scores))
+
+
+VARIANTS = {
+    "resnet32": ("the paper's thin ResNet-32 on CIFAR-10", paper("resnet32", 0.230)),
+    "resnet56": ("the paper's thin ResNet-56 on CIFAR-10", paper("resnet56", 0.191)),
+    "wrn28-8": ("the paper's post-activation WRN-28-8 on CIFAR-10", paper("ehap-wrn28-8", 0.240)),
+    "digits": (
+        "a small ResNet-8 on handwritten digits, in minutes",
+        Config(
+            data="digits",
+            model="resnet8",
+            widths=(16, 32, 64),
+            pretrain=Phase(epochs=30, learning_rate=0.1, batch_size=64, warmup=1),
+            prune=PruneConfig(keep=0.25, scores=ScoreConfig(256, estimator="probes", probes=64, compute="float16")),
+            finetune=Phase(epochs=40, learning_rate=0.1, batch_size=64, warmup=1),
+            int8=Phase(epochs=8, learning_rate=0.01, batch_size=64, warmup=1),
+        ),
+    ),
+}
+
+
+class SeedResult(NamedTuple):
+    """Per stage the test accuracy and the cost, and the pruned network."""
+
+    stages: dict[str, Stage]
+    pruned: Pruned
+
+
+def run_seed(lab: Lab, config: Config, network: Network, seed: int) -> SeedResult:
+    """The method for one seed."""
+    dense = network
+    if config.dense is None:
+        initial = network.architecture.initialise(seed)
+        dense = network._replace(variables=train(lab, "dense", seed, network.train_apply, initial, config.pretrain))
+    graph = dense.graph()
+    pruned = prune_network(lab, seed, dense, graph, config.prune)
+    tuned = finetune(lab, seed, pruned.network, config.finetune)
+    save_network(lab.run, tuned, f"seed{seed}")
+    int8 = train_int8(lab, seed, tuned.apply, tuned.variables, config.int8)
+
+    small = count_cost(graph, pruned.plan)
+    stages = {
+        "dense": Stage(accuracy(lab, dense.apply, dense.variables), count_cost(graph)),
+        "pruned": Stage(accuracy(lab, tuned.apply, pruned.network.variables), small),
+        "finetuned": Stage(accuracy(lab, tuned.apply, tuned.variables), small),
+        "int8": Stage(accuracy(lab, int8.apply, int8.variables), small._replace(bytes=int8.bytes)),
+    }
+    return SeedResult(stages, pruned)
+
+
+def main(config: Config, options: RunOptions) -> None:
+    started, deadline = time.perf_counter(), Deadline(options.max_minutes)
+    if config.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
+    network = None if config.dense is None else load_network(config.dense)
+    dataset = load_dataset(config.data, normalisation=network and network.architecture.normalisation)
+    dataset = limit_training(dataset, config.train_images)
+    check_phases(
+        dataset,
+        pretrain=config.pretrain,
+        finetune=config.finetune,
+        int8=config.int8,
+        prune_between=config.prune.between,
+    )
+    if network is None:
+        given = {"shortcut": config.shortcut, "widths": config.widths}
+        model_options = {name: value for name, value in given.items() if value is not None}
+        normalisation = (dataset.mean, dataset.std)
+        shape = dataset.image_shape
+        network = new_network(Architecture(config.model, dataset.num_classes, shape, normalisation, model_options), 0)
+    # Any scores allow the same range, so a target that is out of reach shows at once.
+    graph = network.graph()
+    plan_of(graph, random_scores(graph, key=jax.random.key(0)), config.prune)
+    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    with Progress() as progress:
+        lab = Lab(dataset, run, progress, deadline)
+        results = [run_seed(lab, config, network, seed) for seed in range(config.seeds)]
+
+        first = results[0].pruned
+        save_plan(first.plan, run.file("plan.json"))
+        write_scores(run, {config.prune.scores.compute: first.scores})
+        checks = {"masked_minus_shrunk": max(result.pruned.masked_error for result in results)}
+        seconds = {"total": time.perf_counter() - started}
+        summary = summarise([result.stages for result in results], seconds=seconds, checks=checks)
+        run.write_json("summary.json", summary)
+        write_report(run.path)
+        progress.console.print(stage_table(summary))
+        progress.note(f"report: {run.path / 'report.html'}")
+
+
+def command(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run."""
+    return run_command(main, VARIANTS, arguments, name="ehap")
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,195 @@
+"""Every recipe at a tiny size: what it writes, that it resumes, that it stops at its time limit, and its errors."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install 'ehap-jax[digits]'")
+pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
+from ehap_jax.pruning import PruningPlan
+from ehap_jax.training import load_variables
+from recipes import compare_criteria, compare_precision, ehap, pretrain, prune, sweep, trace
+from recipes.network import load_network
+
+MODEL = ["--data", "digits", "--widths", "4", "4", "8"]
+
+
+def phase(name, epochs=1):
+    return [f"--{name}.epochs", str(epochs), f"--{name}.batch-size", "256", f"--{name}.warmup", "0"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+    """Tiny networks take longer to compile than to run."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def as_a_user_has_it():
+    """Recipes run under JAX's own promotion rules; the strict ones of the tests are for the library."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    output = tmp_path_factory.mktemp("pretrain") / "run"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert pretrain.command(["digits", *MODEL, *phase("phase", 2), "--output", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def pruned(dense, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prune") / "run"
+    given = ["short", str(dense), "--data", "digits", "--train-images", "1000", "--prune.scores.examples", "16"]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert prune.command([*given, *phase("finetune"), "--output", str(output)]) == 0
+    return output
+
+
+def test_pretrain_writes_a_network_that_loads(dense):
+    network = load_network(dense)
+    summary = read(dense / "summary.json")
+    (stage,) = summary["stages"]
+    assert stage["params"] == sum(leaf.size for leaf in jax.tree.leaves(network.variables["params"]))
+    assert 0 <= summary["checks"]["validation_accuracy"] <= 1 and "<html" in (dense / "report.html").read_text()
+    assert network.apply(network.variables, np.zeros((2, 8, 8, 1), np.float32)).shape == (2, 10)
+    assert load_variables(dense / "network.npz").keys() == network.variables.keys()
+
+
+def test_prune_writes_a_smaller_network_that_loads(dense, pruned):
+    plan = PruningPlan.load(pruned / "plan.json")
+    assert plan.coupling == "union" and plan.provenance["criterion"] == "hessian"
+    stages = {stage["stage"]: stage for stage in read(pruned / "summary.json")["stages"]}
+    assert stages["finetuned"]["params"] <= 0.5 * stages["dense"]["params"]
+    assert stages["dense"]["accuracy"] == read(dense / "summary.json")["stages"][0]["accuracy"]
+    network = load_network(pruned)
+    assert sum(leaf.size for leaf in jax.tree.leaves(network.variables["params"])) == stages["finetuned"]["params"]
+    assert np.isfinite(network.apply(network.variables, np.zeros((2, 8, 8, 1), np.float32))).all()
+
+
+def test_pruning_step_by_step_meets_the_budget(dense, tmp_path):
+    given = ["short", str(dense), "--data", "digits", "--train-images", "512", "--prune.criterion", "random"]
+    given += ["--prune.steps", "2", "--prune.keep", "0.4", "--prune.budget", "macs", "--prune.coupling", "group"]
+    given += [*phase("finetune"), *phase("prune.between")]
+    assert prune.command([*given, "--output", str(tmp_path / "run")]) == 0
+    stages = {stage["stage"]: stage for stage in read(tmp_path / "run" / "summary.json")["stages"]}
+    assert stages["pruned"]["macs"] <= 0.4 * stages["dense"]["macs"]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in metrics] == ["step1", "finetuned"]
+
+
+def test_trace_of_a_pruned_network(pruned, tmp_path):
+    given = ["short", str(pruned), "--data", "digits", "--scores.examples", "8", "--scores.probes", "17"]
+    assert trace.command([*given, "--computes", "float32", "--output", str(tmp_path / "run")]) == 0
+    rows = read(tmp_path / "run" / "trace.json")["traces"]
+    assert set(rows) == {"float32", "exact"} and rows["float32"]["seconds_per_probe"] > 0
+    # The exact trace of the same images is within the estimate's own error (5 standard errors).
+    assert abs(rows["float32"]["total"] - rows["exact"]["total"]) < 5 * rows["float32"]["total_sem"]
+    with np.load(tmp_path / "run" / "scores.npz") as scores:
+        np.testing.assert_array_equal(scores["convergence|probes"], [16, 17])
+
+
+CELLS = [
+    "--cells.criteria", "hessian", "random", "--cells.keeps", "0.5", "--cells.seeds", "1",
+    "--cells.prune.scores.examples", "16", *phase("cells.finetune"), *phase("cells.int8"), "--train-images", "256",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped(dense, tmp_path_factory):
+    """A comparison that was stopped after its first cell."""
+    output = tmp_path_factory.mktemp("criteria") / "run"
+    given = ["short", str(dense), "--data", "digits", *CELLS, "--output", str(output)]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert compare_criteria.command([*given, "--max-minutes", "1e-6"]) == 3
+    return given, output
+
+
+def test_criteria_stop_at_the_limit_and_resume(stopped):
+    given, output = stopped
+    assert read(output / "comparison.json")["cells_done"] == 1
+    assert "UNFINISHED: 2 of 3 cells" in (output / "comparison.txt").read_text()
+    first = read(output / "cells" / "dense-1-seed0.json")
+    assert compare_criteria.command([*given, "--resume"]) == 0
+    found = read(output / "comparison.json")
+    assert [row["criterion"] for row in found["rows"]] == ["dense", "hessian", "random"]
+    assert found["rows"][0] == first, "a finished cell is not repeated"
+    by_name = {entry["criterion"]: entry for entry in found["statistics"]}
+    assert by_name["hessian"]["params"] <= 0.5 * by_name["dense"]["params"]
+    assert by_name["hessian"]["bytes_int8"]["mean"] < by_name["hessian"]["bytes"]
+    assert by_name["random"]["accuracy_int8"] is None
+    (gap,) = found["differences"]
+    assert gap["difference"]["mean"] == found["rows"][1]["accuracy"] - found["rows"][2]["accuracy"]
+    assert (output / "accuracy.png").stat().st_size > 10_000
+
+
+def test_sweep(dense, tmp_path):
+    given = ["short", str(dense), "--data", "digits", "--cells.criteria", "magnitude", "--cells.keeps", "0.5"]
+    given += [*phase("cells.finetune"), "--train-images", "256", "--output", str(tmp_path / "run")]
+    assert sweep.command(given) == 0
+    full, half = read(tmp_path / "run" / "sweep.json")["statistics"]
+    assert half["macs"] <= 0.5 * full["macs"] and (tmp_path / "run" / "pareto.png").exists()
+
+
+def test_precisions_are_paired(dense, tmp_path):
+    given = ["short", str(dense), "--data", "digits", "--prune.scores.examples", "8", "--prune.scores.probes", "17"]
+    given += ["--computes", "float32", "bfloat16", "--seeds", "1", *phase("finetune"), "--train-images", "256"]
+    assert compare_precision.command([*given, "--output", str(tmp_path / "run")]) == 0
+    first, second = read(tmp_path / "run" / "precision.json")["precisions"]
+    assert first["rank_correlation"]["mean"] == first["kept_overlap"]["mean"] == 1.0
+    assert first["difference"]["mean"] == 0.0 and 0.9 < second["rank_correlation"]["mean"] < 1.0
+    assert second["difference"]["mean"] == second["accuracy"]["mean"] - first["accuracy"]["mean"]
+
+
+def test_ehap_from_a_trained_network(dense, tmp_path):
+    given = ["digits", "--dense", str(dense), "--seeds", "1", "--train-images", "256", *phase("finetune")]
+    given += ["--prune.scores.estimator", "exact", "--prune.scores.compute", "float32", "--prune.scores.examples", "16"]
+    assert ehap.command([*given, *phase("int8"), *phase("pretrain"), "--output", str(tmp_path / "run")]) == 0
+    stages = {stage["stage"]: stage for stage in read(tmp_path / "run" / "summary.json")["stages"]}
+    assert list(stages) == ["dense", "pruned", "finetuned", "int8"]
+    assert stages["int8"]["bytes"] < stages["finetuned"]["bytes"] < stages["dense"]["bytes"]
+    assert load_network(tmp_path / "run" / "seed0").plan is not None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "message"),
+    [
+        (prune, ["short", "DENSE", "--train-images", "512", "--prune.keep", "0.001"], "out of reach"),
+        (prune, ["short", "DENSE", "--train-images", "512", "--prune.steps", "0"], "--prune.steps must be at least 1"),
+        (
+            prune,
+            ["short", "DENSE", "--train-images", "512", "--finetune.batch-size", "5000"],
+            "--finetune.batch-size 5000",
+        ),
+        (prune, ["short", "nowhere"], "no checkpoint or run directory nowhere"),
+        (trace, ["short", "DENSE", "--scores.examples", "100000"], "100000 images"),
+        (compare_criteria, ["short", "DENSE", "--cells.keeps", "1.5"], "--keeps are fractions"),
+        (compare_criteria, ["short", "DENSE", "--cells.seeds", "0"], "--seeds"),
+        (compare_precision, ["short", "DENSE", "--computes", "float32", "float32"], "--computes"),
+        (sweep, ["short", "DENSE", "--max-minutes", "0"], "positive number of minutes"),
+        (ehap, ["digits", "--model", "alexnet"], "unknown model 'alexnet'"),
+        (pretrain, ["digits", "--train-images", "9999"], "cannot take 9999"),
+    ],
+)
+def test_bad_settings_fail_before_anything_is_written(dense, tmp_path, capsys, recipe, arguments, message):
+    given = [str(dense) if word == "DENSE" else word for word in arguments]
+    assert recipe.command([*given, "--data", "digits", "--output", str(tmp_path / "run")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_holds_no_network_says_so(stopped):
+    with pytest.raises(FileNotFoundError, match=r"has no network\.json"):
+        load_network(stopped[1])
