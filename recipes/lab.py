@@ -73,16 +73,7 @@ def check_phases(dataset: Dataset, **phases: Phase) -> None:
         optimizer_of(phase, count)
 
 
-def train(
-    lab: Lab,
-    stage: str,
-    seed: int,
-    apply: Callable,
-    variables: dict[str, Any],
-    phase: Phase,
-    *,
-    project: Callable | None = None,
-) -> dict[str, Any]:
+def train(lab: Lab, stage: str, seed: int, apply: Callable, variables: dict[str, Any], phase: Phase) -> dict[str, Any]:
     """Train ``apply(variables, x) -> (logits, updates)``; resumes from the stage's checkpoint.
 
     Args:
@@ -92,14 +83,13 @@ def train(
         apply: the training function.
         variables: to start from.
         phase: how.
-        project: after every step, ``project(variables) -> variables``, such as masking again.
 
     Raises:
         OutOfTime: the lab's deadline has passed; what was done is saved.
         FloatingPointError, ValueError: training diverged.
     """
     dataset = lab.dataset
-    epoch = epoch_of(apply, dataset, phase, project)
+    epoch = epoch_of(apply, dataset, phase)
     state = create_train_state(variables, optimizer_of(phase, len(dataset.x_train)), jax.random.key(1000 + seed))
     directory = lab.run.file(f"seed{seed}/checkpoints/{stage}")
     with lab.progress.stage(f"seed {seed}: {stage}", phase.epochs) as advance, Checkpoints(directory) as saved:
@@ -126,7 +116,7 @@ def train(
 
 
 @lru_cache(maxsize=8)
-def epoch_of(apply: Callable, dataset: Dataset, phase: Phase, project: Callable | None = None) -> Callable:
+def epoch_of(apply: Callable, dataset: Dataset, phase: Phase) -> Callable:
     """The compiled epoch; that of the same function, data and phase serves all seeds."""
     return make_epoch(
         forward_from_apply(apply),
@@ -134,7 +124,6 @@ def epoch_of(apply: Callable, dataset: Dataset, phase: Phase, project: Callable 
         training_inputs(dataset),
         batch_size=phase.batch_size,
         num_examples=len(dataset.x_train),
-        project=project,
     )
 
 

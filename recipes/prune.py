@@ -32,7 +32,7 @@ from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions, run_command
 from recipes.lab import Lab, Phase, accuracy, check_phases
 from recipes.network import load_network, save_network
-from recipes.pruned import PruneConfig, finetune, kept_fractions, plan_of, prune_network
+from recipes.pruned import PruneConfig, finetune, fractions_of, plan_of, prune_network
 from recipes.summary import Stage, summarise, write_scores
 
 
@@ -73,7 +73,7 @@ def main(config: Config, options: RunOptions) -> None:
     dataset = load_dataset(config.data, normalisation=dense.architecture.normalisation)
     dataset = limit_training(dataset, config.train_images)
     check_phases(dataset, finetune=config.finetune, prune_between=config.prune.between)
-    kept_fractions(config.prune.keep, config.prune.steps, config.prune.schedule)
+    fractions_of(config.prune)
     graph = dense.graph()
     # Any scores allow the same range, so a target that is out of reach shows at once.
     plan_of(graph, random_scores(graph, key=jax.random.key(0)), config.prune)

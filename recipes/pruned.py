@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from ehap_jax.graph import Graph
 from ehap_jax.graph.structure import Coupling
-from ehap_jax.pruning import PruningPlan, Scores, allocate, mask_variables, shrink, shrink_variables
+from ehap_jax.pruning import (
+    PruningPlan,
+    Scores,
+    allocate,
+    cubic,
+    kept_fractions,
+    linear,
+    prune_iteratively,
+    shrink,
+    shrink_variables,
+)
 from recipes.criteria import Criterion, ScoreConfig, channel_scores
 from recipes.lab import Lab, Phase, compare_masked, train
 from recipes.network import Network
@@ -53,55 +62,47 @@ class Pruned(NamedTuple):
 
 
 def plan_of(graph: Graph, scores: Scores, config: PruneConfig) -> PruningPlan:
-    """The plan a budget asks for."""
+    """The plan the whole budget asks for at once."""
     target: Mapping[str, Any] = {config.budget: config.keep}
-    return allocate(
-        graph,
-        scores,
-        **target,
-        coupling=config.coupling,
-        max_layer_ratio=config.max_layer_ratio,
-        round_to=config.round_to,
-    )
+    return allocate(graph, scores, **target, **_limits(config))
 
 
-def kept_fractions(final: float, steps: int, schedule: Schedule) -> list[float]:
-    """What is kept after each of `steps` prunings: ``final + (1 - final) (1 - t)^p``, t = 1/steps … 1.
+def _limits(config: PruneConfig) -> dict[str, Any]:
+    return {"coupling": config.coupling, "max_layer_ratio": config.max_layer_ratio, "round_to": config.round_to}
 
-    p is 1 for "linear" and 3 for "cubic" (Zhu and Gupta 2017, arXiv 1710.01878, eq. 1).
+
+def fractions_of(config: PruneConfig) -> tuple[float, ...]:
+    """What is kept after each step.
+
+    Raises:
+        ValueError: naming the option.
     """
-    if steps < 1:
-        raise ValueError(f"--prune.steps must be at least 1, got {steps}")
-    power = {"linear": 1, "cubic": 3}[schedule]
-    return [final + (1 - final) * (1 - (step + 1) / steps) ** power for step in range(steps)]
+    if config.steps < 1:
+        raise ValueError(f"--prune.steps must be at least 1, got {config.steps}")
+    return kept_fractions(config.keep, config.steps, schedule={"linear": linear, "cubic": cubic}[config.schedule])
 
 
 def prune_network(lab: Lab, seed: int, network: Network, graph: Graph, config: PruneConfig) -> Pruned:
-    """Score, allocate and shrink: at once, or in steps of masking and training with the masks held.
+    """Score, allocate and shrink: at once, or step by step with training in between."""
+    fractions = fractions_of(config)
+    scored: list[tuple[Any, Scores]] = []
 
-    Every step scores the network as the one before left it. Channels that are masked have score zero (random scores
-    stay the same), so they are the first to go again: plans are nested, and all are for the dense network.
-    """
-    fractions = kept_fractions(config.keep, config.steps, config.schedule)
-    for step, keep in enumerate(fractions):
-        label = f"step{step + 1}_trace" if step else "trace"
-        scores = channel_scores(
-            lab, seed, config.criterion, graph, network.apply, network.variables, config.scores, label
-        )
-        plan = plan_of(graph, scores, replace(config, keep=keep))
-        if step < len(fractions) - 1:
-            hold = partial(mask_variables, plan=plan)
-            masked = train(
-                lab,
-                f"step{step + 1}",
-                seed,
-                network.train_apply,
-                hold(network.variables),
-                config.between,
-                project=hold,
-            )
-            network = network._replace(variables=masked)
-    return shrink_network(lab, network, scores, plan)
+    def score(variables) -> Scores:
+        label = f"step{len(scored) + 1}_trace" if scored else "trace"
+        found = channel_scores(lab, seed, config.criterion, graph, network.apply, variables, config.scores, label)
+        scored.append((variables, found))
+        return found
+
+    def train_between(plan: PruningPlan, variables, number: int):
+        if number + 1 == len(fractions):
+            return variables
+        return train(lab, f"step{number + 1}", seed, shrink(network.train_apply, plan), variables, config.between)
+
+    plan, _ = prune_iteratively(
+        graph, network.variables, fractions, score=score, train=train_between, budget=config.budget, **_limits(config)
+    )
+    variables, scores = scored[-1]
+    return shrink_network(lab, network._replace(variables=variables), scores, plan)
 
 
 def shrink_network(lab: Lab, network: Network, scores: Scores, plan: PruningPlan) -> Pruned:

@@ -24,10 +24,9 @@ def phase(name, epochs=1):
 @pytest.fixture(autouse=True, scope="module")
 def compile_quickly():
     """Tiny networks take longer to compile than to run."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
