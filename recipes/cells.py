@@ -165,7 +165,7 @@ def run_cell(lab: Lab, network: Network, cell: Cell, config: CellsConfig) -> dic
             "accuracy_pruned": accuracy(lab, small.apply, small.variables),
             "negative_scores": scores.negative,
         }
-    tuned = finetune(lab, cell.seed, small, config.finetune, stage=name)
+    tuned = finetune(lab, cell.seed, small, config.finetune, network, stage=name)
     found |= {"accuracy": accuracy(lab, tuned.apply, tuned.variables)}
     if cell.criterion in config.int8_criteria:
         int8 = train_int8(lab, cell.seed, tuned.apply, tuned.variables, config.int8, stage=f"{name}-int8")

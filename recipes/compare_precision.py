@@ -78,7 +78,7 @@ def run_pair(lab: Lab, network: Network, graph: Graph, seed: int, compute: Compu
     plan = plan_of(graph, scores, config.prune)
     save_plan(plan, lab.run.file(f"seed{seed}/plan_{compute}.json"))
     pruned = shrink_network(lab, network, scores, plan)
-    tuned = finetune(lab, seed, pruned.network, config.finetune, stage=f"finetuned_{compute}")
+    tuned = finetune(lab, seed, pruned.network, config.finetune, network, stage=f"finetuned_{compute}")
     first: Compute = config.computes[0]
     reference = probed_trace(lab, seed, network.apply, network.variables, batch, replace(settings, compute=first))
     reference_scores = hessian_scores(graph, network.variables, reference)

@@ -99,7 +99,7 @@ def run_seed(lab: Lab, config: Config, network: Network, seed: int) -> SeedResul
         dense = network._replace(variables=train(lab, "dense", seed, network.train_apply, initial, config.pretrain))
     graph = dense.graph()
     pruned = prune_network(lab, seed, dense, graph, config.prune)
-    tuned = finetune(lab, seed, pruned.network, config.finetune)
+    tuned = finetune(lab, seed, pruned.network, config.finetune, dense)
     save_network(lab.run, tuned, f"seed{seed}")
     int8 = train_int8(lab, seed, tuned.apply, tuned.variables, config.int8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,20 @@ from ehap_jax.training import (
     EpochMetrics,
     Progress,
     RunDirectory,
+    Teacher,
     TrainState,
     check_finite,
     create_train_state,
     cross_entropy,
+    data_mesh,
     evaluation_inputs,
     fit,
     forward_from_apply,
+    low_precision,
     make_epoch,
     make_evaluate,
     sgd_cosine,
+    smoothed_cross_entropy,
     training_inputs,
 )
 
@@ -44,6 +48,15 @@ class Phase:
     weight_decay: float = 5e-4
     warmup: float = 0.0
     """Epochs over which the learning rate rises from zero."""
+    label_smoothing: float = 0.0
+    average: float | None = None
+    """Decay of a moving average of the weights, which is then the result; such as 0.999."""
+    distill: float = 0.0
+    """Weight of distillation from the dense network in the loss of a pruned one; such as 0.9."""
+    temperature: float = 4.0
+    """Of the distillation."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward and backward pass; the weights stay in float32."""
 
 
 class Lab(NamedTuple):
@@ -73,8 +86,17 @@ def check_phases(dataset: Dataset, **phases: Phase) -> None:
         optimizer_of(phase, count)
 
 
-def train(lab: Lab, stage: str, seed: int, apply: Callable, variables: dict[str, Any], phase: Phase) -> dict[str, Any]:
-    """Train ``apply(variables, x) -> (logits, updates)``; resumes from the stage's checkpoint.
+def train(
+    lab: Lab,
+    stage: str,
+    seed: int,
+    apply: Callable,
+    variables: dict[str, Any],
+    phase: Phase,
+    *,
+    dense: tuple[Callable, Any] | None = None,
+) -> dict[str, Any]:
+    """Train ``apply(variables, x) -> (logits, updates)`` on all devices; resumes from the stage's checkpoint.
 
     Args:
         lab: where.
@@ -83,14 +105,19 @@ def train(lab: Lab, stage: str, seed: int, apply: Callable, variables: dict[str,
         apply: the training function.
         variables: to start from.
         phase: how.
+        dense: (function, variables) to distil from where the phase does.
 
     Raises:
         OutOfTime: the lab's deadline has passed; what was done is saved.
         FloatingPointError, ValueError: training diverged.
     """
     dataset = lab.dataset
-    epoch = epoch_of(apply, dataset, phase)
-    state = create_train_state(variables, optimizer_of(phase, len(dataset.x_train)), jax.random.key(1000 + seed))
+    if dense is not None and phase.distill:
+        epoch = make_phase(apply, dataset, phase, Teacher(*dense, phase.distill, phase.temperature))
+    else:
+        epoch = epoch_of(apply, dataset, phase)
+    optimizer, key = optimizer_of(phase, len(dataset.x_train)), jax.random.key(1000 + seed)
+    state = create_train_state(variables, optimizer, key, average=phase.average is not None)
     directory = lab.run.file(f"seed{seed}/checkpoints/{stage}")
     with lab.progress.stage(f"seed {seed}: {stage}", phase.epochs) as advance, Checkpoints(directory) as saved:
 
@@ -111,19 +138,31 @@ def train(lab: Lab, stage: str, seed: int, apply: Callable, variables: dict[str,
             on_epoch=on_epoch,
             deadline=lab.deadline,
         )
-    check_finite(state.variables, f"training {stage} diverged")
-    return state.variables
+    # Batches that several devices shared leave the variables on all of them; what follows runs on one.
+    found = jax.device_put(state.averaged, jax.devices()[0])
+    check_finite(found, f"training {stage} diverged")
+    return found
 
 
 @lru_cache(maxsize=8)
 def epoch_of(apply: Callable, dataset: Dataset, phase: Phase) -> Callable:
     """The compiled epoch; that of the same function, data and phase serves all seeds."""
+    return make_phase(apply, dataset, phase)
+
+
+def make_phase(apply: Callable, dataset: Dataset, phase: Phase, teacher: Teacher | None = None) -> Callable:
+    """One epoch of a phase, over all devices."""
+    forward = forward_from_apply(apply)
     return make_epoch(
-        forward_from_apply(apply),
+        forward if phase.compute == "float32" else low_precision(forward, phase.compute),
         optimizer_of(phase, len(dataset.x_train)),
         training_inputs(dataset),
         batch_size=phase.batch_size,
         num_examples=len(dataset.x_train),
+        loss=smoothed_cross_entropy(phase.label_smoothing),
+        average=phase.average,
+        teacher=teacher,
+        mesh=data_mesh() if jax.device_count() > 1 else None,
     )
 
 

@@ -81,7 +81,7 @@ def main(config: Config, options: RunOptions) -> None:
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline)
         pruned = prune_network(lab, config.seed, dense, graph, config.prune)
-        tuned = finetune(lab, config.seed, pruned.network, config.finetune)
+        tuned = finetune(lab, config.seed, pruned.network, config.finetune, dense)
         save_network(run, tuned)
 
         cost = count_cost(graph, pruned.plan)

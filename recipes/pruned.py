@@ -118,7 +118,10 @@ def shrink_network(lab: Lab, network: Network, scores: Scores, plan: PruningPlan
     return Pruned(small, scores, plan, error)
 
 
-def finetune(lab: Lab, seed: int, network: Network, phase: Phase, stage: str = "finetuned") -> Network:
-    """Train a network on from its weights."""
-    trained = train(lab, stage, seed, network.train_apply, network.variables, phase)
+def finetune(
+    lab: Lab, seed: int, network: Network, phase: Phase, dense: Network | None = None, stage: str = "finetuned"
+) -> Network:
+    """Train a network on from its weights, with the dense one as its teacher where the phase distils."""
+    teacher = None if dense is None else (dense.apply, dense.variables)
+    trained = train(lab, stage, seed, network.train_apply, network.variables, phase, dense=teacher)
     return network._replace(variables=trained)

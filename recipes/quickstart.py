@@ -82,7 +82,7 @@ def run_seed(lab: Lab, config: Config, network: Network, seed: int) -> SeedResul
     plan = allocate(graph, scores["float16"], macs=config.macs, coupling=config.coupling)
     pruned = shrink_network(lab, dense, scores["float16"], plan)
 
-    tuned = finetune(lab, seed, pruned.network, config.finetune)
+    tuned = finetune(lab, seed, pruned.network, config.finetune, dense)
     int8 = train_int8(lab, seed, tuned.apply, tuned.variables, config.int8)
 
     full, small = count_cost(graph), count_cost(graph, plan)

@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ehap_jax.data.augment import augment, normalise
 from ehap_jax.data.dataset import Dataset
+from ehap_jax.training.losses import Teacher, cross_entropy, distillation_loss
 from ehap_jax.training.state import TrainState
 
 Forward = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
@@ -49,11 +52,35 @@ def frozen_forward(apply: Callable[[Any, jax.Array], jax.Array]) -> Forward:
     return forward
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Softmax cross-entropy per example in nats, in float32 or wider: (N, K), (N,) -> (N,)."""
-    if jnp.finfo(logits.dtype).bits < 32:
-        logits = logits.astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+def low_precision(forward: Forward, dtype: Any) -> Forward:
+    """`forward` computed in `dtype`: parameters and images are cast on the way in, gradients and logits on the way out.
+
+    The parameters that the optimizer holds stay as they are (float32 master weights), and so do running statistics.
+
+    Args:
+        forward: see `forward_from_apply`.
+        dtype: such as `jnp.bfloat16`. float16 needs loss scaling, which training does not do.
+
+    Raises:
+        ValueError: `dtype` is float16 or not a floating-point type.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype == jnp.float16:
+        raise ValueError(f"training computes in bfloat16, float32 or float64, not {dtype}")
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    def computed(params: Any, model_state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        logits, now = forward(jax.tree.map(cast, params), model_state, cast(x))
+        return logits.astype(jnp.float32), jax.tree.map(lambda new, old: new.astype(old.dtype), now, model_state)
+
+    return computed
+
+
+def data_mesh() -> Mesh:
+    """All devices along one axis, "data", for `make_epoch(mesh=...)`."""
+    return Mesh(np.array(jax.devices()), ("data",))
 
 
 def training_inputs(dataset: Dataset) -> Prepare:
@@ -75,6 +102,9 @@ def make_epoch(
     loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
     project: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
     loop: str = "auto",
+    average: float | None = None,
+    teacher: Teacher | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, EpochMetrics]]:
     """A function `epoch(state, images, labels) -> (state, metrics)` over a fresh shuffle of the training data.
 
@@ -94,10 +124,16 @@ def make_epoch(
         loss: per-example loss of (logits, labels), (N,).
         project: after every step, `project(variables) -> variables` (of the same structure), such as masking again.
         loop: "scan", "step", or "auto" by backend.
+        average: decay of the moving average of the variables, which follows in `state.average`; after t steps it is
+            at most (1 + t) / (10 + t), so that the start is forgotten. The state must be created with `average=True`.
+        teacher: a network to distil from.
+        mesh: devices that share every batch, such as `data_mesh()`. The state is the same on all of them, and so is
+            the result (up to rounding) as on one: gradients and batch statistics are of the whole batch.
 
     Raises:
-        ValueError: the batch is larger than the data set, or `loop` is unknown; by `epoch`, `images` and `labels`
-            do not have `num_examples` rows.
+        ValueError: the batch is larger than the data set or no multiple of the mesh, an option is out of range, or
+            `loop` is unknown; by `epoch`, `images` and `labels` do not have `num_examples` rows, or the state has no
+            average.
 
     Example:
         >>> from ehap_jax.training import create_train_state
@@ -117,20 +153,34 @@ def make_epoch(
         )
     if loop not in ("auto", "scan", "step"):
         raise ValueError(f"loop must be 'auto', 'scan' or 'step', not {loop!r}")
+    if average is not None and not 0 <= average < 1:
+        raise ValueError(f"average is a decay in [0, 1), not {average}")
+    if teacher is not None and not (0 <= teacher.weight <= 1 and teacher.temperature > 0):
+        raise ValueError(
+            f"a teacher's weight {teacher.weight} must be in [0, 1], its temperature {teacher.temperature} positive"
+        )
+    if mesh is not None and batch_size % mesh.size:
+        raise ValueError(f"batch size {batch_size} is not a multiple of the {mesh.size} devices of the mesh")
     steps = num_examples // batch_size
 
     def step(
-        state: TrainState, totals: _Totals, order: jax.Array, images: jax.Array, labels: jax.Array
+        state: TrainState, totals: _Totals, order: jax.Array, images: jax.Array, labels: jax.Array, teaching: Any
     ) -> tuple[TrainState, _Totals]:
         start = jnp.mod(state.step, steps) * batch_size
         chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))
         # Keys of steps and of shuffles come from two different streams.
-        x = prepare(jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step), images[chosen])
-        y = labels[chosen]
+        raw, y = images[chosen], labels[chosen]
+        if mesh is not None:
+            raw, y = jax.lax.with_sharding_constraint((raw, y), NamedSharding(mesh, PartitionSpec("data")))
+        x = prepare(jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step), raw)
 
         def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             logits, model_state = forward(params, state.model_state, x)
-            return jnp.mean(loss(logits, y)), (logits, model_state)
+            value = jnp.mean(loss(logits, y))
+            if teacher is not None:
+                taught = distillation_loss(logits, teacher.apply(teaching, x), teacher.temperature)
+                value = (1 - teacher.weight) * value + teacher.weight * jnp.mean(taught)
+            return value, (logits, model_state)
 
         (value, (logits, model_state)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -141,16 +191,21 @@ def make_epoch(
             model_state = projected
         correct = jnp.sum(jnp.argmax(logits, axis=-1).astype(y.dtype) == y, dtype=jnp.int32)
         totals = _Totals(totals.loss + value.astype(jnp.float32), totals.correct + correct)
-        return TrainState(params, model_state, opt_state, state.step + 1, state.key), totals
+        following = state.average
+        if average is not None:
+            following = _follow(state.average, {"params": params, **model_state}, average, state.step)
+        return TrainState(params, model_state, opt_state, state.step + 1, state.key, following), totals
 
     def shuffle(state: TrainState) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step // steps)
         return jax.random.permutation(key, num_examples)
 
-    def scanned(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, _Totals]:
+    def scanned(state: TrainState, images: jax.Array, labels: jax.Array, teaching: Any) -> tuple[TrainState, _Totals]:
         order = shuffle(state)
         carry, _ = jax.lax.scan(
-            lambda carry, _: (step(*carry, order, images, labels), None), (state, _zero_totals()), length=steps
+            lambda carry, _: (step(*carry, order, images, labels, teaching), None),
+            (state, _zero_totals()),
+            length=steps,
         )
         return carry
 
@@ -161,15 +216,33 @@ def make_epoch(
             raise ValueError(
                 f"this epoch is for {num_examples} examples, but got {len(images)} images and {len(labels)} labels"
             )
+        if average is not None and not jax.tree.leaves(state.average):
+            raise ValueError("the state has no average to follow; create it with create_train_state(…, average=True)")
+        teaching = None if teacher is None else teacher.variables
+        if mesh is not None:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            state, images, labels, teaching = jax.device_put((state, images, labels, teaching), everywhere)
         if loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu"):
-            state, totals = jitted_scan(state, images, labels)
+            state, totals = jitted_scan(state, images, labels, teaching)
         else:
             order, totals = jitted_shuffle(state), _zero_totals()
             for _ in range(steps):
-                state, totals = jitted_step(state, totals, order, images, labels)
+                state, totals = jitted_step(state, totals, order, images, labels, teaching)
         return state, EpochMetrics(totals.loss / steps, totals.correct / (steps * batch_size))
 
     return epoch
+
+
+def _follow(average: Any, variables: Any, decay: float, step: jax.Array) -> Any:
+    count = step.astype(jnp.float32)
+    rate = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+
+    def one(old: jax.Array, new: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(new.dtype, jnp.floating):
+            return new
+        return old + (1 - rate).astype(old.dtype) * (new - old)
+
+    return jax.tree.map(one, average, variables)
 
 
 def _zero_totals() -> _Totals:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ehap_jax.data.augment import normalise
 from ehap_jax.data.dataset import Dataset
-from ehap_jax.training.epoch import cross_entropy
+from ehap_jax.training.losses import cross_entropy
 
 
 class Evaluation(NamedTuple):

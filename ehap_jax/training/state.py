@@ -17,6 +17,7 @@ class TrainState(NamedTuple):
     opt_state: the optax state.
     step: int32 (), updates made so far.
     key: PRNG key of the run, never changed; shuffles and augmentations fold the epoch and the step into it.
+    average: the moving average of the variables, or () where none is kept.
     """
 
     params: Any
@@ -24,17 +25,29 @@ class TrainState(NamedTuple):
     opt_state: Any
     step: jax.Array
     key: jax.Array
+    average: Any = ()
 
     @property
     def variables(self) -> dict[str, Any]:
         """`{"params": params, **model_state}`, as an `apply` takes them."""
         return {"params": self.params, **self.model_state}
 
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """The moving average of the variables where one is kept, else the variables."""
+        return self.average or self.variables
+
 
 def create_train_state(
-    variables: Mapping[str, Any], optimizer: optax.GradientTransformation, key: jax.Array
+    variables: Mapping[str, Any], optimizer: optax.GradientTransformation, key: jax.Array, *, average: bool = False
 ) -> TrainState:
     """The state before the first step, from variables `{"params": ..., **model_state}`.
+
+    Args:
+        variables: to start from.
+        optimizer: the one `make_epoch` gets.
+        key: of shuffles and augmentation.
+        average: keep a moving average of the variables, too.
 
     Raises:
         KeyError: there is no "params" collection.
@@ -45,7 +58,8 @@ def create_train_state(
     check_finite(variables, "cannot train")
     model_state = {name: value for name, value in variables.items() if name != "params"}
     params = variables["params"]
-    return TrainState(params, model_state, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+    start = jax.tree.map(jnp.asarray, dict(variables)) if average else ()
+    return TrainState(params, model_state, optimizer.init(params), jnp.zeros((), jnp.int32), key, start)
 
 
 def check_finite(tree: Any, problem: str) -> None:
