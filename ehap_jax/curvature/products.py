@@ -146,12 +146,16 @@ def add_linear_products(layout: Layout, linear: Linearization, v, weight, scales
 def _taps(loss, layout: Layout, leaves, examples) -> Taps:
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (leaves, examples))
     leaves, structure = jax.tree.flatten(structs)
-    return _find_taps(loss, layout, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    described = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return _find_taps(loss, layout, structure, described, jax.sharding.get_abstract_mesh())
 
 
 @lru_cache(maxsize=16)
-def _find_taps(loss, layout: Layout, structure, described) -> Taps:
-    """The loss with a tap wherever a channel's products are a sum over one axis of what is tapped."""
+def _find_taps(loss, layout: Layout, structure, described, mesh) -> Taps:
+    """The loss with a tap wherever a channel's products are a sum over one axis of what is tapped.
+
+    What is traced under a mesh (inside `jax.shard_map`) is of use under that mesh alone, hence ``mesh``.
+    """
     leaves, examples = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*found) for found in described])
     graph = trace_graph(loss, on_unknown="freeze")(jax.tree.unflatten(layout.structure, leaves), examples)
     taps = find_taps(graph, layout.paths)

@@ -222,6 +222,27 @@ def test_one_compilation_per_shape():
     assert len(traced) == again
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_nothing_is_read_by_the_host_within_a_chunk_of_probes(monkeypatch, product):
+    """However many probes a chunk has, the host reads the device equally often."""
+    params, batch, _ = quadratic_problem()
+    array = type(jnp.zeros(()))
+    read = []
+    for name in ("__array__", "__bool__", "__int__", "__float__", "__index__", "item", "tolist", "block_until_ready"):
+        original = getattr(array, name)
+        monkeypatch.setattr(array, name, lambda self, *a, f=original, **k: read.append(1) or f(self, *a, **k))
+
+    def reads(probes):
+        read.clear()
+        channel_trace(quadratic, params, batch, key=KEY, num_probes=probes, probes_per_step=probes, product=product)
+        return len(read)
+
+    assert 0 < reads(1) == reads(2) == reads(40)
+    read.clear()
+    channel_trace(quadratic, params, batch, key=KEY, num_probes=40, probes_per_step=1, product=product)
+    assert len(read) > reads(40) + 39
+
+
 def test_channel_axis_by_path():
     params, batch, _ = quadratic_problem()
     last = channel_trace(quadratic, params, batch, key=KEY, num_probes=3)
