@@ -1,5 +1,6 @@
 """Curvature of a loss: Hessian-vector products and the trace of every output channel's Hessian block."""
 
+from ehap_jax.curvature.agreement import Agreement, agreement_of_scores, expected_agreement
 from ehap_jax.curvature.channel_trace import channel_trace, probe_channel_products
 from ehap_jax.curvature.estimate import TraceEstimate, TraceState
 from ehap_jax.curvature.gauss_newton import (
@@ -16,8 +17,10 @@ from ehap_jax.curvature.probes import is_kernel, rademacher
 from ehap_jax.curvature.problem import Batches
 from ehap_jax.curvature.saved_trace import TraceFingerprint, fingerprint, load_trace, save_trace
 from ehap_jax.curvature.stopping import VarianceParts, expected_misplaced, split_variance, stable_decision
+from ehap_jax.curvature.variance_reduction import variance_reduction
 
 __all__ = [
+    "Agreement",
     "Batches",
     "Policy",
     "ProductMemory",
@@ -25,7 +28,9 @@ __all__ = [
     "TraceFingerprint",
     "TraceState",
     "VarianceParts",
+    "agreement_of_scores",
     "channel_trace",
+    "expected_agreement",
     "expected_misplaced",
     "fingerprint",
     "gauss_newton_trace",
@@ -42,4 +47,5 @@ __all__ = [
     "split_variance",
     "squared_error",
     "stable_decision",
+    "variance_reduction",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ class TraceState(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["mean", "sem", "count", "rejected", "state"],
+    data_fields=["mean", "sem", "count", "rejected", "state", "known"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class TraceEstimate:
       count: the number of probes.
       rejected: how many float16 products were repeated with a lower scale.
       state: pass it to `channel_trace` to add probes.
+      known: ``{path: (channels,)}``, the part of ``mean`` that was computed exactly and added to that of the probes.
     """
 
     mean: PyTree
@@ -76,6 +77,29 @@ class TraceEstimate:
     count: int
     rejected: int
     state: TraceState
+    known: dict[str, jax.Array] = field(default_factory=dict)
+
+    def methods(self) -> dict[str, str]:
+        """``{path: how its traces were found}``.
+
+        ``"hutchinson"``: from probes. ``"exact"``: proven to be the Gauss-Newton matrix's, which need none.
+        ``"control_variate"``: those of the Gauss-Newton matrix, and the rest from probes. ``"gauss_newton"``: by
+        `gauss_newton_trace`.
+        """
+        probed = "hutchinson" if self.product else "gauss_newton"
+        found = {path: "control_variate" if path in self.known else probed for path in self._probed()}
+        return found | {path: "exact" for path in self.known if path not in found}
+
+    def probe_rms(self) -> dict[str, np.ndarray]:
+        """``{path: (channels,)}``, the root mean square of a single probe's ``v_c . (H v)_c``; of probed leaves.
+
+        It is not the trace: its square exceeds the trace's by the variance of a probe. But that variance grows with
+        the trace and is known after a few probes, when the mean is still noise, so it ranks channels early
+        (docs/exact_traces.md).
+        """
+        moments = jax.device_get(self.state.moments)
+        mean, squares = moments.mean["channel"], moments.squares["channel"]
+        return {path: np.sqrt(np.square(m) + squares[path] / max(self.count, 1)) for path, m in mean.items()}
 
     def layer(self) -> dict[str, float]:
         """``{path: estimated trace of the whole kernel's Hessian block}``."""
@@ -84,7 +108,8 @@ class TraceEstimate:
     def layer_sem(self) -> dict[str, float]:
         """``{path: standard error of layer()[path]}``; channels of one probe are correlated, and this knows."""
         moments = self.state.moments
-        return {path: float(_sem(s, self.count)) for path, s in jax.device_get(moments.squares["layer"]).items()}
+        found = {path: float(_sem(s, self.count)) for path, s in jax.device_get(moments.squares["layer"]).items()}
+        return found | {path: 0.0 for path in self.known if path not in found}
 
     def total(self) -> float:
         """The estimated sum of all the traces, added up in float64."""
@@ -100,23 +125,57 @@ class TraceEstimate:
         place = int(self.state.product)
         return PRODUCTS[place] if place >= 0 else None
 
+    def _probed(self) -> dict[str, Any]:
+        return self.state.moments.mean["channel"]
+
     def _channels(self) -> dict[str, np.ndarray]:
-        return jax.device_get(self.state.moments.mean["channel"])
+        return jax.device_get(_added(self._probed(), self.known))
+
+
+def _added(probed: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Both by path, their sum where there are both."""
+    both = {path: x + known[path] if path in known else x for path, x in probed.items()}
+    return both | {path: x for path, x in known.items() if path not in probed}
 
 
 def _sem(squares, count: int):
     squares = np.asarray(squares)
+    if count == 0:  # no probes were needed
+        return np.zeros_like(squares)
     return np.sqrt(squares / (count - 1) / count) if count > 1 else np.full_like(squares, np.nan)
 
 
-def estimate_of(like_params: Callable[[dict], PyTree], state: TraceState) -> TraceEstimate:
-    """The estimate a state stands for; ``like_params`` puts ``{path: value}`` into a pytree like ``params``."""
-    count = int(state.count)
+def estimate_of(
+    like_params: Callable[[dict], PyTree], state: TraceState, known: Mapping[str, jax.Array] | None = None
+) -> TraceEstimate:
+    """The estimate a state stands for, with what is ``known`` besides.
+
+    ``like_params`` puts ``{path: value}`` into a pytree like ``params``.
+    """
+    count, known = int(state.count), dict(known or {})
     squares = jax.device_get(state.moments.squares["channel"])
+    sem = {path: jnp.asarray(_sem(s, count)) for path, s in squares.items()}
+    sem |= {path: jnp.zeros_like(x) for path, x in known.items() if path not in squares}
     return TraceEstimate(
-        mean=like_params(state.moments.mean["channel"]),
-        sem=like_params({path: jnp.asarray(_sem(s, count)) for path, s in squares.items()}),
+        mean=like_params(_added(state.moments.mean["channel"], known)),
+        sem=like_params(sem),
         count=count,
         rejected=int(state.rejected),
         state=state,
+        known=known,
+    )
+
+
+def no_probes(key: jax.Array, sums) -> TraceState:
+    """The state of an estimate for which no probe was needed."""
+    zero = {"channel": {}, "layer": {}, "total": jnp.zeros((), sums)}
+    return TraceState(
+        key=key,
+        count=jnp.int32(0),
+        rejected=jnp.int32(0),
+        loss_scale=jnp.ones((), sums),
+        probe_scale=jnp.ones((), sums),
+        failure=jnp.int32(-1),
+        product=jnp.int32(NO_PRODUCT),
+        moments=Moments(zero, zero),
     )

@@ -166,11 +166,11 @@ def gauss_newton_trace(
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch is a number of examples and must be at least 1; got {microbatch}")
     leaves = jax.tree.leaves(policy.cast(params))
-    x, targets = jax.tree.map(jnp.asarray, _inputs_and_targets(batch))
+    x, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
     x = policy.cast(x)
     taps = _taps(model, *_described((jax.tree.unflatten(layout.structure, leaves), x)), layout.paths)
     if on_unproven == "error":
-        _require_proven(taps, layout)
+        _require_proven(unproven_kernels(model, params, batch, policy=policy, select=select), layout)
     columns = draws or _count_columns(taps, head, x, targets, policy)
     plan = _Plan(
         model=model,
@@ -216,7 +216,7 @@ def _draws(classes, draw: str, key, head) -> int:
     return classes
 
 
-def _inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
+def inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
     if isinstance(batch, Batches):
         batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch)
     if isinstance(batch, tuple | list):
@@ -256,15 +256,36 @@ def _taps(model, structure, described, paths) -> Taps:
     return find_taps(graph, paths)
 
 
-def _require_proven(taps: Taps, layout: Layout) -> None:
-    verdicts = piecewise_linear_kernels(taps.graph, layout.paths)
-    unproven = [f"{path}: {why}" for path, why in verdicts.items() if why is not True]
+def unproven_kernels(
+    model: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batch: PyTree,
+    *,
+    policy: Policy = Policy(),  # noqa: B008 (frozen)
+    select: Callable[[str, jax.Array], bool] = is_kernel,
+) -> dict[str, str]:
+    """The selected kernels for which `gauss_newton_trace` is not proven to be the Hessian's, and why.
+
+    >>> p = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
+    >>> list(unproven_kernels(lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"], p, jnp.ones((1, 3))))
+    ['a']
+    """
+    paths = layout_of(params, policy, select, -1).paths
+    x = jax.tree.map(jnp.asarray, inputs_and_targets(batch)[0])
+    taps = _taps(model, *_described((policy.cast(jax.tree.map(jnp.asarray, params)), policy.cast(x))), paths)
+    verdicts = piecewise_linear_kernels(taps.graph, paths)
+    return {path: why for path, why in verdicts.items() if why is not True}
+
+
+def _require_proven(unproven: dict[str, str], layout: Layout) -> None:
     if unproven:
+        reasons = [f"{path}: {why}" for path, why in unproven.items()]
         raise ValueError(
-            f"at {len(unproven)} of {len(verdicts)} kernels the Hessian is not proven to be the Gauss-Newton matrix:\n"
-            + "\n".join(unproven[:5] + ["…"] * (len(unproven) > 5))
-            + "\nEstimate the Hessian with channel_trace, leave these kernels out with select=, or ask for the "
-            'Gauss-Newton trace itself with on_unproven="gauss_newton"'
+            f"at {len(unproven)} of {len(layout.paths)} kernels the Hessian is not proven to be the Gauss-Newton "
+            "matrix:\n"
+            + "\n".join(reasons[:5] + ["…"] * (len(reasons) > 5))
+            + '\nEstimate these with channel_trace(method="auto", model=...), leave them out with select=, or ask for '
+            'the Gauss-Newton trace itself with on_unproven="gauss_newton"'
         )
 
 

@@ -108,6 +108,7 @@ def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) 
     for kind, moments in state.moments._asdict().items():
         arrays[f"{kind}/total"] = moments["total"]
         arrays |= {f"{kind}/{level}/{p}": x for level in ("channel", "layer") for p, x in moments[level].items()}
+    arrays |= {f"known/{p}": x for p, x in estimate.known.items()}
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
@@ -159,7 +160,8 @@ def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> 
     def like_params(probed):
         return jax.tree_util.tree_map_with_path(lambda p, _: probed.get(path_name(p)), params)
 
-    return estimate_of(like_params, state)
+    known = {name.removeprefix("known/"): jnp.asarray(x) for name, x in arrays.items() if name.startswith("known/")}
+    return estimate_of(like_params, state, known)
 
 
 def require_same(saved: TraceFingerprint, expected: TraceFingerprint, where: str) -> None:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from scipy.special import ndtr
 
+from ehap_jax.curvature.agreement import scores_and_errors
 from ehap_jax.curvature.estimate import TraceEstimate
-from ehap_jax.curvature.problem import path_name
 
 __all__ = ["VarianceParts", "expected_misplaced", "split_variance", "stable_decision"]
 
@@ -82,19 +81,9 @@ def stable_decision(
     for name, value in (("prune", prune), ("tolerance", tolerance)):
         if not 0 < value < 1:
             raise ValueError(f"{name} is a fraction between 0 and 1; got {value}")
-    weights = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
 
     def settled(estimate: TraceEstimate) -> bool:
-        scores, sems = [], []
-        means = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(estimate.mean)}
-        errors = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(estimate.sem)}
-        for path, mean in means.items():
-            w = np.asarray(weights[path], np.float64)
-            axis = channel_axis.get(path, -1) if isinstance(channel_axis, Mapping) else channel_axis
-            factor = (np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1) ** 2).mean(1)
-            scores.append(np.asarray(mean, np.float64) * factor)
-            sems.append(np.asarray(errors[path], np.float64) * factor)
-        score, sem = np.concatenate(scores), np.concatenate(sems)
+        score, sem = scores_and_errors(estimate, params, channel_axis)
         if score.size < 2 or not np.isfinite(sem).all():
             return False
         pruned = min(max(round(prune * score.size), 1), score.size - 1)

@@ -1,0 +1,139 @@
+"""What a ranking by estimated traces is worth, told from the estimate alone.
+
+Noise spreads scores out, so adding more noise to them and comparing would flatter them. The true scores are modelled as
+``theta_c = u_c * sd_c``, sd_c the standard deviation of one probe at channel c and u_c drawn from one distribution for all
+channels, which is fitted to the estimates by maximum likelihood without assuming its form (Kiefer and Wolfowitz 1956,
+Ann. Math. Statist. 27(4)). Draws from the posterior of theta are then ranked against the estimates. The
+relative noise of a probe varies little between channels, which is what makes one distribution of u enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy.stats import rankdata
+
+from ehap_jax.curvature.estimate import TraceEstimate
+from ehap_jax.curvature.problem import path_name
+
+__all__ = ["Agreement", "agreement_of_scores", "expected_agreement", "scores_and_errors"]
+
+PyTree = Any
+
+GRID = 100
+"""Values of u; they are spaced geometrically, and 0 is one."""
+
+FITTING_STEPS = 300
+"""Of expectation maximisation; the likelihood is convex in the weights of the grid, and this brings it close."""
+
+DRAWS = 32
+
+
+class Agreement(NamedTuple):
+    """How an estimated ranking agrees with the ranking by true traces, as far as standard errors tell.
+
+    Attributes:
+      rank_correlation: Spearman's.
+      overlap: of the sets that are pruned: intersection over union.
+      pruned: the number of channels in each of them.
+    """
+
+    rank_correlation: float
+    overlap: float
+    pruned: int
+
+
+def expected_agreement(
+    estimate: TraceEstimate, params: PyTree, *, prune: float = 0.5, channel_axis: int | Mapping[str, int] = -1
+) -> Agreement:
+    """The expected rank correlation of HAP scores with their limit of infinitely many probes, and the overlap.
+
+    Scores are ``Tr(H_cc) / p_c * ||w_c||^2`` (HAP eq. 8), ranked over all probed leaves together. On a trained
+    ResNet-20 the expectation is within about 0.05 of the truth (``python -m benchmarks.zscores``).
+
+    Args:
+      estimate: of `channel_trace`, with at least two probes, or an exact one.
+      params: the parameters it is of.
+      prune: the fraction of channels that would be pruned, between 0 and 1.
+      channel_axis: as for `channel_trace`.
+
+    Raises:
+      ValueError: fewer than two probes; ``prune`` not between 0 and 1.
+
+    >>> import jax.numpy as jnp
+    >>> from ehap_jax.curvature import channel_trace
+    >>> p = {"kernel": jnp.array([[1.0, 2.0], [1.0, 2.0]])}
+    >>> trace = channel_trace(
+    ...     lambda p, x: ((x @ p["kernel"]) ** 2).sum(1).mean(), p, jnp.eye(2), key=jax.random.key(0), num_probes=4
+    ... )
+    >>> expected_agreement(trace, p)
+    Agreement(rank_correlation=1.0, overlap=1.0, pruned=1)
+    """
+    scores, sems = scores_and_errors(estimate, params, channel_axis)
+    return agreement_of_scores(scores, sems, estimate.count, prune=prune)
+
+
+def agreement_of_scores(scores: np.ndarray, sems: np.ndarray, count: int, *, prune: float) -> Agreement:
+    """`expected_agreement` of any scores with known standard errors.
+
+    Args:
+      scores, sems: ``(channels,)``; a standard error of 0 is a score known exactly.
+      count: the number of probes; with few, the standard errors themselves are uncertain (Student's t).
+      prune: the fraction with the lowest scores.
+    """
+    if not 0 < prune < 1:
+        raise ValueError(f"prune is a fraction between 0 and 1; got {prune}")
+    noisy = sems > 0
+    pruned = min(max(round(prune * scores.size), 1), scores.size - 1)
+    if not np.isfinite(sems).all():
+        raise ValueError(f"standard errors need at least two probes; there are {count}")
+    if not noisy.any():
+        return Agreement(1.0, 1.0, pruned)
+    posterior, grid = _posterior(scores[noisy] / sems[noisy], count)
+    cumulative = posterior.cumsum(1)
+    rng = np.random.default_rng(0)
+    correlations, overlaps = [], []
+    for _ in range(DRAWS):
+        drawn = (cumulative < rng.uniform(size=(len(cumulative), 1))).sum(1)
+        true = scores.copy()
+        true[noisy] = grid[np.minimum(drawn, grid.size - 1)] * sems[noisy]
+        # Draws of exactly zero are ties, of which none is likelier to come first.
+        order = rng.permutation(true.size)
+        correlations.append(np.corrcoef(rankdata(true), rankdata(scores))[0, 1])
+        kept_low = set(order[np.argsort(true[order], kind="stable")[:pruned]].tolist())
+        chosen = set(np.argsort(scores, kind="stable")[:pruned].tolist())
+        overlaps.append(len(kept_low & chosen) / len(kept_low | chosen))
+    return Agreement(float(np.mean(correlations)), float(np.mean(overlaps)), pruned)
+
+
+def scores_and_errors(
+    estimate: TraceEstimate, params: PyTree, channel_axis: int | Mapping[str, int] = -1
+) -> tuple[np.ndarray, np.ndarray]:
+    """HAP scores of all channels of all probed leaves, one after another, and their standard errors, in float64."""
+    weights, means, errors = (
+        {path_name(path): np.asarray(leaf, np.float64) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, estimate.mean, estimate.sem)
+    )
+    factors = {}
+    for path in means:
+        w = weights[path]
+        axis = channel_axis.get(path, -1) if isinstance(channel_axis, Mapping) else channel_axis
+        factors[path] = (np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1) ** 2).mean(1)
+    return tuple(np.concatenate([part[path] * factors[path] for path in means]) for part in (means, errors))
+
+
+def _posterior(z: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(channels, grid) probabilities of the true score in units of its standard error, and the grid."""
+    grid = np.concatenate([[0.0], np.geomspace(1e-3, 1.2 * max(z.max(), 1.0), GRID)])
+    likelihood = (1 + (z[:, None] - grid[None, :]) ** 2 / (count - 1)) ** (-count / 2)
+    likelihood /= likelihood.max(1, keepdims=True)
+    prior = np.full(grid.size, 1 / grid.size)
+    posterior = likelihood * prior
+    for _ in range(FITTING_STEPS):
+        posterior = likelihood * prior
+        posterior /= posterior.sum(1, keepdims=True)
+        prior = posterior.mean(0)
+    return posterior, grid
