@@ -68,7 +68,7 @@ def stable_decision(
     Raises:
       ValueError: ``prune`` or ``tolerance`` not between 0 and 1.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from ehap_jax.curvature import channel_trace
     >>> p = {"kernel": jnp.array([[1.0, 2.0], [1.0, 2.0]])}
     >>> trace = channel_trace(
