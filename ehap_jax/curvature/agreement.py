@@ -1,8 +1,8 @@
 """What a ranking by estimated traces is worth, told from the estimate alone.
 
 Noise spreads scores out, so adding more noise to them and comparing would flatter them. The true scores are modelled
-as ``theta_c = u_c * sd_c``, sd_c the standard deviation of one probe at channel c and u_c drawn from one distribution for
-all channels, which is fitted to the estimates by maximum likelihood without assuming its form (Kiefer and Wolfowitz
+as ``theta_c = u_c * sd_c``, sd_c the standard deviation of one probe at channel c and u_c drawn from one distribution
+for all channels, which is fitted to the estimates by maximum likelihood without assuming its form (Kiefer and Wolfowitz
 1956, Ann. Math. Statist. 27(4)). Draws from the posterior of theta are then ranked against the estimates. The relative
 noise of a probe varies little between channels, which is what makes one distribution of u enough.
 """
