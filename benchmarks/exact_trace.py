@@ -12,7 +12,9 @@ ResNet-20, 128 images: the rank correlation of HAP scores with the exact ones an
 of the lowest 30 % of channels, after every number of random combinations and of Hutchinson probes, with the wall-clock
 and CPU seconds after compilation (on a shared machine compare the second). `probes` also has the z-scores,
 (Hutchinson - exact) / standard error, over all channels whose standard error is not zero. Its probes are kept in a file
-beside the results, and asking for more goes on from there.
+beside the results, and asking for more goes on from there. Beside every mean of probes stand the agreement that its
+own standard errors let expect (`expected_agreement`), and, as method `rms`, the ranking by the root mean square
+of the same probes' products (`TraceEstimate.probe_rms`), with which the noise of a probe itself ranks the channels.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ehap_jax.curvature import Policy, channel_trace, fingerprint, load_trace, save_trace
+from ehap_jax.curvature import Policy, channel_trace, expected_agreement, fingerprint, load_trace, save_trace
 from ehap_jax.curvature.gauss_newton import gauss_newton_trace
 from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import path_name
@@ -42,6 +44,8 @@ TIMED = (("resnet20", 128), ("resnet20", 512), ("resnet32", 512))
 PROBES = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000)
 COMBINATIONS = {"signs": (1, 2, 4, 8), "labels": (1, 4)}
 SEEDS = 5
+CHUNK = 16
+"""Images that go through the network together: more fall out of the caches of a CPU."""
 
 
 def load(data: Path, network: str, images: int):
@@ -156,11 +160,11 @@ def compare_probes(data: Path, images: int, probes: int, kept: Path, rows: list)
     apply, variables, batch = load(data, "resnet20", images)
     exact, truth, _ = exact_of(apply, variables, batch)
     loss, key = mean_loss(apply), jax.random.key(100)
-    options: dict[str, Any] = {"key": key, "probes_per_step": 10}
+    options: dict[str, Any] = {"key": key, "probes_per_step": 10, "microbatch": CHUNK}
     spent = {"seconds": 0.0, "cpu_seconds": 0.0}
     state, estimate = None, channel_trace(loss, variables, batch, num_probes=1, **options)  # compiles
-    made_from = fingerprint(loss, variables, batch, key=key)
-    if kept.exists() and rows:
+    made_from = fingerprint(loss, variables, batch, key=key, microbatch=CHUNK)
+    if rows:
         estimate = load_trace(kept, variables, made_from)
         state, spent = estimate.state, {name: rows[-1][name] for name in spent}
     done = estimate.count if state else 0
@@ -170,7 +174,12 @@ def compare_probes(data: Path, images: int, probes: int, kept: Path, rows: list)
         )
         state, spent = estimate.state, {name: spent[name] + seconds[name] for name in spent}
         scores = hap_scores(flat(estimate.mean, variables), variables)
-        rows.append({"method": "hutchinson", "samples": count, **spent, **quality(scores, truth)})
+        row = {"method": "hutchinson", "samples": count, **spent, **quality(scores, truth)}
+        if count > 1:
+            expected = expected_agreement(estimate, variables, prune=0.3)
+            row |= {"expected_spearman": expected.rank_correlation, "expected_overlap_30": expected.overlap}
+        spread = hap_scores(flat(estimate.probe_rms(), variables), variables)
+        rows += [{"method": "rms", "samples": count, **spent, **quality(spread, truth)}, row]
         save_trace(kept, estimate, made_from)
         print(rows[-1], flush=True)
     mean, sem = flat(estimate.mean, variables), flat(estimate.sem, variables)
@@ -223,6 +232,7 @@ def draw_plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharex=True, layout="constrained")
     styles = {
         "hutchinson": ("Hutchinson probes", "o-", "tab:gray"),
+        "rms": ("root mean square of the same probes' products", "o--", "tab:green"),
         "signs": ("±1 combinations of classes, K = 1, 2, 4, 8", "s", "tab:blue"),
         "labels": ("sampled labels, K = 1, 4", "^", "tab:orange"),
         "exact": ("exact, all classes", "*", "tab:red"),
@@ -257,7 +267,8 @@ def table(results: dict[str, Any]) -> str:
     for row in [row for part in ("combinations", "probes") for row in results.get(part, {}).get("rows", [])]:
         seconds = f"{row['seconds']:8.2f} s ({row['cpu_seconds']:8.2f} CPU s)" if "seconds" in row else " " * 25
         name = f"{row['method']:14} {row['samples']:5d}"
-        lines.append(f"{name} {seconds}  spearman {row['spearman']:.4f}  overlap {row['overlap_30']:.3f}")
+        expected = f"  expected {row['expected_spearman']:.3f}" if "expected_spearman" in row else ""
+        lines.append(f"{name} {seconds}  spearman {row['spearman']:.4f}{expected}  overlap {row['overlap_30']:.3f}")
     if "probes" in results:
         lines.append(str(results["probes"]["z_scores"]))
     return "\n".join(lines)
@@ -288,7 +299,8 @@ def main() -> None:
     if options.only in (None, "combinations"):
         results["combinations"] = compare_combinations(options.data, options.images)
     if options.only in (None, "probes"):
-        kept, rows = options.out.with_suffix(".probes.npz"), results.get("probes", {}).get("rows", [])
+        kept = options.out.with_suffix(".probes.npz")
+        rows = results.get("probes", {}).get("rows", []) if kept.exists() else []
         results["probes"] = compare_probes(options.data, options.images, options.probes, kept, rows)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     if "combinations" in results and "probes" in results:
