@@ -1,15 +1,15 @@
 """Does the Hessian prune better than magnitude and chance, once the network is fine-tuned?
 
 EHAP (arXiv 2306.07030) and HAP (arXiv 2101.08940) compare criteria at a few fractions of the parameters. Here every
-criterion prunes the same dense network to the same fractions, is fine-tuned alike, over several seeds, beside the dense
-network fine-tuned alike; the Hessian's go on to INT8 training.
+criterion prunes the same dense network to the same fractions, is fine-tuned alike, over several seeds, beside the
+dense network fine-tuned alike; the Hessian's go on to INT8 training.
 
     python -m recipes.compare_criteria short resnet20.th --data npz:cifar10.npz     # two CPU cores, about an hour
     python -m recipes.compare_criteria paper runs/pretrain --data tfds:cifar10      # a GPU, the paper's fine-tuning
 
-Expect in the paper's setting that at 10 % of the parameters the Hessian keeps 1-3 points more than magnitude. With the
-short one the networks have not recovered, so differences are larger and say less. Writes ``comparison.json``,
-``comparison.txt`` and ``accuracy.png``; every finished cell is kept in ``cells/``.
+With the short setting the networks have not recovered: differences say which criterion is quicker to recover, not
+which is better in the end (``results/REPRODUCTION.md``). Writes ``comparison.json``, ``comparison.txt`` and
+``accuracy.png``; every finished cell is kept in ``cells/``.
 """
 
 from __future__ import annotations

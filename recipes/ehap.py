@@ -1,15 +1,15 @@
 """EHAP from beginning to end: train, trace in half precision, prune, fine-tune, train in INT8.
 
-EHAP (arXiv 2306.07030, tables 4-7): 300 epochs of training, 300 probes on 512 images in float16, about 10 % of the
-parameters kept, 300 epochs of fine-tuning, 30 epochs of INT8 training.
+EHAP (arXiv 2306.07030): 300 epochs of training, 300 probes on 512 images in float16, about 10 % of the parameters
+kept, 300 epochs of fine-tuning, 30 epochs of INT8 training.
 
     python -m recipes.ehap resnet32 --max-minutes 25                   # CIFAR-10 through TFDS, a GPU; then --resume
     python -m recipes.ehap resnet56 --dense runs/pretrain
     python -m recipes.ehap digits                                      # two minutes on two CPU cores
 
-Expect at 10 % of the parameters 1.5-2 points less than dense, the same from float16 as from float32 traces
-(``recipes.compare_precision``), and INT8 within 0.3 points of the fine-tuned network. Writes one report over all seeds;
-every seed's folder holds its plan and its fine-tuned network, which ``recipes.quantize`` takes on.
+Expect INT8 within 0.3 points of the fine-tuned network, on the digits as in ``results/quickstart.json``; what was
+measured on CIFAR-10 is in ``results/REPRODUCTION.md``. Writes one report over all seeds; every seed's folder holds
+its plan and its fine-tuned network, which ``recipes.quantize`` takes on.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m recipes.sweep short resnet20.th --data npz:cifar10.npz             # two CPU cores, an hour or two
 
 To beat, from a 93.5 % ResNet-56 on CIFAR-10 without sparse learning (Torch-Pruning): 93.46 % at 47 % of the MACs,
-93.36 % at 40 %. Writes ``sweep.json``, ``sweep.txt`` and ``pareto.png``; every finished cell is kept in ``cells/``, and
-what was done so far is drawn when the run is stopped.
+93.36 % at 40 %. Writes ``sweep.json``, ``sweep.txt`` and ``pareto.png``; every finished cell is kept in ``cells/``,
+and what was done so far is drawn when the run is stopped.
 """
 
 from __future__ import annotations

@@ -32,6 +32,12 @@ class Deadline:
         """Whether the time is over."""
         return self.minutes is not None and time.monotonic() - self.started >= 60 * self.minutes
 
+    def minutes_left(self) -> float | None:
+        """What remains for a part of the work, at least a second; None without a limit."""
+        if self.minutes is None:
+            return None
+        return max(self.minutes - (time.monotonic() - self.started) / 60, 1 / 60)
+
     def check(self, done: str) -> None:
         """Stop here if the time is over; call it where everything up to `done` is saved.
 

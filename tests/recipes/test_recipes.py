@@ -11,7 +11,7 @@ pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
 from ehap_jax.pruning import PruningPlan
 from ehap_jax.training import load_variables
-from recipes import compare_criteria, compare_precision, ehap, pretrain, prune, sweep, trace
+from recipes import compare_criteria, compare_precision, ehap, pretrain, prune, reproduce, reproduction, sweep, trace
 from recipes.network import load_network
 
 MODEL = ["--data", "digits", "--widths", "4", "4", "8"]
@@ -142,16 +142,6 @@ def test_sweep(dense, tmp_path):
     assert half["macs"] <= 0.5 * full["macs"] and (tmp_path / "run" / "pareto.png").exists()
 
 
-def test_precisions_are_paired(dense, tmp_path):
-    given = ["short", str(dense), "--data", "digits", "--prune.scores.examples", "8", "--prune.scores.probes", "17"]
-    given += ["--computes", "float32", "bfloat16", "--seeds", "1", *phase("finetune"), "--train-images", "256"]
-    assert compare_precision.command([*given, "--output", str(tmp_path / "run")]) == 0
-    first, second = read(tmp_path / "run" / "precision.json")["precisions"]
-    assert first["rank_correlation"]["mean"] == first["kept_overlap"]["mean"] == 1.0
-    assert first["difference"]["mean"] == 0.0 and 0.9 < second["rank_correlation"]["mean"] < 1.0
-    assert second["difference"]["mean"] == second["accuracy"]["mean"] - first["accuracy"]["mean"]
-
-
 def test_ehap_from_a_trained_network(dense, tmp_path):
     given = ["digits", "--dense", str(dense), "--seeds", "1", "--train-images", "256", *phase("finetune")]
     given += ["--prune.scores.estimator", "exact", "--prune.scores.compute", "float32", "--prune.scores.examples", "16"]
@@ -192,3 +182,46 @@ def test_bad_settings_fail_before_anything_is_written(dense, tmp_path, capsys, r
 def test_a_run_that_holds_no_network_says_so(stopped):
     with pytest.raises(FileNotFoundError, match=r"has no network\.json"):
         load_network(stopped[1])
+
+
+def test_reproduce_and_the_table_of_claims(dense, tmp_path):
+    given = ["cpu", str(dense), "--data", "digits", "--train-images", "256", "--output", str(tmp_path / "run")]
+    given += [
+        "--precision.scores.examples",
+        "8",
+        "--precision.scores.probes",
+        "17",
+        "--precision.keep",
+        "0.5",
+        *CELLS[:-2],
+    ]
+    given[given.index("--cells.criteria") + 1 : given.index("--cells.keeps")] = ["magnitude", "random"]
+    # Time for nothing but the first network: what is finished is collected, and the rest is said not to have run.
+    assert reproduce.command([*given, "--max-minutes", "1e-6"]) == 3
+    assert read(tmp_path / "run" / "reproduction.json") == {}
+    assert reproduce.command([*given, "--resume"]) == 0
+    found = read(tmp_path / "run" / "reproduction.json")
+    assert set(found) == {"precision", "criteria"} and found["criteria"]["config"]["dense"] == "run"
+
+    first, second = found["precision"]["result"]["precisions"]
+    assert first["rank_correlation"]["mean"] == first["kept_overlap"]["mean"] == 1.0
+    assert first["difference"]["mean"] == 0.0 and 0.9 < second["rank_correlation"]["mean"] <= 1.0
+    assert second["difference"]["mean"] == second["accuracy"]["mean"] - first["accuracy"]["mean"]
+
+    table = tmp_path / "REPRODUCTION.md"
+    assert reproduction.command([str(tmp_path / "run" / "reproduction.json"), "--output", str(table)]) == 0
+    text = table.read_text()
+    gap = found["criteria"]["result"]["differences"][0]["difference"]["mean"]
+    assert f"magnitude − random {100 * gap:.2f}" in text
+    assert "ran shortened: 1 of 300 epochs of fine-tuning, 1 of 30 of INT8, 256 training images, 1 of 3 seeds" in text
+    assert "INT8 training keeps the accuracy" in text and text.count("| not run |") >= 3
+
+
+def test_a_full_run_is_not_called_shortened():
+    assert reproduction.shortened(epochs=300, seeds=3, images=None) == "ran"
+    assert "30 probes on 64 images" in reproduction.shortened(epochs=300, seeds=3, images=None, probes=30, examples=64)
+
+
+def test_a_table_of_nothing_is_an_error(tmp_path, capsys):
+    assert reproduction.command(["--output", str(tmp_path / "table.md")]) == 2
+    assert "at least one" in capsys.readouterr().err and not (tmp_path / "table.md").exists()
