@@ -334,7 +334,7 @@ def _as_saved(variables: Any, entries: Mapping[str, Any]) -> Any:
 
 def _check_plan(variables: Any, info: CheckpointInfo, plan: PruningPlan, source: Path) -> None:
     try:
-        check_fits(variables, {path: plan.shrunk_shape(path) for path in plan.shapes}, "plan's shrunk network")
+        check_fits(variables, plan.shrunk_shapes(), "plan's shrunk network")
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{source / PLAN} does not fit {WEIGHTS}: {error.args[0]}") from error
     expected = residual_indices(canonical_arrays(variables), plan)

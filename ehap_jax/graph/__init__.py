@@ -1,5 +1,6 @@
 """Functions as graphs: tracing, channel groups and costs."""
 
+from ehap_jax.graph.architecture import architecture_fingerprint
 from ehap_jax.graph.channels import (
     ChannelGroup,
     ChannelStructure,
@@ -22,6 +23,7 @@ __all__ = [
     "Rule",
     "UnknownPrimitiveError",
     "Value",
+    "architecture_fingerprint",
     "channel_groups",
     "channel_structure",
     "count_cost",

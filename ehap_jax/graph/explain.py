@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from math import prod
 
 from ehap_jax.graph.channels import ChannelStructure, channel_structure
-from ehap_jax.graph.cost import Plan, kept_shape, node_macs
+from ehap_jax.graph.cost import Plan, implant_counts, implanted_macs, kept_shape, leaf_sizes
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.graph.trace import Graph, Node, Value
 
@@ -17,8 +16,9 @@ def explain(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = "gro
     """One line per conv or dense kernel, in the order of the variables.
 
     shape: of the full kernel. set: kernels with the same number lose channels together ("-": fixed). kept: output
-    channels kept under ``plan`` / in full. params and MACs: of the kernel itself under ``plan``, for the traced input.
-    Where a kernel is fixed, the first thing that fixes it. ``coupling`` is the plan's where there is one.
+    channels kept under ``plan`` / in full, and how many of them are 1×1 implants. params and MACs: of the kernel itself
+    under ``plan``, for the traced input. Where a kernel is fixed, the first thing that fixes it. ``coupling`` is the
+    plan's where there is one.
 
     >>> import jax, jax.numpy as jnp
     >>> from ehap_jax.graph import trace_graph
@@ -34,7 +34,9 @@ def explain(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = "gro
     alive = structure.alive({} if plan is None else plan.keep)
     shape = kept_shape(structure, alive)
     macs: dict[str | None, int] = defaultdict(int)
-    for node, count in node_macs(graph.body, shape):
+    implants = {} if plan is None else implant_counts(plan)
+    sizes = leaf_sizes(graph, shape, implants)
+    for node, count in implanted_macs(graph, shape, implants):
         macs[_kernel_of(structure, node)] += count
     sets = _sets(structure)
     rows: list[tuple[str, ...]] = [HEADER]
@@ -46,8 +48,8 @@ def explain(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = "gro
                 path,
                 "x".join(map(str, full)),
                 str(sets.get(path, "-")),
-                f"{kept[axis]}/{full[axis]}",
-                str(prod(kept)),
+                f"{kept[axis]}/{full[axis]}" + (f" ({implants[path]} 1x1)" if path in implants else ""),
+                str(sizes[path]),
                 str(macs.pop(path, 0)),
                 "" if path in sets else structure.why_fixed(path),
             )

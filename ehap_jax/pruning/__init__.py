@@ -2,6 +2,7 @@
 
 from ehap_jax.pruning.allocate import allocate
 from ehap_jax.pruning.expand import expand_variables
+from ehap_jax.pruning.implant import Implant, zero_implants
 from ehap_jax.pruning.mask import mask_variables
 from ehap_jax.pruning.plan import PruningPlan
 from ehap_jax.pruning.schedule import Pruned, cubic, kept_fractions, linear, prune_iteratively
@@ -17,6 +18,7 @@ from ehap_jax.pruning.scores import (
 from ehap_jax.pruning.shrink import shrink, shrink_variables
 
 __all__ = [
+    "Implant",
     "Pruned",
     "PruningPlan",
     "Scores",
@@ -35,4 +37,5 @@ __all__ = [
     "shrink",
     "shrink_variables",
     "taylor_scores",
+    "zero_implants",
 ]

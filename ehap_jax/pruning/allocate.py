@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import floor
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from ehap_jax.graph.channels import ChannelGroup, ChannelStructure, channel_structure
 from ehap_jax.graph.cost import Cost, cost_of_alive
+from ehap_jax.graph.kernel_uses import KernelUse, centre_taps
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.graph.trace import Graph
 from ehap_jax.pruning.plan import PruningPlan
@@ -35,6 +36,8 @@ def allocate(
     exclude: Sequence[str] = (),
     aggregate: Literal["sum", "mean", "max"] = "sum",
     ranking: Literal["global", "layer", "isomorphic"] = "global",
+    implants: float = 0.0,
+    max_implant_ratio: float = 1.0,
     start: PruningPlan | None = None,
 ) -> PruningPlan:
     """Remove groups in ascending order of score until at most a fraction of the network is kept.
@@ -50,8 +53,13 @@ def allocate(
     that every layer loses the same fraction. ``"isomorphic"``: layers of the same structure (number and kind of the
     kernels and other variables they tie together), each such class losing the same fraction (arXiv 2407.04616).
 
+    ``implants`` is the fraction of the groups to go, the most sensitive of them, that HAP keeps as neural implants:
+    their 3×3 kernels become 1×1, so that a channel is kept, implanted or pruned as its score falls. At most
+    ``max_implant_ratio`` of a kernel's channels are; what is beyond, and what no kernel can hold (``centre_taps``), is
+    pruned. The budget counts implants; ``channels`` counts them as kept.
+
     ``start`` is an earlier plan for the same network: what it removed goes first and stays gone, whatever its scores
-    are now (pruning in rounds, see ``prune_iteratively``).
+    are now, and its implants stay implants or go (pruning in rounds, see ``prune_iteratively``).
 
     Raises ValueError for a fraction out of (0, 1] or below what the limits allow (the range is given), a pattern of
     ``exclude`` that matches no kernel, or a ``start`` of another network or coupling.
@@ -67,6 +75,9 @@ def allocate(
         raise ValueError(f'ranking must be "global", "layer" or "isomorphic", got {ranking!r}.')
     if aggregate not in AGGREGATE:
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATE)}, got {aggregate!r}.")
+    for name, value in (("implants", implants), ("max_implant_ratio", max_implant_ratio)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
     structure = channel_structure(graph, coupling)
     sizes = {path: graph.leaves[path].shape[axis] for path, axis in structure.kernel_axes.items()}
     for path, size in sizes.items():
@@ -78,11 +89,15 @@ def allocate(
         order = _interleaved(order, graph, _layer if ranking == "layer" else _isomorphism_class)
     order, gone = _gone_first(order, graph, coupling, start)
     removable = _within_layer_limit(order, sizes, max_layer_ratio, min_channels)
-    total = _measure(structure, [], groups, budget)
+    holders = _implant_holders(graph, removable) if implants else {}
+    limits = {path: floor(max_implant_ratio * size + 1e-9) for path, size in sizes.items()}
+    total = _measure(structure, Decision([], {}), groups, budget)
+
+    def decide(count: int) -> Decision:
+        return _decide(removable[:count], sizes, round_to, round(implants * count), holders, limits)
 
     def kept_fraction(count: int) -> float:
-        removed = _rounded(removable[:count], sizes, round_to)
-        return _measure(structure, removed, groups, budget) / total
+        return _measure(structure, decide(count), groups, budget) / total
 
     lowest = kept_fraction(len(removable))
     if lowest > fraction:
@@ -98,8 +113,8 @@ def allocate(
             high = middle
         else:
             low = middle + 1
-    removed = _rounded(removable[:low], sizes, round_to)
-    cost, full = (_cost(structure, gone) for gone in (removed, []))
+    decision = decide(low)
+    cost, full = (_cost(structure, taken) for taken in (decision, Decision([], {})))
     provenance = {
         "criterion": scores.criterion,
         "budget": {budget: fraction},
@@ -109,11 +124,22 @@ def allocate(
         "exclude": list(exclude),
         "ranking": ranking,
         "aggregate": aggregate,
+        "implants": implants,
+        "max_implant_ratio": max_implant_ratio,
+        "scores": dict(scores.provenance),
         "negative_scores": scores.negative,
         "cost": cost._asdict(),
         "full_cost": full._asdict(),
     }
-    return PruningPlan.from_keep(graph, _keep(structure, removed), coupling=coupling, provenance=provenance)
+    keep = _keep(structure, decision.removed)
+    return PruningPlan.from_keep(graph, keep, coupling=coupling, implants=decision.implants, provenance=provenance)
+
+
+class Decision(NamedTuple):
+    """removed: groups that go. implants: kernel path -> channels that keep only a 1×1 kernel."""
+
+    removed: list[ChannelGroup]
+    implants: dict[str, list[int]]
 
 
 def _budget(**given: float | None) -> tuple[str, float]:
@@ -167,7 +193,7 @@ def _interleaved(order: Sequence[ChannelGroup], graph: Graph, class_of: Callable
 
 
 def _gone_first(order, graph: Graph, coupling: Coupling, start: PruningPlan | None) -> tuple[list[ChannelGroup], int]:
-    """``order`` with what an earlier plan removed in front, and how many groups that is."""
+    """``order`` with what an earlier plan removed in front, then its implants, and how many groups that is."""
     if start is None:
         return list(order), 0
     if start.coupling != coupling:
@@ -175,13 +201,14 @@ def _gone_first(order, graph: Graph, coupling: Coupling, start: PruningPlan | No
     if dict(start.shapes) != {path: tuple(value.shape) for path, value in graph.leaves.items()}:
         raise ValueError("start is a plan for a network with other variables or shapes than this graph's.")
 
-    def is_gone(group: ChannelGroup) -> bool:
-        return any(
-            path in start.keep and i not in start.keep[path] for path, idx in group.producers.items() for i in idx
-        )
+    def place(group: ChannelGroup) -> int:
+        members = [(path, i) for path, indices in group.producers.items() for i in indices]
+        if any(path in start.keep and i not in start.keep[path] for path, i in members):
+            return 0
+        return 1 if any(path in start.implants and i in start.implants[path].channels for path, i in members) else 2
 
-    front = [group for group in order if is_gone(group)]
-    return [*front, *(group for group in order if not is_gone(group))], len(front)
+    places = {id(group): place(group) for group in order}
+    return sorted(order, key=lambda group: places[id(group)]), sum(at < 2 for at in places.values())
 
 
 def _layer(group: ChannelGroup, graph: Graph):
@@ -237,6 +264,44 @@ def _rounded(removed: Sequence[ChannelGroup], sizes: Mapping[str, int], round_to
     return [group for position, group in enumerate(removed) if position not in back]
 
 
+def _implant_holders(graph: Graph, groups: Sequence[ChannelGroup]) -> dict[str, KernelUse]:
+    """The kernels of ``groups`` that can hold implants."""
+    uses = {path: use for path, use in centre_taps(graph).items() if isinstance(use, KernelUse)}
+    found = {path: uses[path] for group in groups for path in group.producers if path in uses}
+    if groups and not found:
+        reasons = {path: centre_taps(graph)[path] for group in groups for path in group.producers}
+        raise ValueError(f"no kernel that may lose channels can hold 1×1 implants: {reasons}.")
+    return found
+
+
+def _decide(taken, sizes, round_to: int, band: int, holders, limits: Mapping[str, int]) -> Decision:
+    """What becomes of the groups ``taken``: the last ``band`` are implants where that is possible, the others go.
+
+    The most sensitive come first, so that a kernel at its limit prunes the less sensitive ones. What rounding spares is
+    an implant rather than whole, where there are any.
+    """
+    held: dict[str, list[int]] = {}
+
+    def implant(group: ChannelGroup) -> bool:
+        own = {path: indices for path, indices in group.producers.items() if path in holders}
+        if not own or any(len(held.get(path, [])) + len(idx) > limits[path] for path, idx in own.items()):
+            return False
+        for path, indices in own.items():
+            held.setdefault(path, []).extend(indices)
+        return True
+
+    first = len(taken) - band
+    spared = {position for position in range(len(taken) - 1, first - 1, -1) if implant(taken[position])}
+    pruned = [group for position, group in enumerate(taken) if position not in spared]
+    removed = _rounded(pruned, sizes, round_to)
+    if band:
+        gone = set(map(id, removed))
+        for group in reversed(pruned):
+            if id(group) not in gone:
+                implant(group)
+    return Decision(removed, held)
+
+
 def _keep(structure: ChannelStructure, removed) -> dict[str, np.ndarray]:
     gone: dict[str, set[int]] = {}
     for group in removed:
@@ -246,12 +311,13 @@ def _keep(structure: ChannelStructure, removed) -> dict[str, np.ndarray]:
     return {p: np.setdiff1d(np.arange(leaves[p].shape[axes[p]]), sorted(lost)) for p, lost in gone.items()}
 
 
-def _cost(structure: ChannelStructure, removed) -> Cost:
-    return cost_of_alive(structure, structure.alive(_keep(structure, removed)))
+def _cost(structure: ChannelStructure, decision: Decision) -> Cost:
+    implants = {path: len(channels) for path, channels in decision.implants.items()}
+    return cost_of_alive(structure, structure.alive(_keep(structure, decision.removed)), implants)
 
 
-def _measure(structure: ChannelStructure, removed, groups, budget: str) -> int:
+def _measure(structure: ChannelStructure, decision: Decision, groups, budget: str) -> int:
     if budget == "channels":
         size = sum(len(indices) for group in groups for indices in group.producers.values())
-        return size - sum(len(indices) for group in removed for indices in group.producers.values())
-    return getattr(_cost(structure, removed), budget)
+        return size - sum(len(indices) for group in decision.removed for indices in group.producers.values())
+    return getattr(_cost(structure, decision), budget)

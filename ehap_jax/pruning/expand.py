@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import jax
-
 from ehap_jax.graph.rules.elementwise import expand as spread_axis
-from ehap_jax.graph.trace import path_name
+from ehap_jax.pruning.implant import map_shrunk
 from ehap_jax.pruning.plan import PruningPlan, check_fits
 
 
@@ -17,11 +15,13 @@ def expand_variables(variables, plan: PruningPlan):
 
     Raises KeyError or ValueError (path and both shapes) where the variables are not those the plan leaves.
     """
-    check_fits(variables, {path: plan.shrunk_shape(path) for path in plan.shapes}, "plan's shrunk network")
+    check_fits(variables, plan.shrunk_shapes(), "plan's shrunk network")
 
-    def spread(path, leaf):
-        for axis, kept in plan.slices.get(path_name(path), {}).items():
-            leaf = spread_axis(leaf, axis, kept, None, plan.shapes[path_name(path)][axis])
+    def spread(path: str, leaf):
+        if path in plan.implants:
+            leaf = plan.layout(path).join(leaf, plan.shrunk_shape(path))
+        for axis, kept in plan.slices.get(path, {}).items():
+            leaf = spread_axis(leaf, axis, kept, None, plan.shapes[path][axis])
         return leaf
 
-    return jax.tree_util.tree_map_with_path(spread, variables)
+    return map_shrunk(spread, variables, plan.implants)

@@ -6,18 +6,21 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from ehap_jax.graph.architecture import architecture_fingerprint
 from ehap_jax.graph.channels import channel_structure
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.graph.trace import Graph, path_name
+from ehap_jax.pruning.implant import Implant, Layout, find_implants
 
 FORMAT = "ehap_jax.pruning_plan"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,8 @@ class PruningPlan:
     shapes: full shape of every variable of the network that the plan is for.
     axes: kernel path -> its output axis. coupling: "group" or "union" (see ``channel_groups``).
     provenance: free text and numbers on how the plan came about (criterion, targets, costs).
+    implants: kernel path -> those of its kept channels that keep only a 1×1 kernel (:class:`Implant`).
+    fingerprint: of the architecture, "" for none; :meth:`check` compares. versions: of the packages that made the plan.
     """
 
     keep: Mapping[str, np.ndarray]
@@ -37,6 +42,9 @@ class PruningPlan:
     axes: Mapping[str, int]
     coupling: Coupling = "group"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    implants: Mapping[str, Implant] = field(default_factory=dict)
+    fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_keep(
@@ -45,12 +53,16 @@ class PruningPlan:
         keep: Mapping[str, Sequence[int] | np.ndarray],
         *,
         coupling: Coupling = "group",
+        implants: Mapping[str, Sequence[int] | np.ndarray] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> PruningPlan:
         """The plan that keeps the output channels ``keep`` of the kernels it names and all of the others.
 
+        ``implants`` are those of the kept channels, by kernel, that are reduced to a 1×1 kernel.
+
         Raises KeyError for a path that is no kernel of ``graph``, ValueError for indices out of range, a kernel left
-        with nothing, or channels that the network ties together and ``keep`` does not.
+        with nothing, channels that the network ties together and ``keep`` does not, or implants in a kernel that
+        cannot hold them (no centre tap, a grouped convolution, something else that reads it).
         """
         structure = channel_structure(graph, coupling)
         checked: dict[str, np.ndarray] = {}
@@ -68,6 +80,11 @@ class PruningPlan:
             if len(kept) < size:
                 checked[path] = kept
         alive = structure.alive(checked)
+
+        def kept_channels(path: str) -> np.ndarray:
+            return checked.get(path, np.arange(graph.leaves[path].shape[structure.kernel_axes[path]]))
+
+        placed = {path: _indices(channels, path) for path, channels in (implants or {}).items()}
         return cls(
             keep=checked,
             slices=structure.kept_slices(alive),
@@ -75,7 +92,23 @@ class PruningPlan:
             axes=dict(structure.kernel_axes),
             coupling=coupling,
             provenance=dict(provenance or {}),
+            implants=find_implants(graph, placed, kept_channels),
+            fingerprint=architecture_fingerprint(graph),
+            versions={name: version(name) for name in ("ehap-jax", "jax")},
         )
+
+    def check(self, graph: Graph) -> None:
+        """Raise ValueError unless the plan is for the architecture of ``graph``, naming the first difference."""
+        shapes = {path: tuple(value.shape) for path, value in graph.leaves.items()}
+        for path in sorted({*shapes, *self.shapes}):
+            ours, theirs = shapes.get(path, "no such variable"), self.shapes.get(path, "no such variable")
+            if ours != theirs:
+                raise ValueError(f"the plan is for another network: {path} is {theirs} there and {ours} in this one.")
+        if self.fingerprint != architecture_fingerprint(graph):
+            raise ValueError(
+                f"the plan is for a network of the same variables that ties their channels in another way: its "
+                f"fingerprint is {self.fingerprint or 'missing'}, this network's {architecture_fingerprint(graph)}."
+            )
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the plan as JSON (to a temporary name first). Raises FileExistsError rather than overwrite."""
@@ -85,9 +118,15 @@ class PruningPlan:
         document = {
             "format": FORMAT,
             "version": VERSION,
+            "versions": dict(self.versions),
+            "fingerprint": self.fingerprint,
             "coupling": self.coupling,
             "keep": {p: kept.tolist() for p, kept in self.keep.items()},
             "slices": {p: {str(a): kept.tolist() for a, kept in s.items()} for p, s in self.slices.items()},
+            "implants": {
+                p: {"channels": i.channels.tolist(), "centre": {str(a): n for a, n in i.centre.items()}}
+                for p, i in self.implants.items()
+            },
             "axes": dict(self.axes),
             "shapes": {p: list(shape) for p, shape in self.shapes.items()},
             "provenance": dict(self.provenance),
@@ -120,6 +159,12 @@ class PruningPlan:
                 axes={p: int(a) for p, a in document["axes"].items()},
                 coupling=document["coupling"],
                 provenance=document.get("provenance", {}),
+                implants={
+                    p: Implant(_indices(i["channels"], p), {int(a): int(n) for a, n in i["centre"].items()})
+                    for p, i in document["implants"].items()
+                },
+                fingerprint=str(document["fingerprint"]),
+                versions={str(name): str(number) for name, number in document["versions"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a well-formed pruning plan: {type(error).__name__}: {error}.") from error
@@ -138,10 +183,36 @@ class PruningPlan:
             if not len(kept) or kept[0] < 0 or kept[-1] >= shape[axis] or (np.diff(kept) <= 0).any():
                 raise ValueError(f"{source}: {path} axis {axis}: indices must ascend within 0 to {shape[axis] - 1}.")
 
+        for path, implant in self.implants.items():
+            shape, axis, found = self.shapes.get(path, ()), self.axes.get(path, -1), implant.channels
+            if not 0 <= axis < len(shape) or not len(found) or (np.diff(found) <= 0).any():
+                raise ValueError(f"{source}: implants of {path} must be ascending channels of a kernel.")
+            absent = np.setdiff1d(found, self.layout(path).kept)
+            if len(absent):
+                raise ValueError(f"{source}: {path} has an implant at channel {absent[0]}, which it does not keep.")
+            fits = all(0 <= a < len(shape) and a != axis and 2 * n + 1 == shape[a] for a, n in implant.centre.items())
+            if not fits or not implant.centre:
+                raise ValueError(f"{source}: the implants of {path} are not at the centre of a kernel of {shape}.")
+
     def shrunk_shape(self, path: str) -> tuple[int, ...]:
-        """Shape of a variable once its pruned slices are gone."""
+        """Shape of a variable once its pruned slices are gone (in one piece; see :meth:`shrunk_shapes`)."""
         slices = self.slices.get(path, {})
         return tuple(len(slices[a]) if a in slices else n for a, n in enumerate(self.shapes[path]))
+
+    def shrunk_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every shrunk variable; a kernel with implants is two, ``…/spatial`` and ``…/pointwise``."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in self.shapes:
+            whole = self.shrunk_shape(path)
+            parts = self.layout(path).shapes(whole) if path in self.implants else None
+            shapes.update({path: whole} if parts is None else {f"{path}/{name}": s for name, s in parts.items()})
+        return shapes
+
+    def layout(self, path: str) -> Layout:
+        """Where the implants of a kernel lie among the channels it keeps."""
+        axis = self.axes[path]
+        kept = self.slices.get(path, {}).get(axis)
+        return Layout(axis, np.arange(self.shapes[path][axis]) if kept is None else kept, self.implants[path])
 
 
 def _indices(given, path: str) -> np.ndarray:

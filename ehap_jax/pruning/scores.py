@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -19,11 +19,13 @@ from ehap_jax.graph.trace import Graph, path_name
 @dataclass(frozen=True, eq=False)
 class Scores:
     """values: kernel path -> one score per output channel, higher is more important. norms: ‖w_c‖² per channel, which
-    breaks ties (the channels that are dead have exactly zero trace). criterion: where the scores come from."""
+    breaks ties (the channels that are dead have exactly zero trace). criterion: where the scores come from; provenance:
+    more about that (probes, examples), which plans carry with them."""
 
     values: Mapping[str, np.ndarray]
     norms: Mapping[str, np.ndarray]
     criterion: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for path, values in self.values.items():
@@ -62,7 +64,8 @@ def hessian_scores(graph: Graph, variables, trace) -> Scores:
                 f"{path} has {norm.shape[0]} output channels, but its trace has shape {channel_trace.shape}."
             )
         values[path] = channel_trace / sizes[path] * norm
-    return Scores(values, norms, "hessian")
+    made = {name: int(getattr(trace, name)) for name in ("count", "rejected") if hasattr(trace, name)}
+    return Scores(values, norms, "hessian", made)
 
 
 def magnitude_scores(graph: Graph, variables, *, order: int = 2) -> Scores:
@@ -151,7 +154,7 @@ def fisher_scores(graph: Graph, variables, loss: Callable, batch, *, microbatch:
         for path, value in squares(variables, examples).items():
             total[path] = total.get(path, 0.0) + np.asarray(value, np.float64)
     values = {path: value / (2 * count) for path, value in total.items()}
-    return Scores(values, _kernels(graph, variables)[0], "fisher")
+    return Scores(values, _kernels(graph, variables)[0], "fisher", {"examples": count})
 
 
 def _gate_gradients(graph: Graph, loss: Callable, variables, batch) -> dict[str, jax.Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -13,19 +13,25 @@ from ehap_jax.graph.channels import ChannelStructure, channel_structure, derivat
 from ehap_jax.graph.interpret import RULES, evaluate, evaluate_call
 from ehap_jax.graph.rules.shape import take
 from ehap_jax.graph.trace import Body, Node, path_name, trace_graph
+from ehap_jax.pruning.implant import POINTWISE, Layout, Split, as_split, implant_layouts, map_shrunk, run_split
 from ehap_jax.pruning.plan import PruningPlan, check_fits
 
 
 def shrink_variables(variables, plan: PruningPlan):
     """The kept slices of ``variables``: what the function made by :func:`shrink` takes.
 
+    Where the plan has implants, the kernel becomes ``{"spatial": ..., "pointwise": ...}``: the channels with all their
+    taps, and the 1×1 kernels of the implants, at the centre taps they have in ``variables`` (see ``zero_implants``).
+
     Raises KeyError or ValueError (path and both shapes) where the plan is for another network.
     """
     check_fits(variables, plan.shapes, "plan")
 
     def cut(path, leaf):
-        slices = plan.slices.get(path_name(path), {})
-        return take(leaf, [slices.get(axis) for axis in range(np.ndim(leaf))])
+        name = path_name(path)
+        slices = plan.slices.get(name, {})
+        kept = take(leaf, [slices.get(axis) for axis in range(np.ndim(leaf))])
+        return plan.layout(name).split(kept) if name in plan.implants else kept
 
     return jax.tree_util.tree_map_with_path(cut, variables)
 
@@ -34,7 +40,8 @@ def shrink(apply: Callable, plan: PruningPlan, *, on_unknown: Literal["error", "
     """``apply`` with the pruned channels gone: same signature, for ``shrink_variables(variables, plan)``.
 
     The jaxpr of ``apply`` at full size is evaluated with the kept indices known; parameters that carry sizes are
-    recomputed, custom derivative rules and checkpoints stay. Under jit this costs tracing time only. The invariant is
+    recomputed, custom derivative rules and checkpoints stay; a convolution with implants becomes two, one of them 1×1.
+    Under jit this costs tracing time only. The invariant is
     ``apply(mask_variables(v, plan), x) == shrink(apply, plan)(shrink_variables(v, plan), x)``.
 
     Works for any ``apply(variables, *args)`` whose variables the plan describes, so also for the training-mode function
@@ -51,18 +58,24 @@ def shrink(apply: Callable, plan: PruningPlan, *, on_unknown: Literal["error", "
     >>> shrink(apply, plan)(shrink_variables(w, plan), x)
     Array([[6., 6.]], dtype=float32)
     """
-    shrunk_shapes = {path: plan.shrunk_shape(path) for path in plan.shapes}
+    shrunk_shapes = plan.shrunk_shapes()
+
+    def full_size(path: str, leaf) -> jax.ShapeDtypeStruct:
+        dtype = leaf[POINTWISE].dtype if path in plan.implants else leaf.dtype
+        return jax.ShapeDtypeStruct(plan.shapes[path], dtype)
 
     def shrunk(variables, *args):
         check_fits(variables, shrunk_shapes, "plan's shrunk network")
-        full = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jax.ShapeDtypeStruct(plan.shapes[path_name(path)], leaf.dtype), variables
-        )
+        full = map_shrunk(full_size, variables, plan.implants)
         graph = trace_graph(apply, on_unknown=on_unknown)(full, *args)
         structure = channel_structure(graph, plan.coupling)
         alive = structure.alive(plan.keep)
         _check_slices(plan, structure.kept_slices(alive))
-        outputs = _run(graph.body, jax.tree.leaves((variables, *args)), structure, alive)
+        whole = map_shrunk(
+            lambda path, leaf: as_split(leaf) if path in plan.implants else leaf, variables, plan.implants
+        )
+        leaves = jax.tree.leaves((whole, *args), is_leaf=lambda node: isinstance(node, Split))
+        outputs = _run(graph.body, leaves, structure, alive, implant_layouts(graph, plan))
         return jax.tree.unflatten(graph.output_tree, outputs)
 
     return shrunk
@@ -79,10 +92,17 @@ def _check_slices(plan: PruningPlan, slices) -> None:
             )
 
 
-def _run(body: Body, args: Sequence, structure: ChannelStructure, alive: np.ndarray) -> list:
+def _run(
+    body: Body, args: Sequence, structure: ChannelStructure, alive: np.ndarray, layouts: Mapping[Node, Layout]
+) -> list:
     def handle(node: Node, inputs: list) -> list | None:
         if node.body is not None:
-            return evaluate_call(node, inputs, lambda inner, a: _run(inner, a, structure, alive), run_derivative)
+            return evaluate_call(
+                node, inputs, lambda inner, a: _run(inner, a, structure, alive, layouts), run_derivative
+            )
+        split = run_split(node, inputs, layouts)
+        if split is not None:
+            return split
         rule = RULES.get(node.name)
         if rule is None or rule.resize is None:
             outputs = _compat.bind(node.primitive, inputs, node.params)
@@ -95,7 +115,7 @@ def _run(body: Body, args: Sequence, structure: ChannelStructure, alive: np.ndar
 
     def run_derivative(node: Node, derivative_args: Sequence) -> list:
         inner, inner_alive = derivative_structure(structure, node, alive)
-        return _run(node.derivative, derivative_args, inner, inner_alive)
+        return _run(node.derivative, derivative_args, inner, inner_alive, layouts)
 
     constants = {value: take(array, structure.kept(value, alive)) for value, array in body.constants.items()}
     return evaluate(body, args, handle, constants)

@@ -1,13 +1,17 @@
 """Plans: what is checked, JSON round trips, broken files."""
 
 import json
+from importlib.metadata import version
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ehap_jax.graph import trace_graph
+from ehap_jax.graph import architecture_fingerprint, trace_graph
+from ehap_jax.models import ResNet, eval_apply, train_apply
 from ehap_jax.pruning import PruningPlan
-from tests.pruning.networks import SHAPES, apply, images, structs
+from tests.pruning.networks import SHAPES, apply, conv, images, structs
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +25,10 @@ KEEP = {"stem": STREAM, "a1": [1, 4], "a2": STREAM}
 
 def same(a, b):
     assert a.coupling == b.coupling and a.shapes == b.shapes and a.axes == b.axes
-    assert a.provenance == b.provenance
+    assert a.provenance == b.provenance and a.fingerprint == b.fingerprint and a.versions == b.versions
+    assert {p: (i.channels.tolist(), i.centre) for p, i in a.implants.items()} == {
+        p: (i.channels.tolist(), i.centre) for p, i in b.implants.items()
+    }
     assert a.keep.keys() == b.keep.keys() and a.slices.keys() == b.slices.keys()
     for path, kept in a.keep.items():
         np.testing.assert_array_equal(kept, b.keep[path])
@@ -52,10 +59,17 @@ def test_kernels_that_keep_everything_are_left_out(graph):
 
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_json_round_trip(graph, tmp_path, coupling):
-    plan = PruningPlan.from_keep(graph, KEEP, coupling=coupling, provenance={"criterion": "test", "cost": {"macs": 7}})
+    provenance = {"criterion": "test", "cost": {"macs": 7}}
+    plan = PruningPlan.from_keep(
+        graph, KEEP, coupling=coupling, implants={"a1": [4], "stem": STREAM}, provenance=provenance
+    )
     path = plan.save(tmp_path / "made" / "plan.json")
     same(PruningPlan.load(path), plan)
-    assert json.loads(path.read_text())["keep"]["a1"] == [1, 4]
+    document = json.loads(path.read_text())
+    assert document["keep"]["a1"] == [1, 4]
+    assert document["implants"]["a1"] == {"channels": [4], "centre": {"0": 1, "1": 1}}
+    assert document["versions"] == {"ehap-jax": version("ehap-jax"), "jax": jax.__version__}
+    assert document["fingerprint"] == architecture_fingerprint(graph)
     assert [p.name for p in path.parent.iterdir()] == ["plan.json"], "a temporary file was left behind"
 
 
@@ -93,6 +107,37 @@ def test_union_coupling_prunes_writers_apart(graph):
     assert "head" not in plan.slices and "bias" not in plan.slices
 
 
+def test_a_plan_applies_to_any_checkpoint_of_its_architecture_and_no_other(graph):
+    """Batch size, dtype and weights do not matter; another wiring of the same variables does."""
+    plan = PruningPlan.from_keep(graph, KEEP)
+    half = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in SHAPES.items()}
+    plan.check(trace_graph(apply)(half, jax.ShapeDtypeStruct((7, 8, 8, 3), jnp.bfloat16)))
+
+    def rewired(v, x):
+        h = jax.nn.relu(conv(x, v["stem"]))
+        h = jax.nn.relu(conv(jax.nn.relu(conv(h, v["a1"])), v["a2"]) + v["bias"][None, None, None])
+        return h.mean((1, 2)) @ v["head"]
+
+    with pytest.raises(ValueError, match=f"ties their channels in another way.*{plan.fingerprint}"):
+        plan.check(trace_graph(rewired)(structs(), images()))
+    wider = {**structs(), "a1": jax.ShapeDtypeStruct((3, 3, 6, 7), jnp.float32)}
+    wider["a2"] = jax.ShapeDtypeStruct((3, 3, 7, 6), jnp.float32)
+    with pytest.raises(ValueError, match=r"another network: a1 is \(3, 3, 6, 5\) there and \(3, 3, 6, 7\) in this"):
+        plan.check(trace_graph(apply)(wider, images()))
+    with pytest.raises(ValueError, match=r"a2 is \(3, 3, 5, 6\) there and no such variable"):
+        plan.check(trace_graph(lambda w, x: x @ w["a1"][0, 0])({"a1": structs()["a1"]}, jnp.ones((1, 6))))
+
+
+def test_fingerprints_of_evaluation_and_training_mode_agree():
+    model = ResNet(depth=8, num_classes=3, shortcut="A", widths=(4, 6, 8))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    found = {architecture_fingerprint(trace_graph(mode(model))(shapes, x)) for mode in (eval_apply, train_apply)}
+    other = model.clone(shortcut="B")
+    shapes = jax.eval_shape(other.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    assert len(found) == 1 and architecture_fingerprint(trace_graph(eval_apply(other))(shapes, x)) not in found
+
+
 def broken(document, tmp_path):
     path = tmp_path / "broken.json"
     path.write_text(document if isinstance(document, str) else json.dumps(document))
@@ -115,11 +160,21 @@ def broken(document, tmp_path):
         (lambda d: d["slices"]["bias"].update({"0": []}), "bias"),
         (lambda d: d["slices"]["bias"].update({"1": [0]}), "bias axis 1 does not fit"),
         (lambda d: d["slices"].update(ghost={"0": [0]}), "ghost"),
+        (lambda d: d.pop("implants"), "implants"),
+        (lambda d: d.pop("fingerprint"), "fingerprint"),
+        (lambda d: d["implants"].update(a1=[4]), "not a well-formed"),
+        (lambda d: d["implants"]["a1"].update(channels=[0]), "a1 has an implant at channel 0, which it does not keep"),
+        (lambda d: d["implants"]["a1"].update(channels=[4, 1]), "ascending"),
+        (lambda d: d["implants"]["a1"].update(centre={"0": 0, "1": 1}), "not at the centre of a kernel"),
+        (lambda d: d["implants"]["a1"].update(centre={"3": 2}), "not at the centre"),
+        (lambda d: d["implants"]["a1"].update(centre={}), "not at the centre"),
+        (lambda d: d["implants"].update(bias={"channels": [0], "centre": {"0": 1}}), "channels of a kernel"),
         (lambda d: d.update(slices=[]), "not a well-formed"),
     ],
 )
 def test_broken_plans_are_refused(graph, tmp_path, change, message):
-    document = json.loads(PruningPlan.from_keep(graph, KEEP).save(tmp_path / "plan.json").read_text())
+    plan = PruningPlan.from_keep(graph, KEEP, implants={"a1": [4]})
+    document = json.loads(plan.save(tmp_path / "plan.json").read_text())
     change(document)
     with pytest.raises(ValueError, match=message):
         PruningPlan.load(broken(document, tmp_path))
