@@ -13,7 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ehap_jax.curvature.control_variate import METHODS, split_curvature
-from ehap_jax.curvature.devices import DATA, SAME, check_mesh, divide, fetch, place, same_everywhere, size_of
+from ehap_jax.curvature.devices import (
+    DATA,
+    SAME,
+    check_mesh,
+    divide,
+    fetch,
+    place,
+    same_everywhere,
+    size_of,
+    wait_for_all,
+)
 from ehap_jax.curvature.estimate import NO_PRODUCT, PRODUCTS, TraceEstimate, TraceState, estimate_of, no_probes
 from ehap_jax.curvature.gauss_newton import softmax_cross_entropy
 from ehap_jax.curvature.hvp import require_same_shapes
@@ -205,6 +215,8 @@ def channel_trace(
         if progress is not None:
             progress(done, num_probes)
     save(now)
+    if save_to is not None:
+        wait_for_all(f"{save_to} is written")
     return estimate(now)
 
 

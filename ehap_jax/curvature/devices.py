@@ -30,6 +30,7 @@ __all__ = [
     "same_everywhere",
     "size_of",
     "sum_over_data",
+    "wait_for_all",
 ]
 
 PyTree = Any
@@ -158,6 +159,14 @@ def same_everywhere(value: bool, what: str) -> bool:
         if found.min() != found.max():
             raise ValueError(f"the processes differ in {what}: it must lie on a file system that all of them share")
     return value
+
+
+def wait_for_all(what: str) -> None:
+    """Return once every process has come here; ``what`` names the place."""
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(what)
 
 
 def sum_over_data(mesh: Mesh | None, tree: PyTree) -> PyTree:
