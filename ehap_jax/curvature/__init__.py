@@ -3,13 +3,12 @@
 from ehap_jax.curvature.agreement import Agreement, agreement_of_scores, expected_agreement
 from ehap_jax.curvature.channel_trace import channel_trace, probe_channel_products
 from ehap_jax.curvature.estimate import TraceEstimate, TraceState
-from ehap_jax.curvature.gauss_newton import (
-    gauss_newton_trace,
-    second_derivative,
-    softmax_cross_entropy,
-    squared_error,
-)
-from ehap_jax.curvature.hvp import hvp
+from ehap_jax.curvature.fisher_vp import fisher_vp
+from ehap_jax.curvature.gauss_newton import gauss_newton_trace
+from ehap_jax.curvature.gnvp import gnvp
+from ehap_jax.curvature.heads import second_derivative, softmax_cross_entropy, squared_error
+from ehap_jax.curvature.hvp import hvp, linearized_hvp
+from ehap_jax.curvature.linear_operator import as_linear_operator
 from ehap_jax.curvature.memory import ProductMemory, product_memory
 from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
 from ehap_jax.curvature.precision import Policy
@@ -29,13 +28,17 @@ __all__ = [
     "TraceState",
     "VarianceParts",
     "agreement_of_scores",
+    "as_linear_operator",
     "channel_trace",
     "expected_agreement",
     "expected_misplaced",
     "fingerprint",
+    "fisher_vp",
     "gauss_newton_trace",
+    "gnvp",
     "hvp",
     "is_kernel",
+    "linearized_hvp",
     "load_trace",
     "piecewise_linear_kernels",
     "probe_channel_products",

@@ -25,7 +25,7 @@ from ehap_jax.curvature.devices import (
     wait_for_all,
 )
 from ehap_jax.curvature.estimate import NO_PRODUCT, PRODUCTS, TraceEstimate, TraceState, estimate_of, no_probes
-from ehap_jax.curvature.gauss_newton import softmax_cross_entropy
+from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.hvp import require_same_shapes
 from ehap_jax.curvature.memory import choose_product
 from ehap_jax.curvature.precision import Policy

@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax.curvature.estimate import NO_PRODUCT, Moments, TraceEstimate, TraceState, estimate_of
+from ehap_jax.curvature.heads import Head, inputs_and_targets, root_of, softmax_cross_entropy
 from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
 from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
 from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import Batches, Layout, batch_size, layout_of
+from ehap_jax.curvature.problem import Layout, batch_size, layout_of
 from ehap_jax.curvature.taps import Taps, find_taps
 from ehap_jax.graph import trace_graph
 
-__all__ = ["gauss_newton_trace", "second_derivative", "softmax_cross_entropy", "squared_error"]
+__all__ = ["gauss_newton_trace"]
 
 PyTree = Any
-Head = Callable[..., Any]
 
 COLUMNS_PER_PASS = 16
 """Cotangents that go backward together."""
@@ -36,63 +36,6 @@ DEFAULT_BUDGET = 2**30
 
 FIRST_FLOAT16_SCALE = 2.0**10
 """Cotangents are scaled to about this in float16, less where that overflows."""
-
-
-def softmax_cross_entropy(logits: jax.Array, *targets: Any) -> jax.Array:
-    """A square root of the Hessian of softmax cross-entropy for one example: (C,) to (C, C - 1).
-
-    ``diag(p) - p p^T = S S^T`` has rank C - 1, and its Cholesky factor is known in closed form (Tanabe and Sagae 1992,
-    J. R. Statist. Soc. B 54(1), 211-219): with ``q_j`` the sum of the probabilities after the j-th,
-    ``S_jj = sqrt(p_j q_j / q_(j-1))`` and ``S_ij = -p_i sqrt(p_j / (q_j q_(j-1)))`` for i > j. The likeliest class
-    is put last, so that no ``q`` is small unless what it divides is, too. The Hessian does not depend on the label.
-
-    >>> p = jnp.array([0.2, 0.3, 0.5])
-    >>> S = softmax_cross_entropy(jnp.log(p))
-    >>> S.shape, bool(jnp.allclose(S @ S.T, jnp.diag(p) - jnp.outer(p, p)))
-    ((3, 2), True)
-    """
-    if logits.ndim != 1:
-        raise ValueError(
-            f"softmax_cross_entropy takes the logits of one example, of shape (classes,); got {logits.shape}. "
-            "For other shapes write a head: logits of one example to (*logits.shape, R) with S S^T the Hessian"
-        )
-    order = jnp.argsort(logits)
-    p = jax.nn.softmax(logits[order])
-    after = jnp.cumsum(p[::-1])[::-1]  # q_(j-1), with p_j in it
-    before, q, p_j = after[:-1], after[1:], p[:-1]
-    lower = -p[:, None] * jnp.sqrt(p_j / (q * before))[None, :]
-    diagonal = jnp.sqrt(p_j * q / before)
-    row, column = jnp.arange(p.size)[:, None], jnp.arange(p.size - 1)[None, :]
-    root = jnp.where(row > column, lower, jnp.where(row == column, diagonal[jnp.minimum(row, p.size - 2)], 0))
-    return root[jnp.argsort(order)]
-
-
-def squared_error(logits: jax.Array, *targets: Any) -> jax.Array:
-    """A square root of the Hessian of ``sum((logits - target) ** 2)`` of one example, which is 2 I."""
-    size = logits.size
-    return (math.sqrt(2) * jnp.eye(size, dtype=logits.dtype)).reshape(*logits.shape, size)
-
-
-@dataclass(frozen=True)
-class second_derivative:
-    """The head of any loss of one example: ``loss(logits, *targets) -> scalar``, by its second derivative.
-
-    Its eigenvalues may be negative: their columns then count negatively, and only ``classes="all"`` is possible.
-
-    >>> S, signs = second_derivative(lambda z: z[0] ** 2 - z[1] ** 2)(jnp.zeros(2))
-    >>> sorted(signs.tolist())
-    [-1.0, 1.0]
-    """
-
-    loss: Callable[..., jax.Array]
-
-    def __call__(self, logits: jax.Array, *targets: Any) -> tuple[jax.Array, jax.Array]:
-        def of_vector(z):
-            return self.loss(z.reshape(logits.shape), *targets)
-
-        values, vectors = jnp.linalg.eigh(jax.hessian(of_vector)(logits.ravel()))
-        root = vectors * jnp.sqrt(jnp.abs(values))[None, :]
-        return root.reshape(*logits.shape, logits.size), jnp.sign(values)
 
 
 def gauss_newton_trace(
@@ -216,19 +159,6 @@ def _draws(classes, draw: str, key, head) -> int:
     return classes
 
 
-def inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
-    if isinstance(batch, Batches):
-        batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch)
-    if isinstance(batch, tuple | list):
-        return batch[0], tuple(batch[1:])
-    if isinstance(batch, Mapping):
-        names = [name for name in ("image", "x") if name in batch]
-        if len(names) != 1:
-            raise ValueError(f'a batch that is a dict needs "image" or "x"; it has {sorted(batch)}')
-        return batch[names[0]], (batch["label"],) if "label" in batch else ()
-    return batch, ()
-
-
 def _described(tree: PyTree) -> tuple[Any, tuple]:
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
@@ -289,27 +219,10 @@ def _require_proven(unproven: dict[str, str], layout: Layout) -> None:
         )
 
 
-def _root(head: Head, logits: jax.Array, targets: tuple, random: bool = False) -> tuple[jax.Array, jax.Array]:
-    """The head's columns first: (R, *logits.shape), and their signs (R,)."""
-    found = head(logits, *targets)
-    root, signs = found if isinstance(found, tuple) else (found, None)
-    if random and signs is not None:
-        raise ValueError(
-            'the head returns signs, so its Hessian may be indefinite and has no random combinations: use classes="all"'
-        )
-    if root.shape[:-1] != logits.shape:
-        raise ValueError(
-            "the head must return (*logits.shape, R) for one example; "
-            f"for logits {logits.shape} it returned {root.shape}"
-        )
-    root = jnp.moveaxis(root, -1, 0).astype(logits.dtype)
-    return root, jnp.ones(root.shape[0], root.dtype) if signs is None else signs.astype(root.dtype)
-
-
 def _count_columns(taps: Taps, head: Head, x, targets, policy: Policy) -> int:
     logits = jax.ShapeDtypeStruct(taps.body.outputs[0].shape[1:], policy.sums)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), targets)
-    return jax.eval_shape(lambda z, t: _root(head, z, t)[0], logits, one).shape[0]
+    return jax.eval_shape(lambda z, t: root_of(head, z, t)[0], logits, one).shape[0]
 
 
 def _cotangents(plan: _Plan, logits, targets, example, key, start):
@@ -317,7 +230,7 @@ def _cotangents(plan: _Plan, logits, targets, example, key, start):
     logits = logits.astype(plan.layout.policy.sums)
     which = start + jnp.arange(plan.columns, dtype=jnp.int32)
     if not plan.draws:
-        root, signs = _root(plan.head, logits, targets)
+        root, signs = root_of(plan.head, logits, targets)
         missing = (0, -root.shape[0] % plan.columns)
         root = jnp.pad(root, (missing, *((0, 0),) * logits.ndim))
         take = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=plan.columns)
@@ -327,7 +240,7 @@ def _cotangents(plan: _Plan, logits, targets, example, key, start):
     if plan.draw == "labels":
         labels = jax.vmap(lambda k: jax.random.categorical(k, logits))(keys)
         return jax.nn.softmax(logits)[None] - jax.nn.one_hot(labels, logits.size, dtype=logits.dtype), inside
-    root, signs = _root(plan.head, logits, targets, random=True)
+    root, signs = root_of(plan.head, logits, targets, random=True)
     flips = jax.vmap(lambda k: jax.random.bits(k, signs.shape, jnp.uint8) & jnp.uint8(1))(keys)
     return jnp.tensordot(1 - 2 * flips.astype(root.dtype), root, 1), inside
 

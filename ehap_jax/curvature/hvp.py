@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["hvp"]
+__all__ = ["hvp", "linearized_hvp", "require_same_shapes"]
 
 PyTree = Any
 
@@ -38,6 +38,33 @@ def hvp(loss: Callable[..., jax.Array]) -> Callable[..., PyTree]:
         return jax.jvp(lambda p: jax.grad(loss)(p, *args), (params,), (v,))[1]
 
     return product
+
+
+def linearized_hvp(loss: Callable[..., jax.Array], params: PyTree, *args: Any) -> Callable[[PyTree], PyTree]:
+    """``v -> H v`` at one point: the gradient is linearised once, and each product runs its linear part alone.
+
+    About a quarter less work per product than `hvp`, for the memory of the gradient's residuals (`jax.linearize` of
+    `jax.grad`). What is returned is a pytree (`jax.tree_util.Partial`): it may be an argument or a result of
+    compiled functions. It is linear in ``v``, so it is its own derivative; the point is fixed.
+
+    Args:
+      loss: ``loss(params, *args)`` returning a scalar.
+
+    Raises:
+      ValueError: (from the returned function) ``v`` and ``params`` differ in structure, or in a leaf's shape.
+
+    >>> import jax.numpy as jnp
+    >>> product = linearized_hvp(lambda w: (w**3).sum(), jnp.array([1.0, 2.0]))
+    >>> product(jnp.array([1.0, 1.0])).tolist()
+    [6.0, 12.0]
+    """
+    _, pushforward = jax.linearize(lambda p: jax.grad(loss)(p, *args), params)
+    return jax.tree_util.Partial(_push, params, pushforward)
+
+
+def _push(params: PyTree, pushforward: Callable[[PyTree], PyTree], v: PyTree) -> PyTree:
+    require_same_shapes(params, v)
+    return pushforward(v)
 
 
 def require_same_shapes(params: PyTree, v: PyTree) -> None:

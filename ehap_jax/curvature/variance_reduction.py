@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ehap_jax.curvature.channel_trace import channel_trace
-from ehap_jax.curvature.gauss_newton import softmax_cross_entropy
+from ehap_jax.curvature.heads import softmax_cross_entropy
 
 __all__ = ["variance_reduction"]
 

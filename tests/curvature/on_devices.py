@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ehap_jax.curvature import Policy, channel_trace, is_kernel, product_memory
 from ehap_jax.curvature.devices import DATA, SAME, divide, place, size_of
@@ -41,7 +42,7 @@ def trace(**options):
 
 
 def mesh(data, probe):
-    return jax.make_mesh((data, probe), ("data", "probe"))
+    return Mesh(np.array(jax.devices()).reshape(data, probe), ("data", "probe"))
 
 
 def vector(tree):

@@ -17,13 +17,13 @@ from tests.curvature import on_devices
 ROOT = Path(__file__).parents[2]
 
 
-def command(*arguments, devices):
+def command(*arguments, devices, module="on_devices"):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.curvature.on_devices", *map(str, arguments)],
+        [sys.executable, "-m", f"tests.curvature.{module}", *map(str, arguments)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

@@ -1,0 +1,106 @@
+"""Heads: what lies between logits and loss, as a square root of the Hessian of one example's loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ehap_jax.curvature.problem import Batches
+
+__all__ = ["Head", "inputs_and_targets", "root_of", "second_derivative", "softmax_cross_entropy", "squared_error"]
+
+PyTree = Any
+Head = Callable[..., Any]
+
+
+def softmax_cross_entropy(logits: jax.Array, *targets: Any) -> jax.Array:
+    """A square root of the Hessian of softmax cross-entropy for one example: (C,) to (C, C - 1).
+
+    ``diag(p) - p p^T = S S^T`` has rank C - 1, and its Cholesky factor is known in closed form (Tanabe and Sagae 1992,
+    J. R. Statist. Soc. B 54(1), 211-219): with ``q_j`` the sum of the probabilities after the j-th,
+    ``S_jj = sqrt(p_j q_j / q_(j-1))`` and ``S_ij = -p_i sqrt(p_j / (q_j q_(j-1)))`` for i > j. The likeliest class
+    is put last, so that no ``q`` is small unless what it divides is, too. The Hessian does not depend on the label.
+
+    >>> p = jnp.array([0.2, 0.3, 0.5])
+    >>> S = softmax_cross_entropy(jnp.log(p))
+    >>> S.shape, bool(jnp.allclose(S @ S.T, jnp.diag(p) - jnp.outer(p, p)))
+    ((3, 2), True)
+    """
+    if logits.ndim != 1:
+        raise ValueError(
+            f"softmax_cross_entropy takes the logits of one example, of shape (classes,); got {logits.shape}. "
+            "For other shapes write a head: logits of one example to (*logits.shape, R) with S S^T the Hessian"
+        )
+    order = jnp.argsort(logits)
+    p = jax.nn.softmax(logits[order])
+    after = jnp.cumsum(p[::-1])[::-1]  # q_(j-1), with p_j in it
+    before, q, p_j = after[:-1], after[1:], p[:-1]
+    lower = -p[:, None] * jnp.sqrt(p_j / (q * before))[None, :]
+    diagonal = jnp.sqrt(p_j * q / before)
+    row, column = jnp.arange(p.size)[:, None], jnp.arange(p.size - 1)[None, :]
+    root = jnp.where(row > column, lower, jnp.where(row == column, diagonal[jnp.minimum(row, p.size - 2)], 0))
+    return root[jnp.argsort(order)]
+
+
+def squared_error(logits: jax.Array, *targets: Any) -> jax.Array:
+    """A square root of the Hessian of ``sum((logits - target) ** 2)`` of one example, which is 2 I."""
+    size = logits.size
+    return (math.sqrt(2) * jnp.eye(size, dtype=logits.dtype)).reshape(*logits.shape, size)
+
+
+@dataclass(frozen=True)
+class second_derivative:
+    """The head of any loss of one example: ``loss(logits, *targets) -> scalar``, by its second derivative.
+
+    Its eigenvalues may be negative: their columns then count negatively, and only ``classes="all"`` is possible.
+
+    >>> S, signs = second_derivative(lambda z: z[0] ** 2 - z[1] ** 2)(jnp.zeros(2))
+    >>> sorted(signs.tolist())
+    [-1.0, 1.0]
+    """
+
+    loss: Callable[..., jax.Array]
+
+    def __call__(self, logits: jax.Array, *targets: Any) -> tuple[jax.Array, jax.Array]:
+        def of_vector(z):
+            return self.loss(z.reshape(logits.shape), *targets)
+
+        values, vectors = jnp.linalg.eigh(jax.hessian(of_vector)(logits.ravel()))
+        root = vectors * jnp.sqrt(jnp.abs(values))[None, :]
+        return root.reshape(*logits.shape, logits.size), jnp.sign(values)
+
+
+def inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
+    """What the model reads of a batch, and what is handed to the head."""
+    if isinstance(batch, Batches):
+        batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch)
+    if isinstance(batch, tuple | list):
+        return batch[0], tuple(batch[1:])
+    if isinstance(batch, Mapping):
+        names = [name for name in ("image", "x") if name in batch]
+        if len(names) != 1:
+            raise ValueError(f'a batch that is a dict needs "image" or "x"; it has {sorted(batch)}')
+        return batch[names[0]], (batch["label"],) if "label" in batch else ()
+    return batch, ()
+
+
+def root_of(head: Head, logits: jax.Array, targets: tuple, random: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The head's columns first: (R, *logits.shape), and their signs (R,)."""
+    found = head(logits, *targets)
+    root, signs = found if isinstance(found, tuple) else (found, None)
+    if random and signs is not None:
+        raise ValueError(
+            'the head returns signs, so its Hessian may be indefinite and has no random combinations: use classes="all"'
+        )
+    if root.shape[:-1] != logits.shape:
+        raise ValueError(
+            "the head must return (*logits.shape, R) for one example; "
+            f"for logits {logits.shape} it returned {root.shape}"
+        )
+    root = jnp.moveaxis(root, -1, 0).astype(logits.dtype)
+    return root, jnp.ones(root.shape[0], root.dtype) if signs is None else signs.astype(root.dtype)
