@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ehap_jax._compat import enable_x64
-from ehap_jax.curvature import Batches, Policy
-from ehap_jax.curvature.gauss_newton import (
+from ehap_jax.curvature import (
+    Batches,
+    Policy,
     gauss_newton_trace,
     second_derivative,
     softmax_cross_entropy,
