@@ -3,6 +3,8 @@
 from ehap_jax.pruning.allocate import allocate
 from ehap_jax.pruning.expand import expand_variables
 from ehap_jax.pruning.implant import Implant, zero_implants
+from ehap_jax.pruning.latency import LatencyTable, WidthGrid
+from ehap_jax.pruning.latency_measurement import measure_latency
 from ehap_jax.pruning.mask import mask_variables
 from ehap_jax.pruning.plan import PruningPlan
 from ehap_jax.pruning.schedule import Pruned, cubic, kept_fractions, linear, prune_iteratively
@@ -19,9 +21,11 @@ from ehap_jax.pruning.shrink import shrink, shrink_variables
 
 __all__ = [
     "Implant",
+    "LatencyTable",
     "Pruned",
     "PruningPlan",
     "Scores",
+    "WidthGrid",
     "allocate",
     "cubic",
     "expand_variables",
@@ -31,6 +35,7 @@ __all__ = [
     "linear",
     "magnitude_scores",
     "mask_variables",
+    "measure_latency",
     "norm_scale_scores",
     "prune_iteratively",
     "random_scores",

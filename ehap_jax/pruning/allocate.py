@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ehap_jax.graph.channels import ChannelGroup, ChannelStructure, channel_structure
-from ehap_jax.graph.cost import Cost, cost_of_alive
+from ehap_jax.graph.cost import Cost, cost_of_alive, kept_shape
 from ehap_jax.graph.kernel_uses import KernelUse, centre_taps
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.graph.trace import Graph
+from ehap_jax.pruning.latency import LatencyTable
 from ehap_jax.pruning.plan import PruningPlan
 from ehap_jax.pruning.scores import Scores
 
@@ -29,6 +30,8 @@ def allocate(
     macs: float | None = None,
     channels: float | None = None,
     bytes: float | None = None,
+    latency: float | None = None,
+    latency_table: LatencyTable | None = None,
     coupling: Coupling = "group",
     max_layer_ratio: float = 0.95,
     round_to: int = 1,
@@ -42,8 +45,9 @@ def allocate(
 ) -> PruningPlan:
     """Remove groups in ascending order of score until at most a fraction of the network is kept.
 
-    Exactly one of ``params``, ``macs``, ``bytes`` and ``channels`` (of the prunable kernels) is the fraction in (0, 1]
-    that is kept; the result is within one group of it. A group's score is the ``aggregate`` of its producers' channels;
+    Exactly one of ``params``, ``macs``, ``bytes``, ``channels`` (of the prunable kernels) and ``latency`` (the sum over
+    the layers by ``latency_table``, see ``measure_latency``) is the fraction in (0, 1] that is kept; the result is
+    within one group of it. A group's score is the ``aggregate`` of its producers' channels;
     groups of exact zeros (dead channels) go first, ties by ‖w‖², then by position. No kernel loses more than
     ``max_layer_ratio`` of its output channels or keeps fewer than ``min_channels`` (its best ones stay), and with
     ``round_to`` the kept number of every pruned kernel is a multiple of it where its size allows. Groups with a kernel
@@ -64,7 +68,7 @@ def allocate(
     Raises ValueError for a fraction out of (0, 1] or below what the limits allow (the range is given), a pattern of
     ``exclude`` that matches no kernel, or a ``start`` of another network or coupling.
     """
-    budget, fraction = _budget(params=params, macs=macs, channels=channels, bytes=bytes)
+    budget, fraction = _budget(params=params, macs=macs, channels=channels, bytes=bytes, latency=latency)
     if not 0 <= max_layer_ratio < 1:
         raise ValueError(f"max_layer_ratio must be in [0, 1), got {max_layer_ratio!r}.")
     if round_to < 1:
@@ -78,6 +82,10 @@ def allocate(
     for name, value in (("implants", implants), ("max_implant_ratio", max_implant_ratio)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
+    if (latency is None) != (latency_table is None):
+        raise ValueError("latency and latency_table go together: make a table with measure_latency(graph).")
+    if latency is not None and implants:
+        raise ValueError("latency tables have no 1×1 implants; give another budget with them.")
     structure = channel_structure(graph, coupling)
     sizes = {path: graph.leaves[path].shape[axis] for path, axis in structure.kernel_axes.items()}
     for path, size in sizes.items():
@@ -91,13 +99,13 @@ def allocate(
     removable = _within_layer_limit(order, sizes, max_layer_ratio, min_channels)
     holders = _implant_holders(graph, removable) if implants else {}
     limits = {path: floor(max_implant_ratio * size + 1e-9) for path, size in sizes.items()}
-    total = _measure(structure, Decision([], {}), groups, budget)
+    total = _measure(structure, Decision([], {}), groups, budget, latency_table)
 
     def decide(count: int) -> Decision:
         return _decide(removable[:count], sizes, round_to, round(implants * count), holders, limits)
 
     def kept_fraction(count: int) -> float:
-        return _measure(structure, decide(count), groups, budget) / total
+        return _measure(structure, decide(count), groups, budget, latency_table) / total
 
     lowest = kept_fraction(len(removable))
     if lowest > fraction:
@@ -126,6 +134,7 @@ def allocate(
         "aggregate": aggregate,
         "implants": implants,
         "max_implant_ratio": max_implant_ratio,
+        "latency_device": None if latency_table is None else latency_table.device,
         "scores": dict(scores.provenance),
         "negative_scores": scores.negative,
         "cost": cost._asdict(),
@@ -316,7 +325,11 @@ def _cost(structure: ChannelStructure, decision: Decision) -> Cost:
     return cost_of_alive(structure, structure.alive(_keep(structure, decision.removed)), implants)
 
 
-def _measure(structure: ChannelStructure, decision: Decision, groups, budget: str) -> int:
+def _measure(structure: ChannelStructure, decision: Decision, groups, budget: str, table: LatencyTable | None) -> float:
+    if table is not None:
+        return table.seconds(
+            structure.graph, kept_shape(structure, structure.alive(_keep(structure, decision.removed)))
+        )
     if budget == "channels":
         size = sum(len(indices) for group in groups for indices in group.producers.values())
         return size - sum(len(indices) for group in decision.removed for indices in group.producers.values())

@@ -67,7 +67,7 @@ def prune_iteratively(
     *,
     score: Callable[[Any], Scores],
     train: Callable[[PruningPlan, Any, int], Any],
-    budget: Literal["params", "macs", "bytes", "channels"] = "macs",
+    budget: Literal["params", "macs", "bytes", "channels", "latency"] = "macs",
     **options: Any,
 ) -> Pruned:
     """Score, cut and train, once per fraction; what has gone stays gone.

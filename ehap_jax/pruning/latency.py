@@ -1,0 +1,130 @@
+"""Latency by layer and width: a table of measurements, and the time of a pruned network by it.
+
+The table is data; ``measure_latency`` makes one on the present device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ehap_jax.graph.channels import channel_structure
+from ehap_jax.graph.cost import Shape, node_macs
+from ehap_jax.graph.interpret import RULES
+from ehap_jax.graph.trace import Graph, Node, Value
+
+
+class WidthGrid(NamedTuple):
+    """seconds[i][j]: the time of a layer of ``inputs[i]`` input and ``outputs[j]`` output channels, both ascending."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+
+    def at(self, inputs: int, outputs: int) -> float:
+        """Linear between the widths of the grid, constant beyond; a wider layer never takes less.
+
+        >>> WidthGrid((8, 16), (8, 16), ((1.0, 2.0), (3.0, 4.0))).at(12, 8)
+        2.0
+        """
+        rising = np.maximum.accumulate(np.maximum.accumulate(np.array(self.seconds), 0), 1)
+        return float(np.interp(inputs, self.inputs, [np.interp(outputs, self.outputs, row) for row in rising]))
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """device: what was measured on, with the versions that matter. layers: signature of a layer -> its grid."""
+
+    device: str
+    layers: Mapping[str, WidthGrid]
+
+    def seconds(self, graph: Graph, shape: Shape) -> float:
+        """The sum over the layers of ``graph`` with values of the shapes given, in seconds per call.
+
+        Raises KeyError for a layer that the table does not have.
+        """
+        total = 0.0
+        for layer in layers_of(graph):
+            if layer.signature not in self.layers:
+                raise KeyError(
+                    f"the latency table of {self.device} has no entry for the layer at {layer.node.source}; measure it "
+                    "with measure_latency(graph)."
+                )
+            total += layer.rounds * self.layers[layer.signature].at(*layer.widths(shape))
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A conv or product: ``rounds`` times per call. ``kernel`` is the position of its kernel among the inputs.
+
+    Where ``axes`` is given, ((input, axis), …) of the contracted and of the output channels, its time is a function of
+    both widths; elsewhere (grouped convolutions, attention) it is proportional to its multiply-accumulates.
+    """
+
+    node: Node
+    rounds: int
+    axes: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]] | None
+
+    @property
+    def signature(self) -> str:
+        """What its time depends on: the operation, its parameters, and the shapes and dtypes of its operands."""
+        skipped = {"sharding", "out_sharding", "preferred_element_type", "precision", "jaxpr"}
+        options = ", ".join(f"{k}={v}" for k, v in sorted(self.node.params.items()) if k not in skipped)
+        operands = ", ".join(f"{np.dtype(v.dtype).name}{list(v.shape)}" for v in self.node.inputs)
+        return f"{self.node.name}({operands}; {options})"
+
+    def widths(self, shape: Shape) -> tuple[int, int]:
+        """(input, output) channels, or (1, multiply-accumulates)."""
+        shapes = [shape(operand) for operand in self.node.inputs]
+        if self.axes is None:
+            macs = RULES[self.node.name].macs
+            assert macs is not None
+            return 1, macs(self.node, shapes, [shape(value) for value in self.node.outputs])
+        (inputs, *_), (outputs, *_) = self.axes
+        return shapes[inputs[0]][inputs[1]], shapes[outputs[0]][outputs[1]]
+
+    def shapes(self, inputs: int, outputs: int) -> list[tuple[int, ...]]:
+        """Operand shapes at other widths."""
+        shapes = [list(operand.shape) for operand in self.node.inputs]
+        for size, places in zip((inputs, outputs), self.axes or (), strict=True):
+            for operand, axis in places:
+                shapes[operand][axis] = size
+        return [tuple(s) for s in shapes]
+
+
+def layers_of(graph: Graph) -> Iterator[Layer]:
+    """The layers whose time is counted, in the order of the program."""
+    labels = channel_structure(graph).labels
+    for node, count in node_macs(graph.body, lambda operand: operand.shape):
+        macs = RULES[node.name].macs
+        assert macs is not None
+        once = macs(node, [v.shape for v in node.inputs], [v.shape for v in node.outputs])
+        kernels = [isinstance(v, Value) and labels[v].from_variables for v in node.inputs]
+        yield Layer(node, count // max(once, 1), _width_axes(node, kernels))
+
+
+def _width_axes(node: Node, kernels: list[bool]):
+    if node.name == "conv_general_dilated":
+        dims = node.params["dimension_numbers"]
+        if node.params["feature_group_count"] == node.params["batch_group_count"] == 1:
+            return ((0, dims.lhs_spec[1]), (1, dims.rhs_spec[1])), ((1, dims.rhs_spec[0]),)
+    if node.name == "dot_general" and sum(kernels) == 1:
+        contracting, batch = node.params["dimension_numbers"]
+        kernel = kernels.index(True)
+        if not batch[0] and len(contracting[0]) == 1 and len(node.inputs[kernel].shape) == 2:
+            (used,) = contracting[kernel]
+            return ((0, contracting[0][0]), (1, contracting[1][0])), ((kernel, 1 - used),)
+    return None
+
+
+def grid_widths(layer: Layer, fractions: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The widths of a layer's grid: fractions of its full ones, rounded."""
+    full = layer.widths(lambda operand: operand.shape)
+    if layer.axes is None:
+        return (1,), (0, full[1])
+    both = [tuple(sorted({max(1, round(f * width)) for f in fractions} | {width})) for width in full]
+    return both[0], both[1]
