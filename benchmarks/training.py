@@ -123,7 +123,7 @@ def torch_epoch(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, variables = start(network, dataset)
     module = load(to_torch(variables)).to(device).train()
-    module.to(memory_format=torch.channels_last)
+    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     step: Callable = torch.compile(module) if row == "torch.compile" else module
     optimizer = torch.optim.SGD(module.parameters(), RATE, MOMENTUM, weight_decay=DECAY, nesterov=True)
     steps = epochs * (len(dataset.x_train) // batch_size)

@@ -102,7 +102,7 @@ def compare_cells(
     check_phases(dataset, cells_finetune=config.cells.finetune, cells_int8=config.cells.int8)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline)
+        lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         start = accuracy(lab, network.apply, network.variables)
         try:
             run_cells(lab, network, config.cells)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ehap_jax.training import OutOfTime
+from ehap_jax.training import OutOfTime, Sink, tensorboard_sink, wandb_sink
 
 Config = TypeVar("Config")
 
@@ -30,6 +30,19 @@ class RunOptions:
     """Delete an earlier run of that name first."""
     max_minutes: float | None = None
     """Stop cleanly after about so many minutes, with exit status 3; --resume goes on."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run directory, too."""
+    wandb: bool = False
+    """Log to Weights & Biases, too."""
+
+    def sinks(self, config: Any) -> tuple[Sink, ...]:
+        """Where training metrics go beside the run directory."""
+        found: list[Sink] = []
+        if self.tensorboard:
+            found.append(tensorboard_sink(self.output / "tensorboard"))
+        if self.wandb:
+            found.append(wandb_sink(self.output.name, asdict(config), self.output))
+        return tuple(found)
 
 
 def run_command(

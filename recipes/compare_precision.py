@@ -108,7 +108,7 @@ def main(config: Config, options: RunOptions) -> None:
     plan_of(graph, random_scores(graph, key=jax.random.key(0)), config.prune)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline)
+        lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         pairs: list[tuple[int, Compute]] = [
             (seed, compute) for seed in range(config.seeds) for compute in config.computes
         ]

@@ -19,6 +19,7 @@ from ehap_jax.training import (
     EpochMetrics,
     Progress,
     RunDirectory,
+    Sink,
     Teacher,
     TrainState,
     check_finite,
@@ -60,12 +61,13 @@ class Phase:
 
 
 class Lab(NamedTuple):
-    """Where a recipe works: its data, its run directory, its progress bars and its time limit."""
+    """Where a recipe works: data, run directory, progress bars, time limit, and where else metrics go."""
 
     dataset: Dataset
     run: RunDirectory
     progress: Progress
     deadline: Deadline
+    sinks: tuple[Sink, ...] = ()
 
 
 def check_phases(dataset: Dataset, **phases: Phase) -> None:
@@ -124,7 +126,10 @@ def train(
         def on_epoch(number: int, _: TrainState, metrics: EpochMetrics) -> None:
             record = {"seed": seed, "stage": stage, "epoch": number, **metrics._asdict()}
             lab.run.append_metrics(record, identity=("seed", "stage", "epoch"))
-            advance(loss=float(metrics.loss), accuracy=float(metrics.accuracy))
+            numbers = {name: float(value) for name, value in metrics._asdict().items()}
+            for sink in lab.sinks:
+                sink(number, {f"seed{seed}/{stage}/{name}": value for name, value in numbers.items()})
+            advance(**numbers)
 
         advance(saved.latest() or 0)
         state = fit(
@@ -218,7 +223,9 @@ def compare_masked(
     Raises ArithmeticError where they differ by more than 1e-5 of the largest logit: then the plan is wrong.
     """
     x = normalise(jnp.asarray(lab.dataset.x_val[:128]), lab.dataset.mean, lab.dataset.std)
-    masked, shrunk = jax.jit(apply)(mask_variables(variables, plan), x), jax.jit(pruned_apply)(pruned, x)
+    # GPUs round float32 products to 10 bits by default, and differently for other shapes.
+    with jax.default_matmul_precision("highest"):
+        masked, shrunk = jax.jit(apply)(mask_variables(variables, plan), x), jax.jit(pruned_apply)(pruned, x)
     error = float(jnp.max(jnp.abs(masked - shrunk)) / jnp.max(jnp.abs(masked)))
     if not error <= 1e-5:
         raise ArithmeticError(f"the shrunk network differs from the masked one by {error:.1e} of its largest logit")

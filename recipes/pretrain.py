@@ -74,7 +74,7 @@ def main(config: Config, options: RunOptions) -> None:
     initial = new_network(architecture, config.seed)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline)
+        lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         variables = train(lab, "dense", config.seed, initial.train_apply, initial.variables, config.phase)
         network = initial._replace(variables=variables)
         save_network(run, network)

@@ -79,7 +79,7 @@ def main(config: Config, options: RunOptions) -> None:
     plan_of(graph, random_scores(graph, key=jax.random.key(0)), config.prune)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline)
+        lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         pruned = prune_network(lab, config.seed, dense, graph, config.prune)
         tuned = finetune(lab, config.seed, pruned.network, config.finetune, dense)
         save_network(run, tuned)

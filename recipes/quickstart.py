@@ -138,7 +138,7 @@ def main(config: Config, options: RunOptions) -> None:
     allocate(graph, random_scores(graph, key=jax.random.key(0)), macs=config.macs, coupling=config.coupling)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline)
+        lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         results = [run_seed(lab, config, network, seed) for seed in range(config.seeds)]
         write_results(lab, results, time.perf_counter() - started)
         progress.console.print(stage_table(run.read_json("summary.json")))

@@ -83,7 +83,7 @@ def main(config: Config, options: RunOptions) -> None:
 
     def part(name: str, recipe: Callable[[Any, RunOptions], None], settings: Any) -> None:
         started = (run.path / name).exists()
-        recipe(settings, RunOptions(run.path / name, resume=started, max_minutes=deadline.minutes_left()))
+        recipe(settings, replace(options, output=run.path / name, resume=started, max_minutes=deadline.minutes_left()))
 
     try:
         dense = config.dense

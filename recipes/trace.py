@@ -66,7 +66,7 @@ def main(config: Config, options: RunOptions) -> None:
     batch = training_batch(dataset, config.scores.examples, config.seed)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline)
+        lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         graph = network.graph()
         traces: dict[str, TraceEstimate] = {}
         for compute in config.computes:
