@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks.exact_trace import WEIGHTS, flat, hap_scores, load, mean_loss, provenance, quality
-from ehap_jax.curvature import channel_trace, gauss_newton_trace
+from ehap_jax.curvature import channel_trace, expected_agreement, gauss_newton_trace
 from ehap_jax.curvature.problem import path_name
 from ehap_jax.training import Progress
 
@@ -68,10 +68,14 @@ def z_scores(data: Path, network: str, images: int, probes: int, kept: Path) -> 
         "z_mean": float(z.mean()),
         "z_mean_standard_error": float(np.std([row["mean"] for row in layers], ddof=1) / np.sqrt(len(layers))),
         "z_std": float(z.std(ddof=1)),
+        "median_deviation_of_a_probe_over_trace": float(
+            np.median(every[1][alive] / every[2][alive]) * found.count**0.5
+        ),
         "dead_channels": int((~alive).sum()),
         "largest_exact_trace_of_a_dead_channel": float(np.max(every[2][~alive], initial=0.0)),
         "total": {"exact": float(every[2].sum()), "hutchinson": found.total(), "sem": found.total_sem()},
         **quality(hap_scores(every[0], variables), hap_scores(every[2], variables)),
+        "expected": expected_agreement(found, variables, prune=0.3)._asdict(),
         "layers": [{k: float(v) if k in ("mean", "std") else v for k, v in row.items()} for row in layers],
         **provenance(),
     }
