@@ -179,7 +179,7 @@ def test_a_budget_out_of_reach_names_the_range(graph):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({}, "exactly one of params, macs, channels, bytes; got none"),
+        ({}, "exactly one of params, macs, channels, bytes, latency; got none"),
         ({"params": 0.5, "macs": 0.5}, "got params, macs"),
         ({"params": 0}, r"in \(0, 1\]; got 0"),
         ({"params": 50}, r"in \(0, 1\]; got 50"),
