@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax import nnx
 
 from ehap_jax.graph import channel_groups, trace_graph
+from ehap_jax.models import WideResNet
 from ehap_jax.pruning import shrink, shrink_variables
 from tests.pruning.invariant import assert_all_plans, assert_invariant, jit, normal, random_plan, randomise
 from tests.pruning.networks import conv
@@ -125,6 +126,7 @@ class GroupNormalised(nn.Module):
 
 
 MODELS = {
+    "wrn": WideResNet(10, 1, 3),  # EHAP's post-activation WRN is the ResNet of test_shrink.py, with another stem
     "preactivation": PreActivationResNet(),
     "vgg": VGG(),
     "mobilenet": MobileNetV2(),
@@ -221,6 +223,37 @@ def test_nnx_through_split():
     graph = assert_all_plans(apply, variables, images(), seeds=(0,))
     assert {"stem/kernel", "body/kernel"} <= {path for g in channel_groups(graph) for path in g.producers}
     assert_invariant(partial(apply, train=True), variables, images(), plan=random_plan(graph, 2, "union"))
+
+
+def test_equinox():
+    """An Equinox module is a pytree of arrays beside functions; ``partition`` separates them."""
+    eqx = pytest.importorskip("equinox", reason="Equinox is not installed: pip install 'ehap-jax[test]'")
+
+    class Network(eqx.Module):
+        stem: eqx.nn.Conv2d
+        body: eqx.nn.Conv2d
+        hidden: eqx.nn.MLP
+
+        def __init__(self, key):
+            keys = jax.random.split(key, 3)
+            self.stem = eqx.nn.Conv2d(3, 6, 3, padding=1, key=keys[0])
+            self.body = eqx.nn.Conv2d(6, 6, 3, padding=1, key=keys[1])
+            self.hidden = eqx.nn.MLP(6, 3, 5, 1, key=keys[2])
+
+        def __call__(self, x):
+            x = jax.nn.relu(self.stem(x))
+            return self.hidden(jax.nn.relu(x + self.body(x)).mean((1, 2)))
+
+    module = eqx.filter_eval_shape(Network, jax.random.key(0))
+    arrays, static = eqx.partition(module, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    variables = randomise(arrays)
+
+    def apply(variables, x):
+        return jax.vmap(eqx.combine(variables, static))(x)
+
+    graph = assert_all_plans(apply, variables, normal(2, 3, 4, 4), seeds=(0,))
+    drawn = {tuple(sorted(g.producers)) for g in channel_groups(graph)}
+    assert drawn == {("body/weight", "stem/weight"), ("hidden/layers/0/weight",)}
 
 
 # ------------------------------------------------------------------------------------------- loops, branches, noise
