@@ -39,13 +39,14 @@ from ehap_jax.pruning import (
     shrink_variables,
     taylor_scores,
 )
-from ehap_jax.quant import INT8, Quantized, QuantRule, fake_quant
+from ehap_jax.quant import INT8, IntegerNetwork, Quantized, QuantRule, fake_quant, save_onnx, to_integer, to_onnx
 
 __all__ = [
     "INT8",
     "ChannelGroup",
     "Cost",
     "Graph",
+    "IntegerNetwork",
     "Policy",
     "PruningPlan",
     "QuantRule",
@@ -75,9 +76,12 @@ __all__ = [
     "piecewise_linear_kernels",
     "prune_iteratively",
     "random_scores",
+    "save_onnx",
     "shrink",
     "shrink_variables",
     "taylor_scores",
+    "to_integer",
+    "to_onnx",
     "trace_graph",
 ]
 __version__ = "0.1.0"

@@ -115,7 +115,16 @@ class PruningPlan:
         target = Path(path)
         if target.exists():
             raise FileExistsError(f"{target} exists; remove it or save the plan under another name.")
-        document = {
+        document = self.document()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(temporary, target)
+        return target
+
+    def document(self) -> dict[str, Any]:
+        """The plan in JSON's types, as it is saved."""
+        return {
             "format": FORMAT,
             "version": VERSION,
             "versions": dict(self.versions),
@@ -131,11 +140,6 @@ class PruningPlan:
             "shapes": {p: list(shape) for p, shape in self.shapes.items()},
             "provenance": dict(self.provenance),
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        os.replace(temporary, target)
-        return target
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PruningPlan:

@@ -1,12 +1,7 @@
-"""Fake quantisation of any traced function: numerics, rules, observers, folding, the transform."""
+"""Quantisation of any traced function: numerics, rules, observers, folding, fake and real integers, ONNX."""
 
-from ehap_jax.quant.fake_quant import (
-    Quantized,
-    QuantizedKernel,
-    fake_quant,
-    quantize_weights,
-    quantized_bytes,
-)
+from ehap_jax.quant.fake_quant import Quantized, fake_quant
+from ehap_jax.quant.integer import Certificate, IntegerNetwork, to_integer
 from ehap_jax.quant.numerics import (
     Grid,
     activation_grid,
@@ -26,13 +21,17 @@ from ehap_jax.quant.observers import (
     range_parameters,
     with_range_parameters,
 )
+from ehap_jax.quant.onnx_export import save_onnx, to_onnx
 from ehap_jax.quant.rules import HAWQ, INT4_WEIGHTS, INT8, QuantRule, match_rules
+from ehap_jax.quant.weights import QuantizedKernel, quantize_weights, quantized_bytes
 
 __all__ = [
     "HAWQ",
     "INT4_WEIGHTS",
     "INT8",
+    "Certificate",
     "Grid",
+    "IntegerNetwork",
     "QState",
     "QuantRule",
     "Quantized",
@@ -52,6 +51,9 @@ __all__ = [
     "quantize_weights",
     "quantized_bytes",
     "range_parameters",
+    "save_onnx",
     "symmetric_grid",
+    "to_integer",
+    "to_onnx",
     "with_range_parameters",
 ]

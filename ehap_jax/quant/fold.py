@@ -138,14 +138,21 @@ def find_sites(graph: Graph) -> Sites:
 
 def fold(site: Site, read: Callable[[Operand], jax.Array], dtype) -> tuple[jax.Array, jax.Array]:
     """(scale, offset) of the tail: ``tail(z) = scale · z + offset`` up to its moves, each (channels,) of ``dtype``."""
-    scale, offset = jnp.ones(site.channels, dtype), jnp.zeros(site.channels, dtype)
-    for step in site.tail:
+    return fold_steps(site.tail, site.channels, read, dtype)
+
+
+def fold_steps(
+    steps: Iterable[TailStep], channels: int, read: Callable[[Operand], jax.Array], dtype
+) -> tuple[jax.Array, jax.Array]:
+    """(scale, offset), each (channels,), of a chain of affine steps and moves."""
+    scale, offset = jnp.ones(channels, dtype), jnp.zeros(channels, dtype)
+    for step in steps:
         name = step.node.name
         if name == "neg":
             scale, offset = -scale, -offset
         if step.vector is None:
             continue
-        vector = _per_channel(jnp.asarray(read(step.vector)).astype(dtype), step.axis, site.channels)
+        vector = _per_channel(jnp.asarray(read(step.vector)).astype(dtype), step.axis, channels)
         if name == "mul":
             scale, offset = scale * vector, offset * vector
         elif name == "div":
@@ -157,6 +164,18 @@ def fold(site: Site, read: Callable[[Operand], jax.Array], dtype) -> tuple[jax.A
         else:
             offset = offset - vector
     return scale, offset
+
+
+def affine_chain(nodes: Iterable[Node], value: Value, axis: int | None, sites: Sites, made_by) -> tuple[TailStep, ...]:
+    """The steps by which ``nodes`` make an affine function of ``value`` along ``axis``; empty if they do not."""
+    steps: list[TailStep] = []
+    for node in nodes:
+        step = _step(node, value, axis, sites.sources, made_by)
+        if step is None:
+            return ()
+        steps.append(step)
+        value = node.outputs[0]
+    return tuple(steps)
 
 
 def apply_moves(site: Site, z: jax.Array) -> jax.Array:

@@ -8,23 +8,17 @@ from dataclasses import dataclass
 from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Node, Operand, Value
 from ehap_jax.quant.fold import Site, Sites
 
-# Rounding commutes with these: they only move numbers about, or put exact zeros between them.
-REARRANGEMENTS = frozenset(
-    {"transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "pad", "slice", "rev", "gather"}
-)
-
 
 @dataclass(frozen=True, eq=False)
 class Branch:
     """One operand of a sum of two activations.
 
-    node, position: the sum, and which operand. origin: the value the operand is a rearrangement of; the range is taken
-    there. site: the layer whose rule holds, side: "out" where the branch ends in that layer, else "shortcut".
+    node, position: the sum, and which operand. site: the layer whose rule holds, side: "out" where the branch ends in
+    that layer, else "shortcut".
     """
 
     node: Node
     position: int
-    origin: Value
     site: Site
     side: str
 
@@ -52,20 +46,10 @@ def _in_body(body: Body, results: dict[Value, Site], folded: set[Node], sites: S
         if len(operands) < 2:
             continue
         ends = [_layer_at_the_end(v, results, made_by, sites) for v in operands]
-        for position, (operand, site) in enumerate(zip(operands, ends, strict=True)):
+        for position, site in enumerate(ends):
             rule_of = site or ends[1 - position]
             if rule_of is not None:
-                origin = _origin(operand, results, made_by)
-                yield Branch(node, position, origin, rule_of, "out" if site else "shortcut")
-
-
-def _origin(value: Value, results, made_by) -> Value:
-    while value not in results and (node := made_by.get(value)) is not None and node.name in REARRANGEMENTS:
-        source = node.inputs[0]
-        if not isinstance(source, Value):
-            break
-        value = source
-    return value
+                yield Branch(node, position, rule_of, "out" if site else "shortcut")
 
 
 def _layer_at_the_end(value: Operand, results, made_by, sites: Sites) -> Site | None:

@@ -1,8 +1,13 @@
-"""A small hand-written network with everything in it: conv, BatchNorm, ReLU, a residual sum, pooling, dense."""
+"""A small hand-written network with conv, BatchNorm, ReLU, a residual sum, pooling and dense; how to calibrate one."""
+
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from ehap_jax.quant import INT8, fake_quant
+from tests.pruning.invariant import jit
 
 CHANNELS = 4
 
@@ -59,3 +64,22 @@ def make_variables(seed=0, gamma_sign=False):
 
 def make_images(seed=1, n=3):
     return jax.random.normal(jax.random.key(seed), (n, 6, 6, 3))
+
+
+quantise_once = cache(fake_quant)
+
+
+@cache
+def compiled(quantized, update):
+    return jit(partial(quantized.apply, update=update))
+
+
+def calibrate(function, variables, x, rules=INT8):
+    """(quantized, its ranges after one batch)."""
+    quantized = quantise_once(function, rules)
+    return quantized, compiled(quantized, True)(variables, quantized.init(variables, x), x)[1]
+
+
+def run(quantized, variables, qstate, x):
+    """Logits with the ranges as they are."""
+    return compiled(quantized, False)(variables, qstate, x)[0]

@@ -1,0 +1,273 @@
+"""The steps of a program as ONNX nodes: QDQ around every operation on integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ehap_jax.graph.trace import Operand, Value
+from ehap_jax.quant.fold import MOVES, Site
+from ehap_jax.quant.integer import ZERO
+from ehap_jax.quant.integer_arithmetic import negated
+from ehap_jax.quant.onnx_graph import Tensor, Writer
+from ehap_jax.quant.onnx_rules import Input, refuse, windows, write_node
+from ehap_jax.quant.program import (
+    AddStep,
+    ClipStep,
+    DequantizeStep,
+    FloatLayerStep,
+    FloatStep,
+    IntegerGrid,
+    Integers,
+    LayerStep,
+    MoveStep,
+    PoolStep,
+    Program,
+    QuantizeStep,
+    RequantizeStep,
+    ScaleStep,
+    Step,
+    Target,
+)
+from ehap_jax.quant.weights import value_of
+
+NumpyWeights = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Kernel, bias and scale of a layer."""
+
+
+class StepWriter:
+    """Writes a program. tensors: where every tensor of the program is in the file, by its name in the program."""
+
+    def __init__(
+        self,
+        program: Program,
+        known: Mapping[Value, np.ndarray],
+        layers: Mapping[str, NumpyWeights],
+        folded: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        self.known, self.layers, self.folded = known, layers, folded
+        self.writer = Writer()
+        self.tensors: dict[str, Tensor] = {}
+        for name, value in zip(program.inputs, program.network.graph.arguments, strict=True):
+            shape = tuple(value.shape)
+            self.tensors[name] = Tensor(self.writer.name(name), shape, tuple(range(len(shape))), np.dtype(value.dtype))
+        for step in program.steps:
+            self.step(step)
+
+    def step(self, step: Step) -> None:
+        match step:
+            case QuantizeStep(source, target):
+                self.quantise(self.tensors[source], target)
+            case DequantizeStep(source, out):
+                self.tensors[out] = self.dequantised(self.tensors[source.name], source.grid)
+            case LayerStep(site, source, target):
+                self.layer(site, source, target)
+            case ScaleStep():
+                self.scale(step)
+            case AddStep(a, b, subtract, target):
+                self.add(a, b, subtract, target)
+            case PoolStep():
+                self.pool(step)
+            case MoveStep(node, operands, out):
+                inputs: list[Input] = [self.tensors[v.name] if isinstance(v, Integers) else v for v in operands]
+                self.tensors[out.name] = write_node(self.writer, node, inputs)
+            case ClipStep(source, target):
+                self.clip(source, target)
+            case RequantizeStep(
+                source, target
+            ):  # adding 0 is an integer kernel; two roundings in a row would be merged
+                x = self.dequantised(self.tensors[source.name], source.grid)
+                zero = Tensor(self.scalar(0, np.uint8), (), (), np.dtype(np.uint8))
+                self.quantise(
+                    replace(x, name=self.writer.node("Add", [x.name, self.dequantised(zero, ZERO).name])), target
+                )
+            case FloatLayerStep(site, source, out):
+                kernel, bias = self.folded[site.name]
+                kernel, bias = self.writer.constant(self.oriented(site, kernel), site.path), self.writer.constant(bias)
+                self.tensors[out] = self.apply(site, self.tensors[source], kernel, [bias])
+            case FloatStep(node, operands, outs):
+                tensor = write_node(self.writer, node, [self.operand(v) for v in operands])
+                self.tensors[outs[0]] = tensor
+
+    def operand(self, operand: str | Operand) -> Input:
+        return self.tensors[operand] if isinstance(operand, str) else np.asarray(value_of(operand, self.known))
+
+    # Between integers and real numbers
+
+    def quantise(self, x: Tensor, target: Target) -> None:
+        """Round a real tensor to its grid, with a Clip where the grid or a ReLU ends before the type does."""
+        grid, name = target.out.grid, target.out.name
+        narrower = (target.low, target.high) != (np.iinfo(grid.dtype).min, np.iinfo(grid.dtype).max)
+        clip_integers = narrower and grid.dtype.itemsize == 1
+        if narrower and not clip_integers:  # ONNX Runtime clips no 16-bit integers
+            ends = [self.scalar((end - grid.zero) * grid.scale, np.float32) for end in (target.low, target.high)]
+            x = replace(x, name=self.writer.node("Clip", [x.name, *ends]))
+        inputs = [x.name, self.scalar(grid.scale, np.float32), self.scalar(grid.zero, grid.dtype)]
+        made = self.writer.name(f"{name}/unclipped" if clip_integers else name)
+        made = self.writer.node("QuantizeLinear", inputs, out=made)
+        tensor = replace(x, name=made, dtype=grid.dtype, fill=grid.zero)
+        self.tensors[name] = self.clipped(tensor, target) if clip_integers else tensor
+
+    def clip(self, source: Integers, target: Target) -> None:
+        if source.grid.dtype.itemsize == 1:
+            self.tensors[target.out.name] = self.clipped(self.tensors[source.name], target)
+        else:
+            self.quantise(self.dequantised(self.tensors[source.name], source.grid), target)
+
+    def clipped(self, tensor: Tensor, target: Target) -> Tensor:
+        limits = [self.scalar(limit, target.out.grid.dtype) for limit in (target.low, target.high)]
+        made = self.writer.node("Clip", [tensor.name, *limits], out=self.writer.name(target.out.name))
+        return replace(tensor, name=made)
+
+    def dequantised(self, tensor: Tensor, grid: IntegerGrid) -> Tensor:
+        inputs = [tensor.name, self.scalar(grid.scale, np.float32), self.scalar(grid.zero, grid.dtype)]
+        made = self.writer.node("DequantizeLinear", inputs)
+        return replace(tensor, name=made, dtype=np.dtype(np.float32), fill=0)
+
+    def scalar(self, number: float, dtype) -> str:
+        return self.writer.constant(np.asarray(number, dtype), "number")
+
+    def weights(self, integers: np.ndarray, scale: np.ndarray, axis: int, hint: str) -> str:
+        """The name of dequantised weights, one scale per index of ``axis``."""
+        zeros = np.zeros(scale.shape, integers.dtype)
+        names = [self.writer.constant(integers, hint), self.writer.constant(scale), self.writer.constant(zeros)]
+        return self.writer.node("DequantizeLinear", names, axis=axis)
+
+    # Operations on integers
+
+    def layer(self, site: Site, source: Integers, target: Target | str) -> None:
+        kernel, bias, scale = self.layers[site.name]
+        scale = scale if site.kernel_axis is not None else scale[:1]
+        x = self.dequantised(self.tensors[source.name], source.grid)
+        weights = self.weights(
+            self.oriented(site, kernel), scale, 0 if site.node.name == "conv_general_dilated" else 1, site.name
+        )
+        offset = []
+        if bias.any():
+            bias_scale = np.float32(source.grid.scale) * scale
+            offset = [self.weights(bias, bias_scale, 0, f"{site.name}/bias")]
+        y = self.apply(site, x, weights, offset)
+        if isinstance(target, str):
+            self.tensors[target] = y
+        else:
+            self.quantise(y, target)
+
+    def oriented(self, site: Site, kernel: np.ndarray) -> np.ndarray:
+        """The kernel as ONNX wants it: output and input channels, then space; or (inputs, outputs) of a dense layer."""
+        numbers = site.node.params["dimension_numbers"]
+        if site.node.name == "conv_general_dilated":
+            return kernel.transpose(numbers.rhs_spec)
+        contracted, batch = numbers[0][site.kernel_operand], numbers[1][site.kernel_operand]
+        if len(contracted) != 1 or batch or kernel.ndim > 2:
+            raise refuse(site.node, f"the dense layer {site.name} with a kernel of shape {kernel.shape}")
+        return kernel if contracted[0] == 0 else kernel.T
+
+    def apply(self, site: Site, x: Tensor, kernel: str, bias: list[str]) -> Tensor:
+        """The layer on real tensors, and the moves of its tail."""
+        conv = site.node.name == "conv_general_dilated"
+        y = self.convolve(site, x, [kernel, *bias]) if conv else self.multiply(site, x, [kernel, *bias])
+        for step in site.tail:
+            if step.node.name in MOVES and step.node.name != "convert_element_type":
+                y = write_node(self.writer, step.node, [y])
+        return y
+
+    def convolve(self, site: Site, x: Tensor, weights: list[str]) -> Tensor:
+        p, numbers = site.node.params, site.node.params["dimension_numbers"]
+        if p["batch_group_count"] != 1 or any(n != 1 for n in p["lhs_dilation"]):
+            raise refuse(site.node, f"the transposed or batch-grouped convolution {site.name}")
+        x = self.writer.lay(x, numbers.lhs_spec)
+        name = self.writer.node(
+            "Conv",
+            [x.name, *weights],
+            strides=list(p["window_strides"]),
+            pads=[int(before) for before, _ in p["padding"]] + [int(after) for _, after in p["padding"]],
+            dilations=list(p["rhs_dilation"]),
+            group=p["feature_group_count"],
+        )
+        return Tensor(name, tuple(site.node.outputs[0].shape), tuple(numbers.out_spec), x.dtype)
+
+    def multiply(self, site: Site, x: Tensor, weights: list[str]) -> Tensor:
+        contracted = site.node.params["dimension_numbers"][0][1 - site.kernel_operand]
+        rank, shape = len(x.shape), tuple(site.node.outputs[0].shape)
+        if rank != 2 or len(contracted) != 1:
+            raise refuse(
+                site.node, f"the dense layer {site.name} on an input of shape {x.shape}; flatten it to (N, features)"
+            )
+        x = self.writer.lay(x, (1 - contracted[0], contracted[0]))
+        if site.kernel_axis is None:
+            raise refuse(site.node, f"the dense layer {site.name} with a kernel that has a single axis")
+        name = self.writer.node("Gemm", [x.name, *weights])
+        return Tensor(name, shape, (0, 1) if site.kernel_operand == 1 else (1, 0), x.dtype)
+
+    def scale(self, step: ScaleStep) -> None:
+        """A convolution of 1×1 with a group per channel."""
+        kernel, bias, scale = self.layers[step.name]
+        rank = len(step.source.shape)
+        axis = rank - 1 if step.scale.axis is None else step.scale.axis
+        channels = step.source.shape[axis]
+        kernel, bias, scale = (np.broadcast_to(v, (channels,)) for v in (kernel, bias, scale))
+        others = [i for i in range(rank) if i not in (0, axis)]
+        if rank < 3 or axis == 0:
+            raise refuse(
+                step.scale.steps[0].node, f"an affine function of shape {step.source.shape} that no layer took up"
+            )
+        x = self.writer.lay(self.tensors[step.source.name], (0, axis, *others))
+        x = self.dequantised(x, step.source.grid)
+        kernel = kernel.reshape(channels, 1, *(1 for _ in others))
+        weights = [self.weights(kernel, scale, 0, step.name)]
+        if bias.any():
+            weights.append(self.weights(bias, np.float32(step.source.grid.scale) * scale, 0, f"{step.name}/bias"))
+        self.quantise(replace(x, name=self.writer.node("Conv", [x.name, *weights], group=channels)), step.target)
+
+    def add(self, a: Integers, b: Integers, subtract: bool, target: Target) -> None:
+        first = self.tensors[a.name]
+        second, grid = self.writer.lay(self.tensors[b.name], first.axes), b.grid
+        if subtract:
+            second, grid = replace(second, name=self.writer.node("BitwiseNot", [second.name])), negated(grid)
+        operands = [self.dequantised(first, a.grid), self.dequantised(second, grid)]
+        shape = target.out.shape
+        self.quantise(
+            replace(operands[0], name=self.writer.node("Add", [v.name for v in operands]), shape=shape), target
+        )
+
+    def pool(self, step: PoolStep) -> None:
+        node, x = step.pool.reduce, self.tensors[step.source.name]
+        if node.name == "reduce_window_sum":  # a mean is a convolution with ones
+            x, attributes = windows(self.writer, node, x)
+            channels = x.shape[x.axes[1]]
+            ones = np.ones((channels, 1, *attributes["kernel_shape"]), np.int8)
+            scale = np.full(channels, np.float32(1) / np.float32(step.pool.count), np.float32)
+            x = self.dequantised(x, step.source.grid)
+            name = self.writer.node(
+                "Conv", [x.name, self.weights(ones, scale, 0, "mean")], group=channels, **attributes
+            )
+            self.quantise(replace(x, name=name, shape=step.target.out.shape), step.target)
+            return
+        gone = tuple(node.params["axes"])
+        kept = [axis for axis in range(len(x.shape)) if axis not in gone]
+        if len(kept) != 2:
+            raise refuse(node, f"a mean of shape {x.shape} over axes {gone}")
+        x = self.writer.lay(x, (*kept, *gone))
+        real = self.dequantised(x, step.source.grid)
+        real = replace(real, name=self.writer.node("GlobalAveragePool", [real.name]))
+        out = replace(step.target.out, name=f"{step.target.out.name}/kept")
+        self.quantise(real, replace(step.target, out=out))
+        pooled = self.tensors[out.name]
+        axes = self.writer.constant(np.arange(2, len(x.shape)), "axes")
+        squeezed = self.writer.node("Squeeze", [pooled.name, axes], out=self.writer.name(step.target.out.name))
+        shape = tuple(x.shape[axis] for axis in kept)
+        tensor = replace(pooled, name=squeezed, shape=shape, axes=(0, 1))
+        self.tensors[step.target.out.name] = self.writer.reshape(tensor, step.target.out.shape)
+
+
+def outputs_of(program: Program, writer: StepWriter) -> list[Any]:
+    """The tensors of the program's results."""
+    found = []
+    for out in program.outputs:
+        if not isinstance(out, str):
+            raise NotImplementedError("an output that does not depend on the input cannot be written as ONNX.")
+        found.append(writer.writer.in_order(writer.tensors[out]))
+    return found

@@ -1,0 +1,243 @@
+"""The integer network: against integer arithmetic in NumPy, its certificates, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ehap_jax import allocate, random_scores, shrink, shrink_variables, trace_graph
+from ehap_jax.quant import HAWQ, QuantRule, fake_quant, quantize_weights, to_integer
+from ehap_jax.quant import integer_arithmetic as arithmetic
+from ehap_jax.quant.program import IntegerGrid, Integers, Target
+from tests.pruning.invariant import jit
+from tests.quant.networks import apply, calibrate, make_images, make_variables, run
+
+
+def dense(v, x):
+    return x @ v["kernel"] + v["bias"][None]
+
+
+DENSE = {"kernel": jax.random.normal(jax.random.key(0), (6, 4)), "bias": jnp.array([0.5, -1.0, 0.0, 2.0])}
+DENSE_X = jax.random.normal(jax.random.key(1), (8, 6)) + 0.5
+
+
+@jit
+def everything(network, x):
+    return network(x), network.tensors(x)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(integer network, float variables, ranges, x, fake-quantised logits) of the small network."""
+    variables, x = make_variables(gamma_sign=True), make_images()
+    quantized, qstate = calibrate(apply, variables, x)
+    network = to_integer(quantized, variables, qstate, example=x)
+    return network, variables, qstate, x, run(quantized, variables, qstate, x)
+
+
+# An implementation in NumPy that shares nothing but the weights
+
+
+def numpy_conv(x, kernel):
+    """int64, SAME padding of centred integers, 3×3, stride 1."""
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = x.shape[1:3]
+    return sum(
+        np.einsum("nhwc,co->nhwo", padded[:, i : i + height, j : j + width], kernel[i, j].astype(np.int64))
+        for i in range(3)
+        for j in range(3)
+    )
+
+
+def numpy_requantise(total, multiplier, grid, relu=False):
+    steps = np.rint(total.astype(np.float32) * multiplier)
+    return np.clip(steps + grid.zero, grid.zero if relu else grid.low, grid.high).astype(np.int64)
+
+
+def numpy_network(network, qstate_grids, layers, x):
+    """Every quantised tensor of ``tests.quant.networks.apply``, and the logits."""
+    grids, f = qstate_grids, np.float32
+
+    def layer(name, q, out=None, relu=False):
+        w, source = layers[name], grids[name]
+        centred = q - source.zero
+        total = (
+            numpy_conv(centred, np.asarray(w.integers)) if q.ndim == 4 else centred @ np.asarray(w.integers, np.int64)
+        )
+        total = total + np.asarray(w.bias, np.int64)
+        product = f(source.scale) * np.asarray(w.scale).reshape(-1)
+        return total.astype(f) * product if out is None else numpy_requantise(total, product / f(out.scale), out, relu)
+
+    t = {}
+    first = grids["stem/kernel"]
+    t["stem/kernel"] = np.clip(np.rint(np.asarray(x) / f(first.scale)) + first.zero, 0, 255).astype(np.int64)
+    t["a/kernel"] = layer("stem/kernel", t["stem/kernel"], grids["a/kernel"], relu=True)
+    t["b/kernel"] = layer("a/kernel", t["a/kernel"], grids["b/kernel"], relu=True)
+    t["b/kernel:out"] = layer("b/kernel", t["b/kernel"], grids["b/kernel:out"])
+    a, b, out = grids["a/kernel"], grids["b/kernel:out"], grids["head/kernel:pool"]
+    total = (t["a/kernel"] - a.zero) * (a.scale / out.scale) + (t["b/kernel:out"] - b.zero) * (b.scale / out.scale)
+    t["head/kernel:pool"] = np.clip(np.rint(total) + out.zero, out.zero, 255).astype(np.int64)
+    pooled, head = t["head/kernel:pool"], grids["head/kernel"]
+    multiplier = f(out.scale) / (f(head.scale) * f(36))
+    t["head/kernel"] = numpy_requantise((pooled - out.zero).sum((1, 2)), multiplier, head)
+    return t, layer("head/kernel", t["head/kernel"])
+
+
+def test_every_tensor_is_integer_arithmetic(small):
+    network, variables, qstate, x, _ = small
+    logits, tensors = everything(network, x)
+    layers = jit(lambda v, s: quantize_weights(apply, v, s, x))(variables, qstate)
+    expected, expected_logits = numpy_network(network, dict(network.structure.grids), layers, x)
+    assert tensors.keys() == expected.keys() == qstate.keys()
+    for name, integers in expected.items():
+        np.testing.assert_array_equal(np.asarray(tensors[name], np.int64), integers, err_msg=name)
+        assert tensors[name].dtype == jnp.uint8 and len(np.unique(integers)) > 10
+    np.testing.assert_array_equal(logits, expected_logits)
+
+
+def test_int8_and_float32_execution_give_the_same_integers(small):
+    _, variables, qstate, x, _ = small
+    quantized = fake_quant(apply)
+    both = [
+        everything(to_integer(quantized, variables, qstate, example=x, execution=how), x) for how in ("int8", "float32")
+    ]
+    for name, tensor in both[0][1].items():
+        np.testing.assert_array_equal(tensor, both[1][1][name], err_msg=name)
+    np.testing.assert_array_equal(both[0][0], both[1][0])
+    mixed = to_integer(quantized, variables, qstate, example=x, execution={"a/kernel": "int8", "b/kernel": "float32"})
+    assert dict(mixed.execution)["a/kernel"] == "int8" and dict(mixed.execution)["b/kernel"] == "float32"
+
+
+def test_it_is_what_was_trained(small):
+    """Logits differ from fake quantisation only where float32 put a value on the other side of a tie."""
+    network, _, _, x, fake = small
+    logits, _ = everything(network, x)
+    assert float(jnp.abs(logits - fake).max()) < 0.01 * float(jnp.abs(fake).max())
+
+
+def test_other_batch_sizes_closures_and_pytrees(small):
+    network, _, _, x, _ = small
+    logits, _ = everything(network, x)
+    np.testing.assert_array_equal(jit(lambda n, x: n(x))(network, x[1:2]), logits[1:2])
+    np.testing.assert_array_equal(jit(lambda x: network(x))(x), logits)  # weights are constants of the program
+    leaves, tree = jax.tree.flatten(network)
+    np.testing.assert_array_equal(everything(jax.tree.unflatten(tree, leaves), x)[0], logits)
+    stored = {name: layer.kernel.dtype for name, layer in network.layers.items()}
+    assert set(stored.values()) == {jnp.dtype("int8")} and network.variables == {}
+
+
+def test_shrunk_networks():
+    variables, x = make_variables(gamma_sign=True), make_images()
+    graph = trace_graph(apply)(variables, x)
+    plan = allocate(graph, random_scores(graph, key=jax.random.key(3)), channels=0.6, coupling="union")
+    function, v = shrink(apply, plan), shrink_variables(variables, plan)
+    quantized, qstate = calibrate(function, v, x)
+    logits, _ = everything(to_integer(quantized, v, qstate, example=x), x)
+    fake = run(quantized, v, qstate, x)
+    assert float(jnp.abs(logits - fake).max()) < 0.02 * float(jnp.abs(fake).max())
+
+
+NARROW = (QuantRule(activations="symmetric", activation_bits=6, weight_bits=4),)
+
+
+@pytest.mark.parametrize("rules", [HAWQ, NARROW])
+def test_other_rules(rules):
+    """16-bit sums, 4-bit weights, and grids narrower than their type."""
+    variables, x = make_variables(), jnp.abs(make_images())
+    quantized, qstate = calibrate(apply, variables, x, rules)
+    network = to_integer(quantized, variables, qstate, example=x)
+    logits, tensors = everything(network, x)
+    fake = run(quantized, variables, qstate, x)
+    assert float(jnp.abs(logits - fake).max()) < 0.06 * float(jnp.abs(fake).max())
+    for name, grid in network.structure.grids:
+        assert grid.low <= int(tensors[name].min()) < int(tensors[name].max()) <= grid.high
+    assert (tensors["b/kernel:out"].dtype == jnp.uint16) == (rules is HAWQ)
+
+
+# Sums and pools
+
+
+def test_sums_round_as_a_fused_multiply_add():
+    """All 65,536 pairs: rint(fma(a, ra, fma(b, rb, fixed))), the fused operation computed in float64."""
+    rng = np.random.default_rng(0)
+    a, b = (q.reshape(-1) for q in np.meshgrid(np.arange(256), np.arange(256)))
+    for _ in range(10):
+        scales, zeros = np.exp(rng.uniform(-4, -2, 3)).astype(np.float32), rng.integers(0, 256, 3)
+        grids = [IntegerGrid(float(s), int(z), 0, 255) for s, z in zip(scales, zeros, strict=True)]
+        numbers = arithmetic.add_numbers(*grids)
+        inner = (b * np.float64(numbers.b_ratio) + np.float64(numbers.fixed)).astype(np.float32)
+        exact = (a * np.float64(numbers.a_ratio) + inner.astype(np.float64)).astype(np.float32)
+        want = np.clip(np.rint(exact), 0, 255)
+        target = Target(Integers("sum", grids[2], a.shape), 0, 255)
+        stored = [arithmetic.store(jnp.asarray(q, jnp.int32), g) for q, g in zip((a, b), grids, strict=False)]
+        got = arithmetic.add(stored[0], grids[0], stored[1], grids[1], target)
+        np.testing.assert_array_equal(np.asarray(arithmetic.integers_of(got, grids[2])), want)
+        negative = arithmetic.negated(grids[1])
+        flipped = arithmetic.dequantise_from(arithmetic.store(255 - jnp.asarray(b, jnp.int32), negative), negative)
+        np.testing.assert_array_equal(flipped, -arithmetic.dequantise_from(stored[1], grids[1]))
+
+
+# Certificates
+
+
+def test_certificates_are_reached_by_the_worst_input():
+    """x at the far end of its range wherever the weight's sign says so: the sum is the bound, no less."""
+    quantized, qstate = calibrate(dense, DENSE, DENSE_X)
+    network = to_integer(quantized, DENSE, qstate, example=DENSE_X)
+    grid, kernel = dict(network.structure.grids)["kernel"], np.asarray(network.layers["kernel"].kernel, np.int64)
+    far = grid.low if grid.zero > 127 else grid.high
+    sums = np.abs(kernel).sum(0) * abs(far - grid.zero)
+    assert dict(network.certificates)["kernel"].largest == sums.max()
+    assert dict(network.certificates)["kernel"].float32_exact
+
+
+def test_float32_is_refused_where_it_would_not_be_exact_and_int32_where_it_overflows():
+    for inputs, how, message in ((1200, "float32", "not exact in float32"), (70_000, None, "int32 cannot hold")):
+        v, x = {"kernel": jnp.ones((inputs, 1))}, jnp.linspace(0.0, 1.0, inputs)[None]
+        quantized, qstate = calibrate(lambda v, x: x @ v["kernel"], v, x)
+        with pytest.raises(ValueError, match=f"kernel: .*{message}"):
+            to_integer(quantized, v, qstate, example=x, execution=how)
+    quantized, qstate = calibrate(dense, DENSE, DENSE_X)
+    with pytest.raises(ValueError, match="'fp4' for kernel"):
+        to_integer(quantized, DENSE, qstate, example=DENSE_X, execution="fp4")
+
+
+# What is refused
+
+
+def two_layers(v, x):
+    return jnp.tanh(x @ v["one"]) @ v["two"]
+
+
+def test_an_operation_without_an_integer_form_is_named_with_the_rule_that_skips_it():
+    v = {"one": DENSE["kernel"], "two": DENSE["kernel"].T}
+    quantized, qstate = calibrate(two_layers, v, DENSE_X)
+    with pytest.raises(NotImplementedError, match=r"tanh at .*QuantRule\('two', skip=True\)"):
+        to_integer(quantized, v, qstate, example=DENSE_X)
+    rules = (QuantRule("two", skip=True), QuantRule())
+    quantized, qstate = calibrate(two_layers, v, DENSE_X, rules)
+    network = to_integer(quantized, v, qstate, example=DENSE_X)
+    fake = quantized.apply(v, qstate, DENSE_X, update=False)[0]
+    np.testing.assert_allclose(everything(network, DENSE_X)[0], fake, atol=1e-5)
+    assert list(network.variables) == ["two"]
+
+
+def test_sums_in_floating_point_are_an_error_that_says_residual_bits(small):
+    _, variables, _, x, _ = small
+    quantized, qstate = calibrate(apply, variables, x, (QuantRule(residual_bits=None),))
+    with pytest.raises(NotImplementedError, match=r"add at .*residual_bits=8"):
+        to_integer(quantized, variables, qstate, example=x)
+
+
+def test_ranges_must_be_calibrated():
+    quantized = fake_quant(dense)
+    with pytest.raises(ValueError, match="never seen data"):
+        to_integer(quantized, DENSE, quantized.init(DENSE, DENSE_X), example=DENSE_X)
+    _, constant = calibrate(dense, DENSE, jnp.zeros((2, 6)))
+    with pytest.raises(ValueError, match=r"always 0\.0"):
+        to_integer(quantized, DENSE, constant, example=DENSE_X)
+    _, broken = calibrate(dense, DENSE, DENSE_X.at[0, 0].set(jnp.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        to_integer(quantized, DENSE, broken, example=DENSE_X)
+    with pytest.raises(ValueError, match="empty"):
+        quantized.apply(DENSE, quantized.init(DENSE, DENSE_X), DENSE_X[:0], update=True)
