@@ -1,6 +1,6 @@
 """Quantisation of any traced function: numerics, rules, observers, folding, fake and real integers, ONNX."""
 
-from ehap_jax.quant.fake_quant import Quantized, fake_quant
+from ehap_jax.quant.fake_quant import Quantized, fake_quant, rounded_activations
 from ehap_jax.quant.integer import Certificate, IntegerNetwork, to_integer
 from ehap_jax.quant.numerics import (
     Grid,
@@ -51,6 +51,7 @@ __all__ = [
     "quantize_weights",
     "quantized_bytes",
     "range_parameters",
+    "rounded_activations",
     "save_onnx",
     "symmetric_grid",
     "to_integer",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ehap_jax import _compat
 from ehap_jax.graph.trace import REMAT, Body, Constant, Node, Operand, Value
@@ -14,11 +15,12 @@ from ehap_jax.quant.numerics import (
     Grid,
     at_least_float32,
     fake_quantise,
+    quantise,
 )
 from ehap_jax.quant.observers import QState, empty_range, observe
 from ehap_jax.quant.roundings import Network, Rounding, prepare
 from ehap_jax.quant.rules import INT8, QuantRule
-from ehap_jax.quant.weights import Read, check_ranges, grid_of_range, layer_numbers
+from ehap_jax.quant.weights import Read, check_ranges, grid_of_range, layer_numbers, unsigned_shift
 
 
 class Quantized(NamedTuple):
@@ -92,6 +94,29 @@ def fake_quant(apply: Callable, rules: Sequence[QuantRule] = INT8) -> Quantized:
         return jax.tree.unflatten(network.graph.output_tree, outputs), ranges
 
     return Quantized(init, quantized, apply, tuple(rules))
+
+
+def rounded_activations(quantized: Quantized, variables, qstate: QState, x) -> dict[str, jax.Array]:
+    """The integers (int32) that every range's values are rounded to on the way, by range; compare ``to_integer``'s.
+
+    Integers of signed grids count from their smallest number's 0, as unsigned ones do.
+    """
+    network = prepare(quantized.function, quantized.rules, variables, x)
+    check_ranges(network, qstate)
+    found: dict[str, jax.Array] = {}
+
+    def layer(site: Site, rule: QuantRule, x, read: Read):
+        rounding = network.inputs[site.node]
+        return _quantised_layer(site, rule, grid_of_range(qstate[network.names[rounding]], rounding, rule), x, read)
+
+    def rounded(rounding: Rounding, rule: QuantRule, raw):
+        name = network.names[rounding]
+        grid = grid_of_range(qstate[name], rounding, rule)
+        found[name] = quantise(raw, grid).astype(jnp.int32) + unsigned_shift(grid.low, rounding.bits)
+        return fake_quantise(raw, grid, learned=rule.observer == "learned")
+
+    _run(network, network.graph.body, jax.tree.leaves((variables, x)), layer, rounded)
+    return found
 
 
 def _quantised_layer(site: Site, rule: QuantRule, activations: Grid, x, read: Read):

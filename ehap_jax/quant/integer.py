@@ -48,6 +48,7 @@ from ehap_jax.quant.weights import (
     grid_of_range,
     layer_integers,
     unfolded_leaves,
+    unsigned_shift,
     value_of,
     variable_values,
 )
@@ -261,7 +262,7 @@ def integer_weights(
     for name, (rounding, _) in roundings.items():
         scale, zero = found[name]
         unit = activation_grid(rounding.kind, jnp.float32(0), jnp.float32(1), bits=rounding.bits)
-        shift = 0 if unit.low >= 0 else 2 ** (rounding.bits - 1)  # signed grids are moved: activations are unsigned
+        shift = unsigned_shift(unit.low, rounding.bits)
         grids[name] = IntegerGrid(float(np.float32(scale)), int(zero) + shift, unit.low + shift, unit.high + shift)
     layers: dict[str, LayerWeights] = {}
     channels = {site.name: site.channels for site in network.layers.values()}

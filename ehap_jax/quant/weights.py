@@ -168,6 +168,11 @@ def grid_of_range(seen: RangeState, rounding: Rounding, rule: QuantRule) -> Grid
     return grid._replace(scale=jnp.where(seen.count > 0, grid.scale, jnp.full_like(grid.scale, jnp.nan)))
 
 
+def unsigned_shift(low: int, bits: int) -> int:
+    """What is added to the integers of a signed grid so that they are unsigned, as runtimes want activations."""
+    return 0 if low >= 0 else 2 ** (bits - 1)
+
+
 class LayerNumbers(NamedTuple):
     """kernel: folded, on grid ``weights``. offset: the folded bias (channels,), on grid ``bias`` (None without one)."""
 

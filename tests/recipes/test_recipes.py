@@ -11,7 +11,18 @@ pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
 from ehap_jax.pruning import PruningPlan
 from ehap_jax.training import load_variables
-from recipes import compare_criteria, compare_precision, ehap, pretrain, prune, reproduce, reproduction, sweep, trace
+from recipes import (
+    compare_criteria,
+    compare_precision,
+    ehap,
+    pretrain,
+    prune,
+    quantize,
+    reproduce,
+    reproduction,
+    sweep,
+    trace,
+)
 from recipes.network import load_network
 
 MODEL = ["--data", "digits", "--widths", "4", "4", "8"]
@@ -65,6 +76,28 @@ def test_pretrain_writes_a_network_that_loads(dense):
     assert 0 <= summary["checks"]["validation_accuracy"] <= 1 and "<html" in (dense / "report.html").read_text()
     assert network.apply(network.variables, np.zeros((2, 8, 8, 1), np.float32)).shape == (2, 10)
     assert load_variables(dense / "network.npz").keys() == network.variables.keys()
+
+
+def test_quantize_runs_the_integers_of_a_pruned_network(pruned, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs pip install 'ehap-jax[onnx]'")
+    output = tmp_path / "run"
+    given = ["short", str(pruned), "--data", "digits", "--train-images", "600", "--seeds", "1", *phase("qat")]
+    given += ["--calibration-images", "128", "--compared-images", "32", "--output", str(output)]
+    assert quantize.command(given) == 0
+    summary = read(output / "summary.json")
+    stages = {stage["stage"]: stage for stage in summary["stages"]}
+    assert list(stages) == ["float", "ptq_fake", "ptq_integer", "qat_fake", "qat_integer", "qat_onnx"]
+    assert stages["qat_onnx"]["accuracy"] == stages["qat_integer"]["accuracy"]
+    assert stages["float"]["accuracy"] == read(pruned / "summary.json")["stages"][-1]["accuracy"]
+    assert stages["qat_integer"]["bytes"] < 0.5 * stages["float"]["bytes"]
+    lost = abs(stages["qat_integer"]["accuracy"] - stages["float"]["accuracy"]) * 100
+    assert summary["checks"]["points_from_float_qat_integer"] == pytest.approx(lost)
+    (differences,) = read(output / "differences.json")
+    assert differences["qat: integer and ONNX Runtime"]["differ"] == 0
+    for kind in ("ptq", "qat"):
+        apart = differences[f"{kind}: fake and integer"]
+        assert apart["rate"] < 0.01 and apart["largest_lsb"] <= 2 and apart["of"] > 10_000
+    assert {"float.onnx", "int8.onnx"} <= {path.name for path in (output / "seed0").iterdir()}
 
 
 def test_prune_writes_a_smaller_network_that_loads(dense, pruned):

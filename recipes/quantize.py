@@ -1,0 +1,256 @@
+"""Prune, fine-tune, fold, calibrate, train in INT8: and then run the integers, in JAX and in ONNX Runtime.
+
+EHAP (arXiv 2306.07030, section 4.4): symmetric weights per channel, asymmetric activations, BatchNorm folded. Ranges
+from 512 training images, then quantisation-aware training with SGD and a cosine from 1e-3, its ranges frozen after
+40 % of it. Beside it post-training quantisation: the same ranges, no training.
+
+    python -m recipes.quantize cifar runs/prune                           # goes on from recipes.prune
+    python -m recipes.quantize short resnet20.th --data npz:cifar10.npz   # a checkpoint; prunes it first
+
+Writes ``summary.json`` (float, fake-quantised and integer accuracies side by side), ``differences.json`` (how many
+integers differ between fake quantisation, `to_integer` and ONNX Runtime, and by how much), per seed ``float.onnx``
+and ``int8.onnx``, and ``report.html``. The mean loss of accuracy against float should be at most 0.3 points.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from ehap_jax import INT8, fake_quant
+from ehap_jax.data import limit_training, load_dataset, normalise
+from ehap_jax.graph import Cost, count_cost
+from ehap_jax.pruning import random_scores
+from ehap_jax.quant import IntegerNetwork, rounded_activations, save_onnx, to_integer, to_onnx
+from ehap_jax.report import stage_table, write_report
+from ehap_jax.training import Deadline, Progress, RunDirectory
+from recipes.command import RunOptions, run_command
+from recipes.int8 import Int8Network, calibrate, int8_network, train_int8
+from recipes.lab import Lab, Phase, accuracy, check_phases
+from recipes.network import Network, load_network, save_network
+from recipes.pruned import PruneConfig, finetune, fractions_of, plan_of, prune_network
+from recipes.summary import Stage, summarise
+
+POINTS = 0.3
+"""Largest mean loss of accuracy, in percentage points, against the float network."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Quantise a network to INT8 and run it in integers."""
+
+    network: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """A PyTorch or safetensors checkpoint, or the run directory of recipes.pretrain or recipes.prune."""
+    data: str = "tfds:cifar10"
+    """"tfds:NAME", "npz:PATH", "folder:PATH" or "digits"."""
+    train_images: int | None = None
+    """Use only so many of the training images."""
+    seeds: int = 3
+    calibration_images: int = 512
+    compared_images: int = 128
+    """Test images on which every integer is compared."""
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    """How a network that is not pruned yet is pruned first; --prune.keep 1 leaves it whole."""
+    finetune: Phase = field(default_factory=lambda: Phase(epochs=60, learning_rate=0.05))
+    """Of a network pruned here."""
+    qat: Phase = field(default_factory=lambda: Phase(epochs=20, learning_rate=1e-3, weight_decay=1e-4))
+    observed: float = 0.4
+    """Share of the training that moves the ranges; then they are frozen."""
+    onnx: bool = True
+    """Write ONNX files and run them; needs the packages onnx and onnxruntime."""
+
+
+VARIANTS = {
+    "short": (
+        "minutes: one epoch of everything",
+        Config(train_images=5_000, finetune=Phase(1, learning_rate=0.02), qat=Phase(1, learning_rate=1e-3)),
+    ),
+    "cifar": ("CIFAR-10, a GPU: 60 epochs of fine-tuning, 20 in INT8", Config()),
+}
+
+
+class SeedResult(NamedTuple):
+    """Per stage accuracy and cost; per pair of implementations what differs."""
+
+    stages: dict[str, Stage]
+    differences: dict[str, dict[str, float]]
+
+
+class Measured(NamedTuple):
+    """One quantised network: its stages, how fake quantisation and integers differ, and the integers."""
+
+    stages: dict[str, Stage]
+    difference: dict[str, float]
+    integers: dict[str, jax.Array]
+
+
+class Onnx(NamedTuple):
+    """What ONNX Runtime makes of it: accuracy, and how its integers differ from JAX's."""
+
+    accuracy: float
+    difference: dict[str, float]
+
+
+def run_seed(lab: Lab, seed: int, dense: Network, config: Config) -> SeedResult:
+    """From the dense (or pruned) network to integers, for one seed."""
+    network = prepare(lab, seed, dense, config)
+    quantized = fake_quant(network.apply, rules=INT8)
+    ranges = calibrate(lab, quantized, network.variables, config.calibration_images)
+    untrained = int8_network(lab, quantized, network.variables, ranges)
+    trained = train_int8(
+        lab, seed, network.apply, network.variables, config.qat, calibrated=ranges, observed=config.observed
+    )
+    cost = count_cost(network.graph())
+    stages = {"float": Stage(accuracy(lab, network.apply, network.variables), cost)}
+    differences: dict[str, dict[str, float]] = {}
+    for name, found in (("ptq", untrained), ("qat", trained)):
+        measured = measure(lab, found, cost, config.compared_images)
+        stages |= {f"{name}_{kind}": stage for kind, stage in measured.stages.items()}
+        differences[f"{name}: fake and integer"] = measured.difference
+        if config.onnx and name == "qat":
+            runtime = run_onnx(lab, seed, network, found, measured.integers, config.compared_images)
+            stages["qat_onnx"] = Stage(runtime.accuracy, stages["qat_integer"].cost)
+            differences["qat: integer and ONNX Runtime"] = runtime.difference
+    return SeedResult(stages, differences)
+
+
+def prepare(lab: Lab, seed: int, network: Network, config: Config) -> Network:
+    """The network to quantise: as it is, or pruned and fine-tuned."""
+    if network.plan is not None or config.prune.keep == 1:
+        return network
+    pruned = prune_network(lab, seed, network, network.graph(), config.prune)
+    tuned = finetune(lab, seed, pruned.network, config.finetune, network)
+    save_network(lab.run, tuned, f"seed{seed}")
+    return tuned
+
+
+def measure(lab: Lab, int8: Int8Network, cost: Cost, compared: int) -> Measured:
+    """Accuracy as fake-quantised and as integers, and the integers that differ between the two."""
+    weights, ranges = int8.variables["variables"], int8.variables["ranges"]
+    example = jnp.zeros((1, *lab.dataset.image_shape))
+    integers = to_integer(int8.quantized, weights, ranges, example=example)
+    cost = cost._replace(bytes=int8.bytes)
+    x = normalise(jnp.asarray(lab.dataset.x_test[:compared]), lab.dataset.mean, lab.dataset.std)
+    fake = jax.jit(partial(rounded_activations, int8.quantized))(weights, ranges, x)
+    real = jax.jit(integer_tensors)(integers, x)
+    stages = {
+        "fake": Stage(accuracy(lab, int8.apply, int8.variables), cost),
+        "integer": Stage(accuracy(lab, run_integers, integers), cost),
+    }
+    return Measured(stages, compare_tensors(fake, {name: real[name] for name in fake}), real)
+
+
+def run_integers(network: IntegerNetwork, x: jax.Array) -> jax.Array:
+    """Logits."""
+    return network(x)
+
+
+def integer_tensors(network: IntegerNetwork, x: jax.Array) -> dict[str, jax.Array]:
+    """Every quantised activation."""
+    return network.tensors(x)
+
+
+def compare_tensors(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
+    """How many integers differ, their share, and by how much at most (in steps of the grid, LSB)."""
+    apart = [np.abs(np.asarray(one[name], np.int64) - np.asarray(other[name], np.int64)) for name in one]
+    differ, total = sum(int(np.sum(a > 0)) for a in apart), sum(a.size for a in apart)
+    return {"differ": differ, "of": total, "rate": differ / total, "largest_lsb": max(int(a.max()) for a in apart)}
+
+
+def run_onnx(
+    lab: Lab, seed: int, network: Network, int8: Int8Network, integers: Mapping[str, Any], compared: int
+) -> Onnx:
+    """Write the float and the INT8 file, and run the second."""
+    weights, ranges = int8.variables["variables"], int8.variables["ranges"]
+    example = jax.ShapeDtypeStruct((1, *lab.dataset.image_shape), jnp.float32)
+    described = {"seed": seed, "model": network.architecture.model, "normalisation": network.architecture.normalisation}
+    options: dict[str, Any] = {"example": example, "plan": network.plan, "metadata": described, "dynamic_batch": True}
+    floats, whole = (
+        to_onnx(network.apply, network.variables, **options),
+        to_onnx(int8.quantized, weights, ranges, **options),
+    )
+    for name, model in (("float", floats), ("int8", whole)):
+        path = lab.run.file(f"seed{seed}/{name}.onnx")
+        path.unlink(missing_ok=True)
+        save_onnx(model, path)
+    x = np.asarray(normalise(jnp.asarray(lab.dataset.x_test), lab.dataset.mean, lab.dataset.std))
+    (logits,) = session(whole).run(None, {"x": x})
+    exposed = session(to_onnx(int8.quantized, weights, ranges, expose=True, **options))
+    names = [out.name.removesuffix("/out") for out in exposed.get_outputs()]
+    theirs = dict(zip(names, exposed.run(None, {"x": x[:compared]}), strict=True))
+    found = float(np.mean(np.argmax(logits, axis=1) == lab.dataset.y_test))
+    return Onnx(found, compare_tensors(integers, {name: theirs[name] for name in integers}))
+
+
+def session(model: Any) -> Any:
+    """An ONNX Runtime session with default options."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def check_config(config: Config, lab_images: int) -> None:
+    """What can be wrong with the settings beside the phases."""
+    if config.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
+    if not 1 <= config.calibration_images <= lab_images:
+        raise ValueError(f"--calibration-images must be between 1 and the {lab_images} training images")
+    if not 0 < config.observed <= 1:
+        raise ValueError(f"--observed must be in (0, 1], got {config.observed}")
+    if config.compared_images < 1:
+        raise ValueError(f"--compared-images must be at least 1, got {config.compared_images}")
+    if config.onnx:
+        missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
+        if missing:
+            raise ImportError(f"no {' or '.join(missing)} here: pip install 'ehap-jax[onnx]', or give --no-onnx")
+
+
+def main(config: Config, options: RunOptions) -> None:
+    started, deadline = time.perf_counter(), Deadline(options.max_minutes)
+    dense = load_network(config.network)
+    dataset = load_dataset(config.data, normalisation=dense.architecture.normalisation)
+    dataset = limit_training(dataset, config.train_images)
+    check_phases(dataset, finetune=config.finetune, qat=config.qat)
+    check_config(config, len(dataset.x_train))
+    if config.prune.keep != 1 and dense.plan is None:
+        fractions_of(config.prune)
+        graph = dense.graph()
+        plan_of(graph, random_scores(graph, key=jax.random.key(0)), config.prune)
+    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    with Progress() as progress:
+        lab = Lab(dataset, run, progress, deadline)
+        results = [run_seed(lab, seed, dense, config) for seed in range(config.seeds)]
+        lost = {
+            stage: mean(abs(r.stages[stage].accuracy - r.stages["float"].accuracy) for r in results) * 100
+            for stage in results[0].stages
+            if stage != "float"
+        }
+        checks = {f"points_from_float_{stage}": points for stage, points in lost.items()}
+        seconds = {"total": time.perf_counter() - started}
+        run.write_json("differences.json", [result.differences for result in results])
+        run.write_json("summary.json", summarise([r.stages for r in results], seconds=seconds, checks=checks))
+        write_report(run.path)
+        progress.console.print(stage_table(run.read_json("summary.json")))
+        verdict = "within" if lost["qat_integer"] <= POINTS else "beyond"
+        progress.note(f"integers after training: {lost['qat_integer']:.2f} points from float, {verdict} {POINTS}")
+
+
+def command(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run."""
+    return run_command(main, VARIANTS, arguments, name="quantize")
+
+
+if __name__ == "__main__":
+    sys.exit(command())
