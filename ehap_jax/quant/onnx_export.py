@@ -70,7 +70,7 @@ def to_onnx(
     >>> import jax.numpy as jnp
     >>> model = to_onnx(lambda w, x: x @ w, jnp.ones((3, 2)), example=jnp.ones((1, 3)))
     >>> [node.op_type for node in model.graph.node]
-    ['Gemm']
+    ['Gemm', 'Identity']
     """
     try:
         import onnx

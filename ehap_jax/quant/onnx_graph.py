@@ -37,6 +37,7 @@ class Writer:
     taken: set[str] = field(default_factory=set)
 
     def name(self, wanted: str) -> str:
+        wanted = wanted or "array"  # the path of variables that are a single array is empty
         name, number = wanted, 2
         while name in self.taken:
             name, number = f"{wanted}.{number}", number + 1

@@ -79,7 +79,7 @@ def test_the_small_network(small, tmp_path):
 
 def test_symmetric_grids_narrower_than_their_type(tmp_path):
     variables, x = make_variables(), jnp.abs(make_images())
-    rules = (QuantRule(activations="symmetric", activation_bits=6, weight_bits=4, residual_bits=5),)
+    rules = (QuantRule(activations="symmetric", activation_bits=6, weight_bits=4, residual_bits=6),)
     counts = assert_parity(*calibrate_for(variables, x, rules), x, tmp_path)
     assert counts["Clip"] == 6
 
