@@ -122,7 +122,8 @@ def scores_and_errors(
         w = weights[path]
         axis = channel_axis.get(path, -1) if isinstance(channel_axis, Mapping) else channel_axis
         factors[path] = (np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1) ** 2).mean(1)
-    return tuple(np.concatenate([part[path] * factors[path] for path in means]) for part in (means, errors))
+    scores, sems = (np.concatenate([part[path] * factors[path] for path in means]) for part in (means, errors))
+    return scores, sems
 
 
 def _posterior(z: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

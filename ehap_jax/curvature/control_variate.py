@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ehap_jax.curvature.gauss_newton import gauss_newton_trace, unproven_kernels
+from ehap_jax.curvature.gauss_newton import gauss_newton_trace
 from ehap_jax.curvature.heads import inputs_and_targets, second_derivative, softmax_cross_entropy, squared_error
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.problem import Batches, batch_size
+from ehap_jax.curvature.tapped_model import unproven_kernels
 
 __all__ = ["METHODS", "ResidualLoss", "Split", "split_curvature"]
 

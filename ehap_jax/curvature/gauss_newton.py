@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from ehap_jax.curvature.devices import DATA, EXAMPLES, SAME, check_mesh, place, size_of
 from ehap_jax.curvature.estimate import NO_PRODUCT, Moments, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.heads import Head, inputs_and_targets, root_of, softmax_cross_entropy
-from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
+from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
 from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import Layout, batch_size, layout_of
-from ehap_jax.curvature.taps import Taps, find_taps
-from ehap_jax.graph import trace_graph
+from ehap_jax.curvature.saved_trace import fingerprint
+from ehap_jax.curvature.tapped_model import require_proven, tapped_model
+from ehap_jax.curvature.taps import Taps
 
 __all__ = ["gauss_newton_trace"]
 
@@ -53,6 +57,10 @@ def gauss_newton_trace(
     select: Callable[[str, jax.Array], bool] = is_kernel,
     channel_axis: int | Mapping[str, int] = -1,
     on_unproven: Literal["error", "gauss_newton"] = "error",
+    mesh: Mesh | None = None,
+    save_to: str | Path | None = None,
+    save_every: float = 30.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TraceEstimate:
     """``Tr(G_cc)`` for every output channel c of every selected kernel: exact, without probes.
 
@@ -85,6 +93,12 @@ def gauss_newton_trace(
       select: ``select(path, leaf)``, whether to report a leaf; by default those with two axes or more.
       channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
       on_unproven: ``"gauss_newton"`` reports the trace of G for kernels where it is not proven to be the Hessian's.
+      mesh: devices of this process to divide the examples over, along the mesh's axis ``"data"``; ``microbatch`` and
+        ``memory_budget`` count per device.
+      save_to: a file for the sums so far, written about every ``save_every`` seconds and at the end. If it is there
+        already, it must be of the same arguments, and the run goes on from it, with an identical result.
+      save_every: seconds between two writes.
+      progress: called as ``progress(examples done, examples)`` after every chunk.
 
     Returns:
       A `TraceEstimate`. ``count`` is the number of columns, or K. With ``"all"``, ``sem`` is zero.
@@ -101,6 +115,9 @@ def gauss_newton_trace(
     [1.25, 1.25]
     """
     policy.require_available()
+    check_mesh(mesh)
+    if mesh is not None and jax.process_count() > 1:
+        raise ValueError("an exact trace is computed by the devices of one process; channel_trace takes several")
     if on_unproven not in ("error", "gauss_newton"):
         raise ValueError(f'on_unproven must be "error" or "gauss_newton"; got {on_unproven!r}')
     draws = _draws(classes, draw, key, head)
@@ -111,9 +128,9 @@ def gauss_newton_trace(
     leaves = jax.tree.leaves(policy.cast(params))
     x, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
     x = policy.cast(x)
-    taps = _taps(model, *_described((jax.tree.unflatten(layout.structure, leaves), x)), layout.paths)
+    taps = tapped_model(model, jax.tree.unflatten(layout.structure, leaves), x, layout.paths)
     if on_unproven == "error":
-        _require_proven(unproven_kernels(model, params, batch, policy=policy, select=select), layout)
+        require_proven(taps)
     columns = draws or _count_columns(taps, head, x, targets, policy)
     plan = _Plan(
         model=model,
@@ -126,10 +143,28 @@ def gauss_newton_trace(
     )
     if microbatch is None:
         microbatch = _affordable(plan, leaves, DEFAULT_BUDGET if memory_budget is None else memory_budget)
-    chunk = math.ceil(size / math.ceil(size / microbatch))
+    devices = size_of(mesh, DATA)
+    chunk = math.ceil(size / math.ceil(size / (microbatch * devices)) / devices) * devices
     key = jax.random.key(0) if key is None else key
-    by_column, rejected = _sum_over_batch(plan, leaves, x, targets, key, policy, size, chunk, columns)
-    return _estimate(layout, by_column, bool(draws), columns, rejected, key)
+    made_from = None
+    if save_to is not None:
+        settings = {"policy": policy, "microbatch": chunk, "select": select, "channel_axis": channel_axis}
+        roots = fingerprint(partial(_roots, model, head, policy), params, batch, key=key, **settings)
+        made_from = replace(roots, probes=f"exact {classes} {draw if draws else ''}")
+    file = SumsFile(save_to, made_from, save_every)
+    sums = PartialSums(
+        {p: (columns, leaves[i].shape[a]) for p, i, a in zip(layout.paths, layout.places, layout.axes, strict=True)},
+        policy.loss_scale or (FIRST_FLOAT16_SCALE if policy.backs_off else 1.0),
+    )
+    file.resume(sums)
+    leaves = place(mesh, leaves, SAME)
+    for first in range(sums.next, size, chunk):
+        _add_chunk(plan, leaves, x, targets, key, policy, size, range(first, first + chunk), columns, sums, mesh)
+        sums.next = min(first + chunk, size)
+        file.save(sums, now=sums.next == size)
+        if progress is not None:
+            progress(sums.next, size)
+    return _estimate(layout, sums.by_path, bool(draws), columns, sums.rejected, key)
 
 
 @dataclass(frozen=True)
@@ -157,66 +192,6 @@ def _draws(classes, draw: str, key, head) -> int:
     if draw == "labels" and head is not softmax_cross_entropy:
         raise ValueError('draw="labels" draws from the softmax: it needs head=softmax_cross_entropy')
     return classes
-
-
-def _described(tree: PyTree) -> tuple[Any, tuple]:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
-
-
-@lru_cache(maxsize=16)
-def _taps(model, structure, described, paths) -> Taps:
-    """The taps of ``model`` on one example; the same object for the same function and shapes."""
-    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in described]
-    params, x = jax.tree.unflatten(structure, structs)
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
-    graph = trace_graph(model, on_unknown="freeze")(params, one)
-    outputs = [(out.shape, out.dtype) for out in graph.body.outputs]
-    if (
-        len(outputs) != 1
-        or not outputs[0][0]
-        or outputs[0][0][0] != 1
-        or not jnp.issubdtype(outputs[0][1], jnp.floating)
-    ):
-        raise TypeError(
-            "model(params, x) must return one floating-point array, the logits, with the examples on its first axis; "
-            f"for one example it returned {outputs}. A model with more outputs needs a wrapper: "
-            "lambda p, x: model(p, x)[0]"
-        )
-    return find_taps(graph, paths)
-
-
-def unproven_kernels(
-    model: Callable[[PyTree, PyTree], jax.Array],
-    params: PyTree,
-    batch: PyTree,
-    *,
-    policy: Policy = Policy(),  # noqa: B008 (frozen)
-    select: Callable[[str, jax.Array], bool] = is_kernel,
-) -> dict[str, str]:
-    """The selected kernels for which `gauss_newton_trace` is not proven to be the Hessian's, and why.
-
-    >>> p = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
-    >>> list(unproven_kernels(lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"], p, jnp.ones((1, 3))))
-    ['a']
-    """
-    paths = layout_of(params, policy, select, -1).paths
-    x = jax.tree.map(jnp.asarray, inputs_and_targets(batch)[0])
-    taps = _taps(model, *_described((policy.cast(jax.tree.map(jnp.asarray, params)), policy.cast(x))), paths)
-    verdicts = piecewise_linear_kernels(taps.graph, paths)
-    return {path: why for path, why in verdicts.items() if why is not True}
-
-
-def _require_proven(unproven: dict[str, str], layout: Layout) -> None:
-    if unproven:
-        reasons = [f"{path}: {why}" for path, why in unproven.items()]
-        raise ValueError(
-            f"at {len(unproven)} of {len(layout.paths)} kernels the Hessian is not proven to be the Gauss-Newton "
-            "matrix:\n"
-            + "\n".join(reasons[:5] + ["…"] * (len(reasons) > 5))
-            + '\nEstimate these with channel_trace(method="auto", model=...), leave them out with select=, or ask for '
-            'the Gauss-Newton trace itself with on_unproven="gauss_newton"'
-        )
 
 
 def _count_columns(taps: Taps, head: Head, x, targets, policy: Policy) -> int:
@@ -278,43 +253,46 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
     for path, g in gradients.items():
         others = tuple(2 + a for a in range(g.ndim - 2) if a != axes[path])
         found[path] = jnp.einsum("rnc,rn->rc", (g * g).sum(others), counts)
-    for path, place, axis in zip(layout.paths, layout.places, layout.axes, strict=True):
+    for path, index, axis in zip(layout.paths, layout.places, layout.axes, strict=True):
         if path not in found:  # used nowhere
-            found[path] = jnp.zeros((plan.columns, leaves[place].shape[axis]), sums)
+            found[path] = jnp.zeros((plan.columns, leaves[index].shape[axis]), sums)
     return found, logits
 
 
-def _sum_over_batch(plan: _Plan, leaves, x, targets, key, policy: Policy, size: int, chunk: int, columns: int):
-    """``{path: (columns, channels)}`` in float64: the mean over examples of every column's squares."""
-    scale = policy.loss_scale or (FIRST_FLOAT16_SCALE if policy.backs_off else 1.0)
-    starts, paths = range(0, columns, plan.columns), plan.layout.paths
-    parts: dict[int, dict[str, Any]] = {start: dict.fromkeys(paths, 0.0) for start in starts}
-    rejected = 0
-    for first in range(0, size, chunk):
-        examples = np.minimum(np.arange(first, first + chunk), size - 1).astype(np.int32)
-        weights = (np.arange(first, first + chunk) < size).astype(plan.layout.policy.sums) / size
-        here = jax.tree.map(lambda leaf: leaf[examples], (x, targets))  # noqa: B023 (used at once)
-        for start in starts:
-            while True:
-                squares, logits = _chunk(
-                    plan, leaves, *here, examples, weights, key, jnp.int32(start), jnp.asarray(scale, policy.sums)
+def _roots(model, head: Head, policy: Policy, params, batch):
+    """What the trace is made of besides the gradients, for the fingerprint: the head's columns for every example."""
+    x, targets = inputs_and_targets(batch)
+    logits = model(policy.cast(params), policy.cast(x)).astype(policy.sums)
+    return jax.vmap(lambda *example: root_of(head, example[0], example[1:])[0])(logits, *targets)
+
+
+def _add_chunk(
+    plan: _Plan, leaves, x, targets, key, policy: Policy, size: int, chunk: range, columns: int, sums: PartialSums, mesh
+) -> None:
+    """Add a chunk's share of the mean of squares; what lies beyond the last example weighs nothing."""
+    examples = np.minimum(np.asarray(chunk), size - 1).astype(np.int32)
+    weights = (np.asarray(chunk) < size).astype(plan.layout.policy.sums) / np.asarray(size, plan.layout.policy.sums)
+    inputs, outputs = jax.tree.map(lambda leaf: leaf[examples], (x, targets))
+    here = place(mesh, (inputs, outputs, jnp.asarray(examples), jnp.asarray(weights)), EXAMPLES)
+    for start in range(0, columns, plan.columns):
+        while True:
+            scale = jnp.asarray(sums.scale, policy.sums)
+            squares, logits = _chunk(plan, leaves, *here, key, jnp.int32(start), scale)
+            squares = {path: np.asarray(s, np.float64) for path, s in jax.device_get(squares).items()}
+            bad = [path for path, s in squares.items() if not np.isfinite(s).all()]
+            if not bad:
+                break
+            if not policy.backs_off or sums.scale <= SMALLEST_SCALE:
+                raise FloatingPointError(
+                    f"the trace of {bad[0]!r} is not finite in {policy.compute} for examples {chunk[0]} to "
+                    f"{min(chunk[-1], size - 1)}. Is there NaN or infinity in params or batch? If not, use "
+                    'Policy("float32")'
                 )
-                squares = {path: np.asarray(s, np.float64) for path, s in jax.device_get(squares).items()}
-                bad = [path for path, s in squares.items() if not np.isfinite(s).all()]
-                if not bad:
-                    break
-                if not policy.backs_off or scale <= SMALLEST_SCALE:
-                    last = min(first + chunk, size) - 1
-                    raise FloatingPointError(
-                        f"the trace of {bad[0]!r} is not finite in {policy.compute} for examples {first} to {last}. "
-                        'Is there NaN or infinity in params or batch? If not, use Policy("float32")'
-                    )
-                scale, rejected = scale / 4, rejected + 1
-            if first == 0 and start == 0:
-                _require_independent(plan, leaves, here[0], logits)
-            for path, s in squares.items():
-                parts[start][path] = parts[start][path] + s
-    return {path: np.concatenate([parts[s][path] for s in starts])[:columns] for path in paths}, rejected
+            sums.scale, sums.rejected = sums.scale / 4, sums.rejected + 1
+        if chunk[0] == 0 and start == 0:
+            _require_independent(plan, leaves, inputs, logits)
+        for path, s in squares.items():
+            sums.add(path, start, s)
 
 
 @partial(jax.jit, static_argnames="plan")

@@ -98,8 +98,6 @@ def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) 
     """
     state = estimate.state
     arrays: dict[str, Any] = {
-        "format": FORMAT,
-        "fingerprint": json.dumps(asdict(of)),
         "key": jax.random.key_data(state.key),
         "key_impl": str(jax.random.key_impl(state.key)),
     }
@@ -109,13 +107,33 @@ def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) 
         arrays[f"{kind}/total"] = moments["total"]
         arrays |= {f"{kind}/{level}/{p}": x for level in ("channel", "layer") for p, x in moments[level].items()}
     arrays |= {f"known/{p}": x for p, x in estimate.known.items()}
+    write_arrays(path, arrays, of)
+
+
+def write_arrays(path: str | Path, arrays: dict[str, Any], of: TraceFingerprint) -> None:
+    """Arrays and the fingerprint of what they are, whole or not at all."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
-        np.savez(file, **jax.device_get(arrays))
+        np.savez(file, format=FORMAT, fingerprint=json.dumps(asdict(of)), **jax.device_get(arrays))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def read_arrays(path: str | Path, expected: TraceFingerprint) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote, of what is expected; raises as `load_trace`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a saved trace, or is damaged: {error}") from error
+    if str(arrays.get("format")) != FORMAT:
+        raise ValueError(f"{path} is not a saved trace of this version: its format is {arrays.get('format')}")
+    require_same(TraceFingerprint(**json.loads(str(arrays["fingerprint"]))), expected, str(path))
+    return arrays
 
 
 def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> TraceEstimate:
@@ -126,17 +144,7 @@ def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> 
       ValueError: the file is not a whole saved trace; or the trace is of something else than ``expected``, with the
         names of the parts that differ.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} is not a saved trace, or is damaged: {error}") from error
-    if str(arrays.get("format")) != FORMAT:
-        raise ValueError(f"{path} is not a saved trace of this version: its format is {arrays.get('format')}")
-    saved = TraceFingerprint(**json.loads(str(arrays["fingerprint"])))
-    require_same(saved, expected, str(path))
+    arrays = read_arrays(path, expected)
 
     def moments(kind):
         found: dict[str, Any] = {"channel": {}, "layer": {}, "total": jnp.asarray(arrays[f"{kind}/total"])}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ehap_jax.curvature import Policy, channel_trace, is_kernel, product_memory
+from ehap_jax.curvature import Policy, channel_trace, gauss_newton_trace, is_kernel, product_memory
 from ehap_jax.curvature.devices import DATA, SAME, divide, place, size_of
 from ehap_jax.curvature.probe_loop import Run, advance_on_device, first_state
 from ehap_jax.curvature.problem import prepare
@@ -108,7 +108,17 @@ def one_process(output):
     found["first scales"] = [float(scale) for scale in scales]
     bytes_needed = [product_memory(loss, *problem(), mesh=m).needs["linearize"] for m in (mesh(1, 8), mesh(8, 1))]
     found["needs"] = bytes_needed
+    found["exact"] = [exact(), exact(mesh(8, 1)), exact(mesh(2, 4))]
     output.write_text(json.dumps(found))
+
+
+def exact(on=None):
+    params, x = problem()
+
+    def model(p, x):
+        return jax.nn.relu(x @ p["first"] + p["bias"][None, :]) @ p["second"]
+
+    return vector(gauss_newton_trace(model, params, x, microbatch=2, mesh=on).mean)
 
 
 def several_processes(output, address, processes, process):

@@ -111,3 +111,10 @@ def test_axes_of_other_names_are_refused():
     mesh = jax.make_mesh((1,), ("batch",))
     with pytest.raises(ValueError, match=r'"data" \(examples\), "probe".*batch'):
         channel_trace(on_devices.loss, *on_devices.problem(), key=jax.random.key(0), num_probes=1, mesh=mesh)
+
+
+def test_an_exact_trace_on_a_mesh_is_that_of_one_device(found):
+    one, *others = (np.array(values) for values in found["exact"])
+    assert one.max() > 0
+    for other in others:
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-6 * one.max())

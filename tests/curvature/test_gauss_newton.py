@@ -456,3 +456,40 @@ def test_compiled_once(dense):
         count = len(traced)
         traced.clear()
     assert count == 0
+
+
+@pytest.mark.parametrize("classes", ["all", 2])
+def test_a_stopped_run_goes_on_from_its_file(tmp_path, classes):
+    rng = np.random.default_rng(5)
+    params = {
+        "a": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),
+    }
+    x, file = jnp.asarray(rng.normal(size=(7, 4)), jnp.float32), tmp_path / "trace.npz"
+
+    def model(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    def run(**options):
+        key = jax.random.key(1)
+        return gauss_newton_trace(model, params, x, classes=classes, key=key, microbatch=2, save_every=0, **options)
+
+    def stop(done, total):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(save_to=file, progress=stop)
+    seen = []
+    resumed, whole = run(save_to=file, progress=lambda *at: seen.append(at)), run()
+    assert seen == [(6, 7), (7, 7)]
+    for one in (resumed, run(save_to=file)):
+        for name in params:
+            np.testing.assert_array_equal(one.mean[name], whole.mean[name])
+            np.testing.assert_array_equal(one.sem[name], whole.sem[name])
+    with pytest.raises(ValueError, match="weights"):
+        gauss_newton_trace(model, {**params, "a": 2 * params["a"]}, x, microbatch=2, save_to=file)
+    with pytest.raises(ValueError, match="probes"):
+        gauss_newton_trace(model, params, x, classes=3, key=jax.random.key(1), microbatch=2, save_to=file)
+    with pytest.raises(FileNotFoundError, match="save_to"):
+        run(save_to=tmp_path / "missing" / "trace.npz")

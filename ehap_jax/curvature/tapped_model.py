@@ -1,0 +1,86 @@
+"""A model with taps at the uses of its kernels, and the proof that its Hessian is the Gauss-Newton matrix there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ehap_jax.curvature.heads import inputs_and_targets
+from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
+from ehap_jax.curvature.precision import Policy
+from ehap_jax.curvature.probes import is_kernel
+from ehap_jax.curvature.problem import layout_of
+from ehap_jax.curvature.taps import Taps, find_taps
+from ehap_jax.graph import trace_graph
+
+__all__ = ["require_proven", "tapped_model", "unproven_kernels"]
+
+PyTree = Any
+
+
+def tapped_model(model: Callable, params: PyTree, x: PyTree, paths: tuple[str, ...]) -> Taps:
+    """The taps of ``model`` on one example; the same object for the same function and shapes."""
+    leaves, structure = jax.tree.flatten((params, x))
+    return _taps(model, structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves), paths)
+
+
+@lru_cache(maxsize=16)
+def _taps(model, structure, described, paths) -> Taps:
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in described]
+    params, x = jax.tree.unflatten(structure, structs)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
+    graph = trace_graph(model, on_unknown="freeze")(params, one)
+    outputs = [(out.shape, out.dtype) for out in graph.body.outputs]
+    if (
+        len(outputs) != 1
+        or not outputs[0][0]
+        or outputs[0][0][0] != 1
+        or not jnp.issubdtype(outputs[0][1], jnp.floating)
+    ):
+        raise TypeError(
+            "model(params, x) must return one floating-point array, the logits, with the examples on its first axis; "
+            f"for one example it returned {outputs}. A model with more outputs needs a wrapper: "
+            "lambda p, x: model(p, x)[0]"
+        )
+    return find_taps(graph, paths)
+
+
+def unproven_kernels(
+    model: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batch: PyTree,
+    *,
+    policy: Policy = Policy(),  # noqa: B008 (frozen)
+    select: Callable[[str, jax.Array], bool] = is_kernel,
+) -> dict[str, str]:
+    """The selected kernels for which `gauss_newton_trace` is not proven to be the Hessian's, and why.
+
+    >>> p = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
+    >>> list(unproven_kernels(lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"], p, jnp.ones((1, 3))))
+    ['a']
+    """
+    paths = layout_of(params, policy, select, -1).paths
+    given = jax.tree.map(jnp.asarray, (params, inputs_and_targets(batch)[0]))
+    return unproven(tapped_model(model, *policy.cast(given), paths))
+
+
+def unproven(taps: Taps) -> dict[str, str]:
+    """Of the kernels of a tapped model."""
+    verdicts = piecewise_linear_kernels(taps.graph, taps.paths)
+    return {path: why for path, why in verdicts.items() if why is not True}
+
+
+def require_proven(taps: Taps) -> None:
+    """Raise a ValueError with the reasons unless the Hessian is the Gauss-Newton matrix at every kernel."""
+    reasons = [f"{path}: {why}" for path, why in unproven(taps).items()]
+    if reasons:
+        raise ValueError(
+            f"at {len(reasons)} of {len(taps.paths)} kernels the Hessian is not proven to be the Gauss-Newton matrix:\n"
+            + "\n".join(reasons[:5] + ["…"] * (len(reasons) > 5))
+            + '\nEstimate these with channel_trace(method="auto", model=...), leave them out with select=, or ask for '
+            'the Gauss-Newton trace itself with on_unproven="gauss_newton"'
+        )
