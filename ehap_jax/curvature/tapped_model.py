@@ -64,8 +64,8 @@ def unproven_kernels(
     ['a']
     """
     paths = layout_of(params, policy, select, -1).paths
-    given = jax.tree.map(jnp.asarray, (params, inputs_and_targets(batch)[0]))
-    return unproven(tapped_model(model, *policy.cast(given), paths))
+    params, x = policy.cast(jax.tree.map(jnp.asarray, (params, inputs_and_targets(batch)[0])))
+    return unproven(tapped_model(model, params, x, paths))
 
 
 def unproven(taps: Taps) -> dict[str, str]:
