@@ -85,6 +85,15 @@ def check_phases(dataset: Dataset, **phases: Phase) -> None:
             raise ValueError(f"{option}.batch-size {phase.batch_size} is not between 1 and the {count} training images")
         if not 0 <= phase.warmup < phase.epochs:
             raise ValueError(f"{option}.warmup must be at least 0 and below the {phase.epochs} epochs: {phase.warmup}")
+        if not 0 <= phase.label_smoothing < 1:
+            raise ValueError(f"{option}.label-smoothing must be in [0, 1), got {phase.label_smoothing}")
+        if phase.average is not None and not 0 <= phase.average < 1:
+            raise ValueError(f"{option}.average is a decay in [0, 1), got {phase.average}")
+        if not 0 <= phase.distill <= 1 or not phase.temperature > 0:
+            raise ValueError(f"{option}.distill must be in [0, 1] and {option}.temperature positive")
+        if phase.batch_size % jax.device_count():
+            devices = jax.device_count()
+            raise ValueError(f"{option}.batch-size {phase.batch_size} is not a multiple of the {devices} devices")
         optimizer_of(phase, count)
 
 

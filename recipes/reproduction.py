@@ -104,7 +104,11 @@ def criteria_rows(part: dict[str, Any] | None, network: str) -> list[Row]:
     for keep in config["cells"]["keeps"]:
         entries = [e for e in part["result"]["statistics"] if e["keep"] == keep and e["criterion"] != "dense"]
         gaps = [gap for gap in part["result"]["differences"] if gap["keep"] == keep]
-        text = "; ".join(f"{entry['criterion']} {percent(entry['accuracy'])} %" for entry in entries)
+        dense = next((e for e in part["result"]["statistics"] if e["criterion"] == "dense"), None)
+        text = "; ".join(
+            f"{entry['criterion']} {percent(entry['accuracy'])} % ({entry['macs'] / 1e6:.1f} M MACs)"
+            for entry in ([dense, *entries] if dense else entries)
+        )
         paired = "; ".join(f"{gap['first']} − {gap['other']} {percent(gap['difference'])}" for gap in gaps)
         seeds = min((len(entry["seeds"]) for entry in entries), default=0)
         state = short_criteria(part, seeds) if entries else NOT_RUN
@@ -206,8 +210,8 @@ def document(runs: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]]
         "# The papers' claims, checked\n\n"
         "Made by `python -m recipes.reproduction` from the JSON files in this folder. Accuracies are in per cent of\n"
         "the test split, after the last epoch, ± standard deviation over seeds where there are several; differences\n"
-        "are paired by seed. A shortened run has not recovered from pruning: it shows what happens, not how good the\n"
-        "method is in the end.\n\n" + table + "\n"
+        "are paired by seed; `dense` is the unpruned network, fine-tuned like the others. A shortened run has not\n"
+        "recovered from pruning: it shows what happens, not how good the method is in the end.\n\n" + table + "\n"
     )
 
 

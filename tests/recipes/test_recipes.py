@@ -114,7 +114,8 @@ def test_prune_writes_a_smaller_network_that_loads(dense, pruned):
 def test_pruning_step_by_step_meets_the_budget(dense, tmp_path):
     given = ["short", str(dense), "--data", "digits", "--train-images", "512", "--prune.criterion", "random"]
     given += ["--prune.steps", "2", "--prune.keep", "0.4", "--prune.budget", "macs", "--prune.coupling", "group"]
-    given += [*phase("finetune"), *phase("prune.between")]
+    given += [*phase("finetune"), *phase("prune.between"), "--finetune.distill", "0.9", "--finetune.average", "0.9"]
+    given += ["--finetune.label-smoothing", "0.1", "--finetune.compute", "bfloat16"]
     assert prune.command([*given, "--output", str(tmp_path / "run")]) == 0
     stages = {stage["stage"]: stage for stage in read(tmp_path / "run" / "summary.json")["stages"]}
     assert stages["pruned"]["macs"] <= 0.4 * stages["dense"]["macs"]
@@ -203,6 +204,10 @@ def test_ehap_from_a_trained_network(dense, tmp_path):
         (sweep, ["short", "DENSE", "--max-minutes", "0"], "positive number of minutes"),
         (ehap, ["digits", "--model", "alexnet"], "unknown model 'alexnet'"),
         (pretrain, ["digits", "--train-images", "9999"], "cannot take 9999"),
+        (pretrain, ["digits", "--phase.label-smoothing", "1"], "--phase.label-smoothing"),
+        (pretrain, ["digits", "--phase.average", "1.5"], "--phase.average"),
+        (pretrain, ["digits", "--phase.distill", "2"], "--phase.distill"),
+        (pretrain, ["digits", "--phase.warmup", "30"], "--phase.warmup"),
     ],
 )
 def test_bad_settings_fail_before_anything_is_written(dense, tmp_path, capsys, recipe, arguments, message):
