@@ -3,8 +3,8 @@
     python -m benchmarks.onnx_parity                          # ResNet-32, ResNet-56, WRN-28-8; results/onnx_parity.json
     python -m benchmarks.onnx_parity --networks resnet32 --images 2
 
-The networks are EHAP's (post-activation, 1x1-convolution shortcuts) with weights drawn from a seed and normalisation
-statistics of the drawn images, pruned to half of their multiply-accumulates with random scores and union coupling, so
+The networks are EHAP's (post-activation, 1x1-convolution shortcuts) with weights and normalisation drawn from a
+seed, pruned to half of their multiply-accumulates with random scores and union coupling, so
 that the file has slices and gathers of channels. Mismatches are counted in every tensor of integers, in ONNX Runtime
 with default options, and in the logits bit for bit. Exits with status 1 where there is one, or where a convolution,
 sum, mean or dense layer was not fused into an integer kernel.
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax import allocate, fake_quant, random_scores, shrink, shrink_variables, to_integer, to_onnx, trace_graph
-from ehap_jax.models import eval_apply, init_variables, make_model
+from ehap_jax.models import eval_apply, make_model
 from ehap_jax.training.run_directory import versions
 
 NETWORKS = {
@@ -39,20 +39,26 @@ NOT_FUSED = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "GlobalA
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def pruned(name: str, macs: float, seed: int):
-    """(apply, variables, plan) of a pruned network with drawn weights."""
-    model_name, options = NETWORKS[name]
-    model = make_model(model_name, 10, **options)
+def drawn_variables(model, seed: int):
+    """Weights as He et al. draw them and normalisation in which no channel is special, without compiling anything."""
     drawn = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
 
     def draw(path, leaf):
         last = jax.tree_util.keystr(path, simple=True, separator="/").rsplit("/")[-1]
         if last in ("scale", "var"):
             return jnp.asarray(drawn.uniform(0.5, 1.0, leaf.shape), leaf.dtype)
-        return jnp.asarray(drawn.normal(0, 0.1, leaf.shape), leaf.dtype) if leaf.ndim == 1 else leaf
+        spread = 0.1 if len(leaf.shape) == 1 else (2 / np.prod(leaf.shape[:-1])) ** 0.5
+        return jnp.asarray(drawn.normal(0, spread, leaf.shape), leaf.dtype)
 
-    variables = jax.tree_util.tree_map_with_path(draw, init_variables(model, jax.random.key(seed), (32, 32, 3)))
-    apply = eval_apply(model)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def pruned(name: str, macs: float, seed: int):
+    """(apply, variables, plan) of a pruned network with drawn weights."""
+    model_name, options = NETWORKS[name]
+    model = make_model(model_name, 10, **options)
+    variables, apply = drawn_variables(model, seed), eval_apply(model)
     graph = trace_graph(apply)(variables, jnp.zeros((1, 32, 32, 3)))
     plan = allocate(graph, random_scores(graph, key=jax.random.key(seed)), macs=macs, coupling="union")
     return shrink(apply, plan), shrink_variables(variables, plan), plan
