@@ -22,53 +22,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import fresh_process, peak_memory, provenance, read_results, timed, write_results
+from benchmarks.trained import CHUNK, flat, hap_scores, load, mean_loss, quality
 from ehap_jax.curvature import Policy, channel_trace, expected_agreement, fingerprint, load_trace, save_trace
 from ehap_jax.curvature.gauss_newton import gauss_newton_trace
-from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import path_name
 
-WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}
 TIMED = (("resnet20", 128), ("resnet20", 512), ("resnet32", 512))
 PROBES = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000)
 COMBINATIONS = {"signs": (1, 2, 4, 8), "labels": (1, 4)}
 SEEDS = 5
-CHUNK = 16
-"""Images that go through the network together: more fall out of the caches of a CPU."""
-
-
-def load(data: Path, network: str, images: int):
-    """The network in eval mode, its variables, and the first images of the training set with their labels."""
-    from interop import from_torch
-    from interop.parity import normalise
-
-    apply, variables, info = from_torch(str(data / "akamaster" / WEIGHTS[network]))
-    with np.load(data / "cifar10_lossless_subset.npz") as file:
-        x, y = file["x_train"][:images], file["y_train"][:images]
-    return apply, variables, (jnp.asarray(normalise(x, info)), jnp.asarray(y, jnp.int32))
-
-
-def timed(call) -> tuple[Any, dict[str, float]]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    found = jax.block_until_ready(call())
-    return found, {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
 def time_exact(data: Path, network: str, images: int) -> dict[str, Any]:
     """Run in a process of its own: the first call compiles, the second does not."""
     apply, variables, batch = load(data, network, images)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     trace, first = timed(lambda: gauss_newton_trace(apply, variables, batch))
     _, second = timed(lambda: gauss_newton_trace(apply, variables, batch))
     _, one = timed(lambda: gauss_newton_trace(apply, variables, batch, classes=1, key=jax.random.key(0)))
@@ -80,49 +54,9 @@ def time_exact(data: Path, network: str, images: int) -> dict[str, Any]:
         "second_call": second,
         "one_combination": one,
         "total_trace": trace.total(),
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "memory_before_gb": before / 2**20,
+        "peak_memory_gb": peak_memory(),
+        "memory_before_gb": before,
         "load_average": os.getloadavg()[0],
-    }
-
-
-def mean_loss(apply):
-    def loss(variables, batch):
-        x, y = batch
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(apply(variables, x)), y[:, None], axis=1)
-        return -chosen.mean()
-
-    return loss
-
-
-def flat(tree, variables) -> np.ndarray:
-    """The channels of all kernels one after another."""
-    named = dict((path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree))
-    paths = [
-        path_name(p) for p, leaf in jax.tree_util.tree_leaves_with_path(variables) if is_kernel(path_name(p), leaf)
-    ]
-    return np.concatenate([np.asarray(named[path], np.float64) for path in paths])
-
-
-def hap_scores(trace: np.ndarray, variables) -> np.ndarray:
-    """Tr(H_cc) / p_c * |w_c|^2 (HAP eq. 8)."""
-    kernels = [leaf for p, leaf in jax.tree_util.tree_leaves_with_path(variables) if is_kernel(path_name(p), leaf)]
-    weights = [np.mean(np.asarray(k, np.float64) ** 2, axis=tuple(range(k.ndim - 1))) for k in kernels]
-    return trace * np.concatenate(weights)
-
-
-def quality(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """Spearman's rank correlation and the overlap of the lowest 30 %."""
-
-    def ranks(x):
-        order = np.empty(len(x))
-        order[np.argsort(x, kind="stable")] = np.arange(len(x))
-        return order
-
-    lowest = [set(np.argsort(x, kind="stable")[: int(0.3 * len(x))].tolist()) for x in (found, exact)]
-    return {
-        "spearman": float(np.corrcoef(ranks(found), ranks(exact))[0, 1]),
-        "overlap_30": len(lowest[0] & lowest[1]) / len(lowest[0] | lowest[1]),
     }
 
 
@@ -203,25 +137,6 @@ def compare_probes(data: Path, images: int, probes: int, kept: Path, rows: list)
     }
 
 
-def provenance() -> dict[str, Any]:
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": len([line for line in git("status", "--porcelain").splitlines() if line.endswith(".py")]),
-    }
-
-
 def draw_plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -286,23 +201,20 @@ def main() -> None:
     if options.one:
         print(json.dumps(time_exact(options.data, options.one[0], int(options.one[1]))))
         return
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results = read_results(options.out)
     if options.only in (None, "timing"):
         results["timing"] = []
         for network, images in TIMED:
-            command = [sys.executable, "-m", "benchmarks.exact_trace", "--data", str(options.data)]
-            done = subprocess.run(
-                [*command, "--one", network, str(images)], stdout=subprocess.PIPE, text=True, check=True
-            )
-            results["timing"].append({**json.loads(done.stdout.splitlines()[-1]), **provenance()})
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            line = ["--data", str(options.data), "--one", network, str(images)]
+            results["timing"].append({**fresh_process("benchmarks.exact_trace", line), **provenance()})
+            write_results(options.out, results)
     if options.only in (None, "combinations"):
         results["combinations"] = compare_combinations(options.data, options.images)
     if options.only in (None, "probes"):
         kept = options.out.with_suffix(".probes.npz")
         rows = results.get("probes", {}).get("rows", []) if kept.exists() else []
         results["probes"] = compare_probes(options.data, options.images, options.probes, kept, rows)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    write_results(options.out, results)
     if "combinations" in results and "probes" in results:
         draw_plot(results, options.out.with_suffix(".png"))
     print(table(results))

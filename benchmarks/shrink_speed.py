@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from benchmarks.exact_trace import provenance
+from benchmarks.measure import provenance
 from ehap_jax.graph import channel_groups, count_cost, trace_graph
 from ehap_jax.models import ResNet, eval_apply, init_variables, make_model, train_apply
 from ehap_jax.models.layers import batch_norm, classifier_head, convolution

@@ -12,14 +12,14 @@ stopped goes on from them.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.exact_trace import WEIGHTS, flat, hap_scores, load, mean_loss, provenance, quality
+from benchmarks.measure import provenance, read_results, write_results
+from benchmarks.trained import CHUNK, WEIGHTS, flat, hap_scores, load, mean_loss, quality
 from ehap_jax.curvature import channel_trace, expected_agreement, gauss_newton_trace
 from ehap_jax.curvature.problem import path_name
 from ehap_jax.training import Progress
@@ -42,7 +42,7 @@ def z_scores(data: Path, network: str, images: int, probes: int, kept: Path) -> 
             batch,
             key=jax.random.key(2024),
             num_probes=probes,
-            microbatch=16,
+            microbatch=CHUNK,
             probes_per_step=5,
             save_to=kept,
             progress=report,
@@ -89,11 +89,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--probes", type=int, default=500)
     options = parser.parse_args()
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results = read_results(options.out)
     for network in options.networks:
         kept = options.out.with_suffix(f".{network}.npz")
         results[network] = z_scores(options.data, network, options.images, options.probes, kept)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_results(options.out, results)
         print({name: value for name, value in results[network].items() if name != "layers"}, flush=True)
 
 

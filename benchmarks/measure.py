@@ -1,0 +1,68 @@
+"""What every measurement needs: a fresh process, clocks, where and of what it was taken, and a result file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ehap_jax.training.run_directory import versions, write_atomically
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What it returns, when the device has finished, with wall-clock and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = jax.block_until_ready(call())
+    return found, {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
+def peak_memory() -> float:
+    """The largest resident memory of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def fresh_process(
+    module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None, seconds: float | None = None
+) -> dict[str, Any]:
+    """Run ``python -m module arguments`` and read the JSON object in its last line; its errors are shown as they come.
+
+    Raises:
+        RuntimeError: it failed; names the command.
+        subprocess.TimeoutExpired: it took more than ``seconds``.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    given = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=given, timeout=seconds)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Those of earlier parts of the same benchmark."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(results, indent=1) + "\n")
+
+
+def provenance() -> dict[str, Any]:
+    """On what, how busy it was, and with which versions."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return {
+        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "versions": versions(),
+    }
