@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.one:
         network, run = given.one
-        kept = given.out.with_suffix(f".{network}.{run}.npz")
+        kept = given.out.with_suffix(f".{network}.{run}.{given.images}x{given.probes}.npz")
         print(json.dumps(probe(given.data, network, run, given.images, given.probes, kept, given.max_minutes)))
         return
     results, deadline = read_results(given.out), Deadline(given.max_minutes)

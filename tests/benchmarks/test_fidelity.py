@@ -55,8 +55,8 @@ def test_what_is_done_is_not_repeated(tmp_path, capsys):
     runs = {"exact": run("exact", truth), "float64": run("float64", truth, probes=3)}
     write_results(out, {"resnet20": {"images": 8, "probes": 3, "runs": runs, "rows": []}})
     before = read_results(out)
-    main(["--data", "/nowhere", "--out", str(out), "--networks", "resnet20", "--images", "8", "--probes", "3"]
-         + ["--runs", "float64"])  # fmt: skip
+    given = ["--networks", "resnet20", "--runs", "float64", "--images", "8", "--probes", "3"]
+    main(["--data", "/nowhere", "--out", str(out), *given])
     assert read_results(out) == before and "resnet20, 8 images, 3 probes" in capsys.readouterr().out
 
 
