@@ -15,11 +15,11 @@ from recipes.lab import Lab, Phase, train, training_batch
 
 
 class Int8Network(NamedTuple):
-    """A fake-quantised network. apply: ``apply(variables, x) -> logits`` with fixed ranges, where `variables` is
+    """A fake-quantised network.
 
-    {"variables": float weights, "ranges": the ranges of the activations}; bytes: of its stored integers; quantized: the
-
-    functions behind it."""
+    apply: ``apply(variables, x) -> logits`` with fixed ranges. variables: {"variables": float weights, "ranges": the
+    ranges of the activations}. bytes: of its stored integers. quantized: the functions behind it.
+    """
 
     apply: Callable
     variables: dict[str, Any]
