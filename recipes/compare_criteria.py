@@ -4,7 +4,7 @@ EHAP (arXiv 2306.07030) and HAP (arXiv 2101.08940) compare criteria at a few fra
 criterion prunes the same dense network to the same fractions, is fine-tuned alike, over several seeds, beside the
 dense network fine-tuned alike; the Hessian's go on to INT8 training.
 
-    python -m recipes.compare_criteria short resnet20.th --data npz:cifar10.npz     # two CPU cores, about an hour
+    python -m recipes.compare_criteria short resnet20.th --data npz:cifar10.npz     # two CPU cores, hours
     python -m recipes.compare_criteria paper runs/pretrain --data tfds:cifar10      # a GPU, the paper's fine-tuning
 
 With the short setting the networks have not recovered: differences say which criterion is quicker to recover, not

@@ -6,7 +6,7 @@ dense network with the same probes, prunes it to the same fraction and is fine-t
 differences are paired by seed.
 
     python -m recipes.compare_precision paper runs/pretrain                      # CIFAR-10 through TFDS, a GPU
-    python -m recipes.compare_precision short resnet20.th --data npz:cifar10.npz # two CPU cores, about an hour
+    python -m recipes.compare_precision short resnet20.th --data npz:cifar10.npz # two CPU cores, hours
 
 Expect the rank correlation with float32 above 0.99 and no difference in accuracy beyond its standard error. On a CPU
 half precision is slower, not faster. Writes ``precision.json`` and ``precision.txt``; every finished seed and

@@ -5,7 +5,7 @@ kept, 300 epochs of fine-tuning, 30 epochs of INT8 training.
 
     python -m recipes.ehap resnet32 --max-minutes 25                   # CIFAR-10 through TFDS, a GPU; then --resume
     python -m recipes.ehap resnet56 --dense runs/pretrain
-    python -m recipes.ehap digits                                      # two minutes on two CPU cores
+    python -m recipes.ehap digits                                      # minutes on two CPU cores
 
 Expect INT8 within 0.3 points of the fine-tuned network, on the digits as in ``results/quickstart.json``; what was
 measured on CIFAR-10 is in ``results/REPRODUCTION.md``. Writes one report over all seeds; every seed's folder holds

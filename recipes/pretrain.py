@@ -4,7 +4,7 @@ EHAP (arXiv 2306.07030) trains 300 epochs with batch 128, learning rate 0.05, we
 a cosine; the named configurations are those settings.
 
     python -m recipes.pretrain resnet32                          # CIFAR-10 through TFDS, a GPU
-    python -m recipes.pretrain digits                            # handwritten digits, a minute on two CPU cores
+    python -m recipes.pretrain digits                            # handwritten digits, minutes on two CPU cores
     python -m recipes.pretrain resnet56 --data npz:cifar10.npz --phase.epochs 30 --max-minutes 25
 
 Expect 99 % on the digits (``results/quickstart.json``); what was measured on CIFAR-10 is in

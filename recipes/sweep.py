@@ -1,7 +1,7 @@
 """How much accuracy is left at how many multiply-accumulates? The curve over fractions, criteria and seeds.
 
     python -m recipes.sweep resnet56 runs/pretrain                               # CIFAR-10 through TFDS, a GPU
-    python -m recipes.sweep short resnet20.th --data npz:cifar10.npz             # two CPU cores, an hour or two
+    python -m recipes.sweep short resnet20.th --data npz:cifar10.npz             # two CPU cores, hours
 
 To beat, from a 93.5 % ResNet-56 on CIFAR-10 without sparse learning (Torch-Pruning): 93.46 % at 47 % of the MACs,
 93.36 % at 40 %. Writes ``sweep.json``, ``sweep.txt`` and ``pareto.png``; every finished cell is kept in ``cells/``,
