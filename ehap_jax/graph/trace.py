@@ -186,8 +186,8 @@ def trace_graph(apply: Callable, *, on_unknown: Literal["error", "freeze"] = "er
 def _struct(leaf) -> jax.ShapeDtypeStruct:
     if not all(isinstance(size, int | np.integer) for size in np.shape(leaf)):
         raise ValueError(
-            f"an argument has the symbolic shape {np.shape(leaf)}; channels are followed at concrete sizes, so trace or "
-            "export once per batch size."
+            f"an argument has the symbolic shape {np.shape(leaf)}; channels are followed at concrete sizes, so trace "
+            "or export once per batch size."
         )
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
