@@ -19,7 +19,6 @@ ZERO_KEEPING = [
     "asinh",
     "atan",
     "atanh",
-    "cbrt",
     "ceil",
     "convert_element_type",
     "copy",
@@ -39,7 +38,6 @@ ZERO_KEEPING = [
     "sign",
     "sin",
     "sinh",
-    "sqrt",
     "square",
     "stop_gradient",
     "tan",
@@ -64,6 +62,8 @@ NOT_ZERO_KEEPING = [
 ]
 # Infinite or undefined at 0: a masked channel would be infinite, and 0 · ∞ is not 0.
 SINGULAR_AT_ZERO = ("acosh", "digamma", "lgamma", "log", "rsqrt")
+# Zero at 0, but with an infinite derivative there: the gradient of a masked channel would be 0 · ∞, which is NaN.
+SLOPE_SINGULAR_AT_ZERO = ("cbrt", "sqrt")
 ZERO_IF_BOTH = ["or", "xor", "add_any"]
 SHIFTS = ["shift_left", "shift_right_arithmetic", "shift_right_logical"]
 COMPARISONS = ["eq", "ne", "lt", "le", "gt", "ge"]
@@ -138,6 +138,12 @@ def singular_at_zero(structure: Structure, node: Node, inputs: list[Labels]) -> 
     return _result(structure, node, inputs, frozenset())
 
 
+@elementwise(*SLOPE_SINGULAR_AT_ZERO)
+def slope_singular_at_zero(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    _freeze_zero(structure, node, inputs[0])
+    return _result(structure, node, inputs, zeros(inputs[0], len(node.outputs[0].shape)))
+
+
 @elementwise(*ZERO_IF_BOTH)
 def zero_if_both(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     rank = len(node.outputs[0].shape)
@@ -187,7 +193,8 @@ def zero_if_numerator(structure: Structure, node: Node, inputs: list[Labels]) ->
 def power(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     exponent = node.params["y"] if node.name == "integer_pow" else getattr(node.inputs[1], "value", None)
     keeps = exponent is not None and bool(exponent > 0)
-    if not keeps and exponent != 0:
+    flat = exponent is not None and bool((exponent == 0) | (exponent >= 1))
+    if not flat:  # infinite at 0, or its derivative is
         _freeze_zero(structure, node, inputs[0])
     zero = zeros(inputs[0], len(node.outputs[0].shape)) if keeps else frozenset()
     return _result(structure, node, inputs, zero)

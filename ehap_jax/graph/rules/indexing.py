@@ -69,6 +69,29 @@ def split(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels
     return [_window(structure, node, inputs[0], indices) for indices in _split_indices(node)]
 
 
+@register("stack")
+def stack(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """Values side by side along a new axis, which stays whole."""
+    why = f"stacked with a value that cannot shrink at {node.source}"
+    axes = list(inputs[0].axes)
+    for other in inputs[1:]:
+        axes = [structure.equal(a, b, why) for a, b in zip(axes, other.axes, strict=True)]
+    new = node.params["axis"] % (len(axes) + 1)
+    zero = {i + (i >= new) for i in frozenset.intersection(*(v.zero for v in inputs)) if i >= 0}
+    return [Labels((*axes[:new], (), *axes[new:]), frozenset(zero), all(v.from_variables for v in inputs))]
+
+
+@register("unstack")
+def unstack(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """One value per index of an axis, which stays whole."""
+    (value,) = inputs
+    gone = node.params["axis"] % len(value.axes)
+    structure.freeze(value.axes[gone], f"unstacked at {node.source}")
+    axes = value.axes[:gone] + value.axes[gone + 1 :]
+    zero = frozenset(i - (i > gone) for i in value.zero if i not in (gone, -1)) | (value.zero & {-1})
+    return [Labels(axes, zero, value.from_variables) for _ in node.outputs]
+
+
 def _pad_source(size: int, low: int, high: int, interior: int) -> np.ndarray:
     """For every index of a padded axis the operand's index, or -1 where it is padding."""
     length = size + max(size - 1, 0) * interior + low + high

@@ -56,6 +56,18 @@ def cumulative(structure: Structure, node: Node, inputs: list[Labels]) -> list[L
     return [Labels(axes, zero, value.from_variables)]
 
 
+@register("top_k")
+def top_k(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    (value,) = inputs
+    along = node.params["axis"] % len(value.axes)
+    structure.freeze(value.axes[along], f"{node.name} along the axis at {node.source}")
+    axes = tuple(() if i == along else axis for i, axis in enumerate(value.axes))
+    return [
+        Labels(axes, value.zero - {along, -1}, value.from_variables),
+        Labels(axes, frozenset(), value.from_variables),
+    ]
+
+
 @register("sort")
 def sort(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     along = node.params["dimension"]

@@ -1,0 +1,160 @@
+"""Every kind of primitive: it occurs, and a network with it masks and shrinks alike or keeps its axes whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from ehap_jax.graph import RULES, channel_groups, channel_structure, trace_graph
+from ehap_jax.pruning import PruningPlan, mask_variables, shrink, shrink_variables
+from tests.pruning.invariant import close, jit, normal
+
+ROWS, WIDTH = 4, 6
+
+
+def dense_rows(h):
+    """(ROWS, WIDTH) as (1, rows, 2, WIDTH)."""
+    return h.reshape(1, 2, 2, WIDTH)
+
+
+@jax.custom_vjp
+def scaled(h):
+    return jnp.sin(h)
+
+
+scaled.defvjp(lambda h: (jnp.sin(h), h), lambda h, ct: (2.0 * ct * jnp.cos(h),))
+
+
+def group_norm(h):
+    grouped = h.reshape(ROWS, 3, 2)
+    mean = grouped.mean(-1, keepdims=True)
+    variance = (grouped**2).mean(-1, keepdims=True) - mean**2
+    return ((grouped - mean) * lax.rsqrt(variance + 1e-3)).reshape(ROWS, WIDTH)
+
+
+# Primitives that a channel axis passes, and a function of (rows, channels) in which they occur.
+PASS = {
+    "transpose": lambda h: jnp.tanh(h.T).T,
+    "squeeze expand_dims broadcast_in_dim": lambda h: jnp.squeeze(h[:, None, :] * jnp.ones((1, 1, WIDTH)), 1),
+    "reshape rsqrt integer_pow": group_norm,
+    "rev": lambda h: h[:, ::-1],
+    "concatenate slice": lambda h: jnp.concatenate([h[:, 3:], h[:, :3]], axis=1),
+    "split": lambda h: jnp.concatenate(jnp.split(h, [2], axis=1)[::-1], axis=1),
+    "dynamic_slice dynamic_update_slice": lambda h: lax.dynamic_update_slice(
+        h, lax.dynamic_slice(h, (1, 0), (2, WIDTH)), (0, 0)
+    ),
+    "pad": lambda h: jnp.pad(h, ((0, 0), (1, 1)))[:, 1:-1],
+    "reduce_sum": lambda h: h - h.sum(0, keepdims=True),
+    "reduce_max reduce_min reduce_prod": lambda h: h + (h.max(0) * h.min(0) * jnp.prod(h, 0))[None],
+    "argmax argmin": lambda h: h * (jnp.argmax(h, 0) - jnp.argmin(h, 0)).astype(h.dtype)[None],
+    "reduce_window_sum": lambda h: lax.reduce_window(
+        dense_rows(h), 0.0, lax.add, (1, 2, 2, 1), (1, 1, 1, 1), "SAME"
+    ).reshape(ROWS, WIDTH),
+    "reduce_window_max": lambda h: lax.reduce_window(
+        dense_rows(h), -jnp.inf, lax.max, (1, 2, 1, 1), (1, 1, 1, 1), "SAME"
+    ).reshape(ROWS, WIDTH),
+    "cumsum": lambda h: jnp.cumsum(h, axis=0),
+    "cumprod cummax": lambda h: jnp.cumprod(h, axis=0) + lax.cummax(h, axis=0),
+    "gather": lambda h: h[jnp.array([2, 0, 0, 3])],
+    "scatter-add": lambda h: jnp.zeros_like(h).at[jnp.array([1, 1, 0, 3])].add(h),
+    "iota eq select_n": lambda h: jnp.where(lax.broadcasted_iota(jnp.int32, h.shape, 0) == 1, h, 2.0 * h),
+    "convert_element_type": lambda h: h.astype(jnp.float16).astype(jnp.float32),
+    "clamp": lambda h: lax.clamp(-0.5, h, 0.5),
+    "logistic mul": lambda h: h * lax.logistic(h),
+    "exp log1p tanh erf": lambda h: jnp.log1p(jnp.exp(h)) + jnp.tanh(h) * lax.erf(h),
+    "max min abs sign neg": lambda h: jnp.maximum(h, 0.0) + jnp.minimum(abs(h), 1.0) * -jnp.sign(h),
+    "sin cos div sub": lambda h: (jnp.sin(h) - h) / (2.0 + jnp.cos(h)),
+    "pow sort": lambda h: jnp.sort((h**2) ** 1.5, axis=0),
+    "random_bits": lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape).astype(h.dtype),
+    "custom_jvp_call": jax.nn.relu,
+    "custom_vjp_call": scaled,
+    "checkpoint": jax.checkpoint(lambda h: jnp.sin(jnp.sin(h))),
+    "scan": lambda h: lax.scan(lambda c, x: (c + x, c * x), jnp.zeros_like(h), jnp.stack([h, h]))[1].sum(0),
+    "dot_general": lambda h: jnp.einsum("rc,sc->rs", h, h) @ h,
+    "stop_gradient optimization_barrier": lambda h: lax.optimization_barrier(lax.stop_gradient(h)) + h,
+    "stack unstack": lambda h: sum(jnp.unstack(jnp.stack([h, jnp.sin(h)], axis=1), axis=1)),
+    "top_k": lambda h: lax.top_k(h, 1, axis=0)[0] * h,
+    "tile": lambda h: jnp.tile(h, (1, 2))[:, :WIDTH],
+}
+# Primitives that read across the channel axis, or are not followed: the axis stays whole, and it is said why.
+STAY = {
+    "cumsum": lambda h: jnp.cumsum(h, axis=1),
+    "argmax": lambda h: h * jnp.argmax(h, axis=1, keepdims=True).astype(h.dtype),
+    "reduce_max": lambda h: h * h.max(1, keepdims=True),
+    "reduce_window_max": lambda h: lax.reduce_window(h, -jnp.inf, lax.max, (1, 2), (1, 1), "SAME"),
+    "gather": lambda h: h[:, jnp.argsort(h[0])],
+    "scatter-add": lambda h: h.at[:, jnp.argsort(h[0])[:2]].add(1.0),
+    "dynamic_slice": lambda h: lax.dynamic_slice(h, (0, jnp.argmax(h[0])), (ROWS, 2)),
+    "sort": lambda h: jnp.sort(h, axis=1),
+    "top_k": lambda h: lax.top_k(h, 2)[0],
+    "unstack": lambda h: jnp.unstack(h, axis=1)[0][:, None] * h,
+    "scan": lambda h: lax.scan(lambda c, x: (c + x, c * x), jnp.zeros(ROWS), h.T)[1].T,
+    "while": lambda h: lax.while_loop(lambda c: c.sum() < 10.0, lambda c: jnp.abs(c) + 1.0, h),
+    "cond": lambda h: lax.cond(h.sum() > 0, jnp.sin, jnp.cos, h),
+    "sqrt": lambda h: jnp.sqrt(h**2),
+    "pow": lambda h: (h**2) ** 0.25,
+}
+
+
+def network(function):
+    def apply(v, x):
+        h = function(x @ v["in"])
+        return jnp.tanh(h) @ v["out"][: h.shape[1]] if h.shape[1] < WIDTH else jnp.tanh(h) @ v["out"]
+
+    return apply
+
+
+VARIABLES = {"in": normal(3, WIDTH, seed=1), "out": normal(WIDTH, 2, seed=2)}
+X = normal(ROWS, 3, seed=3)
+
+
+def names_in(graph):
+    return {node.name for node in graph.body.walk()}
+
+
+@pytest.mark.parametrize("names", PASS)
+def test_channels_pass(names):
+    graph = trace_graph(network(PASS[names]))(VARIABLES, X)
+    written = {"squeeze", "expand_dims", "broadcast_in_dim", "iota", "stop_gradient", "eq"}
+    for name in set(names.split()) - written:
+        assert name in names_in(graph) or name.replace("checkpoint", "remat2") in names_in(graph), name
+    groups = [group for group in channel_groups(graph) if "in" in group.producers]
+    assert groups, "the channel axis does not pass"
+    size = len(groups[0].producers["in"])
+    keep = sorted(i for group in groups if 0 not in group.producers["in"] for i in group.producers["in"])
+    plan = PruningPlan.from_keep(graph, {"in": keep})
+    assert len(keep) == WIDTH - size
+    apply = network(PASS[names])
+
+    @jit
+    def both(v, x):
+        def loss(v, f):
+            y = f(v, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        full = jax.grad(loss, has_aux=True)(mask_variables(v, plan), apply)
+        small = jax.grad(loss, has_aux=True)(shrink_variables(v, plan), shrink(apply, plan))
+        return (shrink_variables(full[0], plan), full[1]), small
+
+    wanted, found = both(VARIABLES, X)
+    assert np.isfinite(jax.tree.leaves(found)[0]).all()
+    close(found, wanted)
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_channels_stay(name):
+    graph = trace_graph(network(STAY[name]))(VARIABLES, X)
+    assert name in names_in(graph)
+    assert not any("in" in group.producers for group in channel_groups(graph))
+    assert channel_structure(graph).why_fixed("in")
+
+
+def test_every_rule_is_registered_once_and_is_complete():
+    assert all(callable(rule.propagate) for rule in RULES.values())
+    wanted = (
+        "conv_general_dilated dot_general select_n clamp broadcast_in_dim reshape transpose squeeze rev concatenate "
+        "split slice dynamic_slice pad reduce_sum reduce_max reduce_min reduce_prod argmax reduce_window_sum "
+        "reduce_window_max cumsum gather scatter-add iota convert_element_type random_bits while cond"
+    )
+    assert set(wanted.split()) <= set(RULES)
