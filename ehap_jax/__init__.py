@@ -19,6 +19,7 @@ from ehap_jax.graph import (
     UnknownPrimitiveError,
     channel_groups,
     count_cost,
+    draw_groups,
     explain,
     trace_graph,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "channel_trace",
     "fisher_vp",
     "count_cost",
+    "draw_groups",
     "expand_variables",
     "explain",
     "fake_quant",

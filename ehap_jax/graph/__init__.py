@@ -9,6 +9,7 @@ from ehap_jax.graph.channels import (
     channel_structure,
 )
 from ehap_jax.graph.cost import Cost, count_cost
+from ehap_jax.graph.draw import draw_groups
 from ehap_jax.graph.explain import explain
 from ehap_jax.graph.interpret import RULES, Rule, evaluate, evaluate_call, register
 from ehap_jax.graph.trace import Graph, Node, Value, trace_graph
@@ -27,6 +28,7 @@ __all__ = [
     "channel_groups",
     "channel_structure",
     "count_cost",
+    "draw_groups",
     "evaluate",
     "evaluate_call",
     "explain",

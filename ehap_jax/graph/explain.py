@@ -37,8 +37,8 @@ def explain(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = "gro
     implants = {} if plan is None else implant_counts(plan)
     sizes = leaf_sizes(graph, shape, implants)
     for node, count in implanted_macs(graph, shape, implants):
-        macs[_kernel_of(structure, node)] += count
-    sets = _sets(structure)
+        macs[kernel_of(structure, node)] += count
+    sets = coupled_sets(structure)
     rows: list[tuple[str, ...]] = [HEADER]
     for path in (p for p in graph.leaves if p in structure.kernel_axes):
         axis, full = structure.kernel_axes[path], graph.leaves[path].shape
@@ -62,7 +62,7 @@ def explain(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = "gro
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _sets(structure: ChannelStructure) -> dict[str, int]:
+def coupled_sets(structure: ChannelStructure) -> dict[str, int]:
     """Kernel path -> number of the set of kernels that it shares groups with, directly or through others."""
     members: dict[str, set[str]] = {}
     for group in structure.groups():
@@ -76,7 +76,7 @@ def _sets(structure: ChannelStructure) -> dict[str, int]:
     return numbers
 
 
-def _kernel_of(structure: ChannelStructure, node: Node) -> str | None:
+def kernel_of(structure: ChannelStructure, node: Node) -> str | None:
     """Path of the kernel that a conv or product applies, None where it applies none (attention)."""
     for operand in node.inputs:
         labels = structure.labels[operand] if isinstance(operand, Value) else None

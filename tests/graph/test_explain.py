@@ -1,10 +1,12 @@
 """The table of a network, line by line."""
 
+from xml.etree import ElementTree
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from ehap_jax.graph import count_cost, explain, trace_graph
+from ehap_jax.graph import count_cost, draw_groups, explain, trace_graph
 from ehap_jax.pruning import PruningPlan
 
 
@@ -51,3 +53,19 @@ def test_products_without_a_kernel_are_counted_apart():
     table = explain(graph)
     assert table.splitlines()[-2].split() == ["(no", "kernel)", "100"]
     assert int(cells(table)["total"][2]) == count_cost(graph).macs == 100 + 2 * 60
+
+
+def test_the_drawing_has_every_kernel_in_its_set_and_every_meeting(graph):
+    """Parsed as XML: one box per kernel, one circle for the sum, an edge for every value that a vertex reads."""
+    plan = PruningPlan.from_keep(graph, {"a": [0, 2], "b": [0, 2]})
+    root = ElementTree.fromstring(draw_groups(graph, plan))
+    tag = "{http://www.w3.org/2000/svg}"
+    boxes = {g.find(f"{tag}title").text: g.find(f"{tag}text").text for g in root.iter(f"{tag}g")}  # pyright: ignore[reportOptionalMemberAccess]
+    assert boxes["a: set 1"] == "a  2/4  #1" and boxes["b: set 1"] == "b  2/4  #1"
+    assert any(title.startswith("c: reduce_max over the axis") for title in boxes) and len(boxes) == 4
+    fixed = [r for r in root.iter(f"{tag}rect") if r.get("stroke-dasharray")]
+    assert len(fixed) == 2 and {r.get("fill") for r in fixed} == {"#888"}
+    places = [(float(r.get("x")), float(r.get("y"))) for r in root.iter(f"{tag}rect")]  # pyright: ignore[reportArgumentType]
+    assert len(set(places)) == 4
+    signs = [text.text for text in root.findall(f"{tag}text")]
+    assert signs[0] == "+" and len(list(root.iter(f"{tag}path"))) >= 5
