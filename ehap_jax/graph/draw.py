@@ -44,9 +44,9 @@ def draw_groups(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = 
     held: dict[Operand, int] = {value: -1 for value in graph.arguments}
     _collect(structure, graph.body, held, vertices)
     depth, lane = _layout(vertices)
-    width = 40 + COLUMN * (1 + max(lane, default=0))
+    width = 70 + COLUMN * (1 + max(lane, default=0))
     height = 40 + ROW * (1 + max(depth, default=0))
-    places = [(20 + BOX[0] // 2 + COLUMN * x, 30 + ROW * y) for x, y in zip(lane, depth, strict=True)]
+    places = [(45 + BOX[0] // 2 + COLUMN * x, 30 + ROW * y) for x, y in zip(lane, depth, strict=True)]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12">',
@@ -101,7 +101,7 @@ def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
     (x, y), (u, v) = start, end
     y, v = y + BOX[1] // 2, v - BOX[1] // 2
     far = v - y > ROW
-    bulge = (COLUMN // 2 + 8) if far and x == u else 0
+    bulge = 190 if far and x == u else 0  # the curve reaches three quarters of it, beside the boxes
     middle = (v - y) / 2
     return f'<path d="M{x} {y}C{x - bulge} {y + middle:.0f} {u - bulge} {v - middle:.0f} {u} {v}"/>'
 

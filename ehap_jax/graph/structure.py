@@ -126,7 +126,7 @@ class Structure:
         """The labels of a sum of two activations. ``both_zero``: pruned indices of both operands are exactly zero."""
         if len(a) > 1 or len(b) > 1 or (not a and not b):
             return self.equal(a, b, why)
-        if not (a and b) and self.is_copies((a or b)[0]):
+        if not (a and b) and any(map(self.is_copies, (*a, *b))):
             return self.equal(a, b, why)  # copies have no channels of their own to lose
         size = next(len(labels) for axis in (a, b) for labels in axis)
         x, y = (axis[0] if axis else np.full(size, ALIVE) for axis in (a, b))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ehap_jax.graph import trace_graph
+from ehap_jax.graph import count_cost, trace_graph
 from ehap_jax.pruning import allocate, mask_variables, random_scores, shrink, shrink_variables
 from interop import CheckpointError, from_torch, to_torch
 from interop.layouts import LAYOUTS
@@ -52,6 +52,36 @@ def graph(loaded, images):
 def plan(request, graph):
     """A random plan, pruning the residual streams as the coupling allows."""
     return allocate(graph, random_scores(graph, key=jax.random.key(0)), channels=0.6, coupling=request.param)
+
+
+def hooked_macs(module, image):
+    """Multiply-accumulates of one image, counted by PyTorch hooks from the tensors that each layer saw."""
+    counted = []
+
+    def hook(layer, inputs, output):
+        per_output = layer.weight[0].numel()
+        counted.append(output[0].numel() * per_output)
+
+    handles = [m.register_forward_hook(hook) for m in module.modules() if hasattr(m, "weight") and m.weight.ndim > 1]
+    with torch.no_grad():
+        module(image)
+    for handle in handles:
+        handle.remove()
+    return sum(counted)
+
+
+def test_macs_and_parameters_are_those_pytorch_counts(loaded, images, plan):
+    """Dense and shrunk, on the converted model."""
+    apply, variables, _ = loaded
+    graph = trace_graph(apply)(variables, images[:1])
+    image = torch.from_numpy(np.asarray(images[:1]).transpose(0, 3, 1, 2).copy())
+    for cost, state in (
+        (count_cost(graph), to_torch(variables)),
+        (count_cost(graph, plan), to_torch(shrink_variables(variables, plan), plan)),
+    ):
+        module = torch_models.load(state)
+        assert hooked_macs(module, image) == cost.macs
+        assert sum(p.numel() for p in module.parameters()) == cost.params
 
 
 @pytest.fixture(scope="module")

@@ -29,10 +29,31 @@ def count(model):
         ("preresnet164", {}, 1.7, 1),  # arXiv 1603.05027, table 4 (ResNet-164)
         ("vgg16", {}, 15.25, 2),
         ("vgg16", {"conv_bias": True}, 15.25, 2),
+        ("vgg19", {"hidden": ()}, 20.04, 2),  # arXiv 1708.06519, table 1, as are the next
+        ("preresnet164", {}, 1.70, 2),
     ],
 )
 def test_published_parameter_counts(name, options, millions, digits):
     assert round(count(make_model(name, 10, **options)) / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "millions"),
+    [
+        ("vgg19", {"hidden": ()}, 20.08),  # arXiv 1708.06519, table 1, CIFAR-100
+        ("preresnet164", {}, 1.73),  # the same
+    ],
+)
+def test_published_parameter_counts_for_100_classes(name, options, millions):
+    assert round(count(make_model(name, 100, **options)) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("name", ["resnet110", "preresnet29", "hap-preresnet29", "vgg19", "wrn28-8"])
+def test_90_more_classes_are_90_more_rows_of_the_head(name):
+    ten, hundred = (shapes(make_model(name, n))["params"] for n in (10, 100))
+    features = ten["linear"]["kernel"].shape[0]
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (ten, hundred)]
+    assert sizes[1] - sizes[0] == 90 * (features + 1)
 
 
 @pytest.mark.parametrize(
