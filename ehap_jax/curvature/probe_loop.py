@@ -114,9 +114,18 @@ def one_probe(run: Run, linear: list[Linearization], state: TraceState) -> Produ
     return found
 
 
-@partial(jax.jit, static_argnames=("layout", "mesh"))
 def begin(layout: Layout, mesh, leaves, state: TraceState) -> tuple[dict[str, jax.Array], Products]:
-    """Every device's probe, and its empty sum."""
+    """Every device's probe, and its empty sum.
+
+    On one device leaf by leaf: the generator takes most of a second to compile, so it is compiled once per shape.
+    """
+    if mesh is None:
+        return _draw(layout, mesh, leaves, state), no_products(layout, leaves)
+    return _begin_on_mesh(layout, mesh, leaves, state)
+
+
+@partial(jax.jit, static_argnames=("layout", "mesh"))
+def _begin_on_mesh(layout: Layout, mesh, leaves, state: TraceState) -> tuple[dict[str, jax.Array], Products]:
 
     def here(leaves, state):
         return _draw(layout, mesh, leaves, state), no_products(layout, leaves)

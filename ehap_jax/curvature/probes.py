@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def rademacher(key: jax.Array, leaves: Mapping[str, jax.Array], dtype=None) -> d
     }
 
 
+@partial(jax.jit, static_argnames=("shape", "dtype"))
 def _signs(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     bit = jax.random.bits(key, shape, jnp.uint8) & jnp.uint8(1)
     return jnp.where(bit == jnp.uint8(1), jnp.ones((), dtype), -jnp.ones((), dtype))
