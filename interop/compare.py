@@ -36,7 +36,6 @@ from interop.parity import (
     sgd_pair,
     trace_pair,
 )
-from interop.to_torch import canonical_arrays
 
 LIMITS = {
     "logits_max_abs": 1e-4,
@@ -86,7 +85,7 @@ def compare(
     answers, expected = ours.argmax(axis=1), theirs.argmax(axis=1)
     seeds = [seed + i for i in range(probes)]
     traces = trace_pair(nets, train, labels, seeds)
-    before = canonical_arrays({"params": nets.variables["params"]})
+    before = nets.named(nets.variables["params"])
     step = sgd_pair(nets, train, labels, rate=0.1)
     pruned = {
         f"pruned_{coupling}_logits_max_abs": float(np.abs(np.subtract(*outputs)).max())
@@ -103,6 +102,7 @@ def compare(
     return {
         "checkpoint": Path(checkpoint).name,
         "layout": nets.info.layout,
+        "form": nets.info.form.name,
         "depth": nets.info.depth,
         "shortcut": nets.info.shortcut,
         "test_images": len(truth),

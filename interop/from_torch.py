@@ -11,20 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ehap_jax.models import ResNet, eval_apply
-from interop.layouts import (
-    AKAMASTER,
+from ehap_jax.models import VGG, PreResNet, ResNet, WideResNet, eval_apply
+from interop.forms import (
+    FORMS,
     INDEX_BUFFERS,
+    PRERESNET,
+    RESNET,
+    UNREAD,
+    VGGS,
+    WIDE,
     CheckpointError,
-    Layout,
+    Form,
     Part,
-    flax_path,
-    recognise,
     to_flax_axes,
 )
-from interop.network import residual_network
+from interop.layouts import Layout, recognise
+from interop.network import network_function
 from interop.read import read_checkpoint
-from interop.spec import ResNetSpec, read_spec
+from interop.spec import ResidualSpec, Spec, VGGSpec, read_spec
 
 
 @dataclass(frozen=True)
@@ -34,25 +38,30 @@ class CheckpointInfo:
     Attributes:
         layout: the layout that was used; also_fits are other names of the same one.
         spec: the widths of the network.
-        shortcut: "A" (parameter-free), "B" (projection) or "indexed" (sums by index, a pruned network).
+        shortcut: "A" (parameter-free), "B" (1×1 convolution), "indexed" (sums by index, a pruned network) or "none".
         model: the `ehap_jax.models` module that `apply` runs, or None where the network is not one of them.
         normalisation: (mean, std) per RGB channel that this family of checkpoints expects, for images in [0, 1].
         metadata: numbers and strings saved beside the weights (accuracy, epoch, …).
         indices: positions of the operands of sums by index ("layer1.0.branch_index" -> positions).
-        counters: tensors that no forward pass reads (`num_batches_tracked`) and their values.
+        unread: tensors that no forward pass reads (`num_batches_tracked`, HAP's `select.indexes`).
         dtypes: the dtypes in the file, before conversion.
     """
 
     layout: str
     also_fits: tuple[str, ...]
-    spec: ResNetSpec
+    spec: Spec
     shortcut: str
     model: Any
     normalisation: tuple[tuple[float, float, float], tuple[float, float, float]]
     metadata: Mapping[str, Any]
     indices: Mapping[str, np.ndarray] = field(repr=False)
-    counters: Mapping[str, int] = field(repr=False)
+    unread: Mapping[str, np.ndarray] = field(repr=False)
     dtypes: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> Form:
+        """The kind of network; its `key_at` and `path_of` translate between PyTorch's names and variable paths."""
+        return FORMS[self.spec.form]
 
     @property
     def num_classes(self) -> int:
@@ -61,7 +70,7 @@ class CheckpointInfo:
 
     @property
     def depth(self) -> int:
-        """6n + 2 for three stages of n blocks."""
+        """The number in the network's name."""
         return self.spec.depth
 
 
@@ -72,7 +81,7 @@ def from_torch(
     num_classes: int | None = None,
     dtype: Any = None,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any], CheckpointInfo]:
-    """Read a PyTorch checkpoint of a residual network.
+    """Read a PyTorch checkpoint of a residual network or a VGG, dense or pruned.
 
     Args:
         source: a PyTorch file, a `.safetensors` file, or a state dict (of torch tensors or arrays).
@@ -102,24 +111,24 @@ def from_torch(
     """
     tensors, metadata = read_checkpoint(source)
     found, names = recognise(tensors, layout)
-    canonical, counters, original = _rename(found.layout, found.parts, tensors)
-    _check_finite(canonical, original)
-    canonical |= _published_indices(found.layout, found.parts, tensors)
-    spec = read_spec({key: value.shape for key, value in canonical.items()}, original)
+    form = found.layout.form
+    own, unread, original = _rename(found.layout, found.parts, tensors)
+    _check_finite(own, original)
+    own |= _published_indices(found.layout, found.parts, tensors)
+    spec = read_spec(form, {key: value.shape for key, value in own.items()}, original)
     if num_classes is not None and num_classes != spec.num_classes:
-        key = original[AKAMASTER.key(Part("linear", 0, 0, "weight"))]
+        head = next(role for role in form.names.modules if role.endswith("linear"))
+        key = original[form.names.key(Part(head, 0, 0, "weight"))]
         raise CheckpointError(
             f"{key}: expected {num_classes} classes, found {spec.num_classes}; the checkpoint was trained on other data"
         )
-    indices = {key: value for key, value in canonical.items() if key.endswith(INDEX_BUFFERS)}
+    indices = {key: value for key, value in own.items() if key.endswith(INDEX_BUFFERS)}
     _check_indices(spec, indices)
     variables: dict[str, Any] = {}
-    for key, value in canonical.items():
+    for key, value in own.items():
         if key not in indices:
-            part = AKAMASTER.part(key)
-            assert part is not None
-            _put(variables, flax_path(part), _convert(original[key], value, dtype))
-    model, apply = _choose_apply(spec, indices)
+            _put(variables, form.path_of(key), _convert(original[key], value, dtype))
+    model = linen_model(spec)
     info = CheckpointInfo(
         layout=found.layout.name,
         also_fits=tuple(name for name in names if name != found.layout.name),
@@ -129,27 +138,27 @@ def from_torch(
         normalisation=(found.layout.mean, found.layout.std),
         metadata=metadata,
         indices=indices,
-        counters=counters,
-        dtypes=tuple(sorted({str(value.dtype) for value in canonical.values()})),
+        unread=unread,
+        dtypes=tuple(sorted({str(value.dtype) for value in own.values()})),
     )
-    return apply, variables, info
+    return network_function(spec, indices) if model is None else eval_apply(model), variables, info
 
 
 def _rename(
     layout: Layout, parts: Mapping[str, Part], tensors: Mapping[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, str]]:
-    """Tensors under akamaster's names, the counters, and canonical name -> name in the file."""
-    canonical: dict[str, np.ndarray] = {}
-    counters: dict[str, int] = {}
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, str]]:
+    """Tensors under the form's own names, those that nothing reads, and own name -> name in the file."""
+    own: dict[str, np.ndarray] = {}
+    unread: dict[str, np.ndarray] = {}
     original: dict[str, str] = {}
     for key, part in parts.items():
-        if part.leaf == "num_batches_tracked":
-            counters[key] = int(tensors[key])
+        if part.leaf in UNREAD:
+            unread[key] = tensors[key]
         elif part.leaf not in layout.index_leaves:
-            name = AKAMASTER.key(part)
-            canonical[name] = tensors[key]
+            name = layout.form.names.key(part)
+            own[name] = tensors[key]
             original[name] = key
-    return canonical, counters, original
+    return own, unread, original
 
 
 def _published_indices(
@@ -162,22 +171,24 @@ def _published_indices(
     """
     indices: dict[str, np.ndarray] = {}
     kept = {part: tensors[key] for key, part in parts.items() if part.leaf in layout.index_leaves}
+    last = f"conv{len(layout.form.kernels)}"
     for part, out in kept.items():
-        if part.role != "conv2" or part.leaf != "out_indices":
+        if part.role != last or part.leaf != "out_indices":
             continue
-        projected = Part("shortcut_conv", part.stage, part.block, "out_indices")
+        projected = Part(layout.form.shortcut, part.stage, part.block, "out_indices")
         plain = Part("conv1", part.stage, part.block, "in_indices")
         residual_part = projected if projected in kept else plain
         if residual_part not in kept:
-            raise CheckpointError(f"missing tensor {layout.key(plain)!r}, which says what the residual holds")
+            raise CheckpointError(f"missing tensor {layout.names.key(plain)!r}, which says what the residual holds")
         branch = [int(i) for i in out]
         residual = [int(i) for i in kept[residual_part]]
         if len(set(branch)) != len(branch) or len(set(residual)) != len(residual):
-            raise CheckpointError(f"{layout.key(part)}: kept indices repeat")
+            raise CheckpointError(f"{layout.names.key(part)}: kept indices repeat")
         order = list(set(branch + residual))
         for buffer, members in zip(INDEX_BUFFERS, (set(branch), set(residual)), strict=True):
             positions = [position for position, index in enumerate(order) if index in members]
-            indices[f"layer{part.stage}.{part.block}.{buffer}"] = np.asarray(positions, dtype=np.int64)
+            key = layout.form.names.key(Part("add", part.stage, part.block, buffer))
+            indices[key] = np.asarray(positions, dtype=np.int64)
     return indices
 
 
@@ -191,11 +202,13 @@ def _check_finite(tensors: Mapping[str, np.ndarray], original: Mapping[str, str]
         )
 
 
-def _check_indices(spec: ResNetSpec, indices: Mapping[str, np.ndarray]) -> None:
+def _check_indices(spec: Spec, indices: Mapping[str, np.ndarray]) -> None:
+    if isinstance(spec, VGGSpec):
+        return
     for number, stage in enumerate(spec.blocks, start=1):
         for position, block in enumerate(stage):
             for buffer in INDEX_BUFFERS:
-                key = f"layer{number}.{position}.{buffer}"
+                key = FORMS[spec.form].names.key(Part("add", number, position, buffer))
                 index = indices.get(key, np.arange(0))
                 if np.unique(index).size != index.size or np.any((index < 0) | (index >= block.outputs)):
                     raise CheckpointError(f"{key}: expected distinct positions below {block.outputs}")
@@ -217,42 +230,55 @@ def _put(tree: dict[str, Any], path: str, value: jax.Array) -> None:
     tree[leaf] = value
 
 
-def _shortcut(spec: ResNetSpec) -> str:
+def _shortcut(spec: Spec) -> str:
+    if isinstance(spec, VGGSpec):
+        return "none"
     blocks = [block for stage in spec.blocks for block in stage]
     if any(block.indexed for block in blocks):
         return "indexed"
     return "B" if any(block.shortcut is not None for block in blocks) else "A"
 
 
-def _choose_apply(
-    spec: ResNetSpec, indices: Mapping[str, np.ndarray]
-) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
-    model = linen_model(spec)
-    return (model, residual_network(spec, indices)) if model is None else (model, eval_apply(model))
-
-
-def linen_model(spec: ResNetSpec) -> ResNet | None:
+def linen_model(spec: Spec) -> Any:
     """The `ehap_jax.models` network with these widths, or None where it has a form of its own."""
-    widths = tuple(stage[0].outputs for stage in spec.blocks)
-    counts = {len(stage) for stage in spec.blocks}
-    if len(widths) != 3 or len(counts) != 1 or spec.stem != widths[0]:
+    return _vgg_model(spec) if isinstance(spec, VGGSpec) else _residual_model(spec)
+
+
+def _vgg_model(spec: VGGSpec) -> VGG | None:
+    form = FORMS[spec.form]
+    uniform = [width for width, count in zip(spec.stage_widths, form.stages, strict=True) for _ in range(count)]
+    if form not in VGGS.values() or uniform != list(spec.widths):
         return None
-    for width, stage in zip(widths, spec.blocks, strict=True):
+    return VGG(spec.depth, spec.num_classes, spec.stage_widths, spec.hidden, spec.conv_bias)
+
+
+def _residual_model(spec: ResidualSpec) -> Any:
+    widths, form = spec.stage_widths, FORMS[spec.form]
+    inner = [stage[0].widths[0] for stage in spec.blocks]
+    shapes_change = [block.stride != 1 or block.inputs != block.outputs for stage in spec.blocks for block in stage]
+    projected = [block.shortcut is not None for stage in spec.blocks for block in stage]
+    for width, middle, stage in zip(widths, inner, spec.blocks, strict=True):
         for block in stage:
-            if block.indexed or {block.inner, block.branch, block.outputs} != {width}:
+            if (
+                block.indexed
+                or block.outputs != width
+                or block.widths != (middle,) * (len(block.widths) - 1) + (width,)
+            ):
                 return None
-    projected = {
-        block.shortcut is not None
-        for stage in spec.blocks
-        for block in stage
-        if block.stride != 1 or block.inputs != block.outputs
-    }
-    needless = any(
-        block.shortcut is not None
-        for stage in spec.blocks
-        for block in stage
-        if block.stride == 1 and block.inputs == block.outputs
-    )
-    if needless or len(projected) != 1:
+    if len(widths) != 3 or len({len(stage) for stage in spec.blocks}) != 1 or spec.conv_bias:
         return None
-    return ResNet(spec.depth, spec.num_classes, shortcut="B" if projected.pop() else "A", widths=widths)
+    if form is RESNET and inner == list(widths) and (projected == shapes_change or not any(projected)):
+        shortcut = "B" if any(projected) else "A"
+        stem = None if spec.stem == widths[0] else spec.stem
+        return ResNet(spec.depth, spec.num_classes, shortcut=shortcut, widths=widths, stem=stem)
+    if projected != shapes_change:
+        return None
+    if form is WIDE and inner == list(widths) and spec.stem == 16:
+        widen = widths[0] // 16
+        if widths == (16 * widen, 32 * widen, 64 * widen):
+            return WideResNet(spec.depth, widen, spec.num_classes)
+    if form is PRERESNET:
+        expansion = widths[0] // inner[0]
+        if widths == tuple(expansion * width for width in inner):
+            return PreResNet(spec.depth, spec.num_classes, spec.stem, tuple(inner), expansion)
+    return None

@@ -26,11 +26,12 @@ import numpy as np
 
 from ehap_jax.pruning import PruningPlan
 from ehap_jax.pruning.plan import check_fits
+from interop.forms import FORMS, INDEX_BUFFERS, CheckpointError, Form
 from interop.from_torch import CheckpointInfo, from_torch
-from interop.layouts import AKAMASTER, INDEX_BUFFERS, CheckpointError, flax_path
+from interop.layouts import written_layout
 from interop.read import read_checkpoint
-from interop.spec import ResNetSpec, read_spec
-from interop.to_torch import canonical_arrays, residual_indices, to_torch
+from interop.spec import Spec, read_spec
+from interop.to_torch import form_of, named_arrays, residual_indices, to_torch
 
 FORMAT = "ehap_jax.model"
 VERSION = 1
@@ -66,7 +67,7 @@ def save_model(
     metadata: Mapping[str, Any],
     indices: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write a residual network as one directory, whole or not at all.
+    """Write a network as one directory, whole or not at all.
 
     Args:
         directory: must not exist yet, or be empty; its parents are made.
@@ -113,7 +114,9 @@ def save_model(
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "network": _network(read_spec({name: tuple(tensor.shape) for name, tensor in tensors.items()})),
+        "network": _network(
+            read_spec(form_of(variables), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        ),
         "tensors": {
             name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
             for name, tensor in tensors.items()
@@ -172,8 +175,12 @@ def load_model(directory: str | os.PathLike[str]) -> SavedModel:
     double = any(entry["dtype"] == "float64" for entry in document["tensors"].values())
     if double and not jax.config.read("jax_enable_x64"):
         raise ValueError(f"{source} has float64 weights; load it under jax_enable_x64, or it would lose bits")
-    apply, variables, info = from_torch(tensors, "akamaster")
-    variables = _as_saved(variables, document["tensors"])
+    form = FORMS.get(document["network"].get("form"))
+    if form is None:
+        found = document["network"].get("form")
+        raise CheckpointError(f"{source / CONFIG}: network.form is {found!r}; known: {', '.join(FORMS)}")
+    apply, variables, info = from_torch(tensors, written_layout(form))
+    variables = _as_saved(form, variables, document["tensors"])
     if _network(info.spec) != document["network"]:
         raise CheckpointError(f"{source / CONFIG}: network is {document['network']}, the tensors are {info.spec}")
     if plan is not None:
@@ -188,9 +195,9 @@ def model_card(name: str, document: Mapping[str, Any], plan: PruningPlan | None 
     network = document["network"]
     weights = [t["shape"] for key, t in document["tensors"].items() if not key.endswith(("_var", "_mean", "_index"))]
     facts = [
-        ("network", f"residual, depth {network['depth']}, {network['num_classes']} classes"),
+        ("network", f"{network['form']}, depth {network['depth']}, {network['num_classes']} classes"),
         ("parameters", f"{sum(int(np.prod(shape)) for shape in weights):,}"),
-        ("output channels of each stage", ", ".join(str(stage[-1]["outputs"]) for stage in network["blocks"])),
+        ("output channels of each stage", ", ".join(map(str, network["stage_widths"]))),
     ]
     if plan is None:
         facts.append(("pruned", "no channel was removed"))
@@ -233,8 +240,8 @@ def _markdown_table(head: tuple[str, str], rows: Any) -> str:
     return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines]) if lines else "None recorded."
 
 
-def _network(spec: ResNetSpec) -> dict[str, Any]:
-    return json.loads(json.dumps({"depth": spec.depth, **asdict(spec)}))
+def _network(spec: Spec) -> dict[str, Any]:
+    return json.loads(json.dumps({"depth": spec.depth, "stage_widths": spec.stage_widths, **asdict(spec)}))
 
 
 def _json(document: Any, what: str) -> str:
@@ -318,13 +325,10 @@ def _read_plan(source: Path, inside: Mapping[str, str], pruned: bool) -> Pruning
     return plan
 
 
-def _as_saved(variables: Any, entries: Mapping[str, Any]) -> Any:
+def _as_saved(form: Form, variables: Any, entries: Mapping[str, Any]) -> Any:
     """`from_torch` widens 16-bit weights to float32; back to what they were, which loses nothing."""
-    dtypes = {}
-    for name, entry in entries.items():
-        part = AKAMASTER.part(name)
-        if part is not None and part.leaf not in INDEX_BUFFERS:
-            dtypes[flax_path(part)] = entry["dtype"]
+    names = [name for name in entries if not name.endswith(INDEX_BUFFERS)]
+    dtypes = {form.path_of(name): entries[name]["dtype"] for name in names}
 
     def cast(path, leaf):
         return leaf.astype(dtypes[jax.tree_util.keystr(path, simple=True, separator="/")])
@@ -337,7 +341,7 @@ def _check_plan(variables: Any, info: CheckpointInfo, plan: PruningPlan, source:
         check_fits(variables, plan.shrunk_shapes(), "plan's shrunk network")
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{source / PLAN} does not fit {WEIGHTS}: {error.args[0]}") from error
-    expected = residual_indices(canonical_arrays(variables), plan)
+    expected = residual_indices(info.form, named_arrays(variables, info.form), plan)
     for name in sorted(expected.keys() | info.indices.keys()):
         if not np.array_equal(expected.get(name, []), info.indices.get(name, [])):
             raise CheckpointError(f"{name}: the plan puts the channels at other positions than {WEIGHTS} has")

@@ -1,8 +1,8 @@
-"""The forward pass of any residual network a checkpoint may hold, as one pure function.
+"""The forward pass of any network a checkpoint may hold, as one pure function.
 
 The models in `ehap_jax.models` cover dense networks; a checkpoint can also hold a network that was pruned elsewhere,
 with its own width at every convolution and residual sums by index. Such a network needs no class: its structure
-is a `ResNetSpec` and a few index arrays, and its function is written here once.
+is a spec and a few index arrays, and its function is written here once.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from jax import lax
 
-from interop.layouts import flax_module
-from interop.spec import ResNetSpec
+from interop.forms import FORMS, INDEX_BUFFERS, Form, Part
+from interop.spec import BlockSpec, ResidualSpec, Spec, VGGSpec
 
 EPSILON = 1e-5
 """PyTorch's default in BatchNorm, which every supported family uses."""
 
+Apply = Callable[[Any, jax.Array], jax.Array]
 
-def residual_network(
-    spec: ResNetSpec, indices: Mapping[str, np.ndarray] | None = None
-) -> Callable[[Any, jax.Array], jax.Array]:
-    """The function `apply(variables, x) -> logits` of a residual network in eval mode.
+
+def network_function(spec: Spec, indices: Mapping[str, np.ndarray] | None = None) -> Apply:
+    """The function `apply(variables, x) -> logits` of a network in eval mode.
 
     Args:
         spec: the widths.
@@ -38,40 +40,99 @@ def residual_network(
     Raises:
         KeyError: indices are missing for an indexed block.
     """
-    indices = dict(indices or {})
+    if isinstance(spec, VGGSpec):
+        return _vgg(spec)
+    form, indices = FORMS[spec.form], dict(indices or {})
     for number, stage in enumerate(spec.blocks, start=1):
         for position, block in enumerate(stage):
-            for buffer in ("branch_index", "residual_index"):
-                if block.indexed and f"layer{number}.{position}.{buffer}" not in indices:
-                    raise KeyError(f"layer{number}.{position}.{buffer} is needed and was not given")
+            for buffer in INDEX_BUFFERS:
+                key = form.names.key(Part("add", number, position, buffer))
+                if block.indexed and key not in indices:
+                    raise KeyError(f"{key} is needed and was not given")
+    return _residual(form, spec, indices)
+
+
+class _Layers:
+    """The layers of one set of variables, by role."""
+
+    def __init__(self, form: Form, variables: Any) -> None:
+        self.form, self.params, self.stats = form, variables["params"], variables["batch_stats"]
+
+    def conv(self, role: str, x: jax.Array, stride: int = 1, place: tuple[int, int] = (0, 0)) -> jax.Array:
+        layer = _get(self.params, self.form.flax.module(role, *place))
+        y = convolve(x, layer["kernel"], stride)
+        return y + layer["bias"][None, None, None, :] if "bias" in layer else y
+
+    def norm(self, role: str, x: jax.Array, place: tuple[int, int] = (0, 0)) -> jax.Array:
+        path = self.form.flax.module(role, *place)
+        return batch_norm(x, _get(self.params, path), _get(self.stats, path))
+
+    def dense(self, role: str, x: jax.Array) -> jax.Array:
+        layer = _get(self.params, self.form.flax.module(role))
+        return x @ layer["kernel"] + layer["bias"][None, :]
+
+
+def _vgg(spec: VGGSpec) -> Apply:
+    form = FORMS[spec.form]
 
     def apply(variables: Any, x: jax.Array) -> jax.Array:
-        params, stats = variables["params"], variables["batch_stats"]
+        layers, number = _Layers(form, variables), 0
+        for stage, count in enumerate(form.stages, start=1):
+            for _ in range(count):
+                number += 1
+                x = jax.nn.relu(layers.norm(f"bn{number}", layers.conv(f"conv{number}", x)))
+            if stage < len(form.stages) or form.has("linear"):
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        if form.has("mean_linear"):
+            return layers.dense("mean_linear", jnp.mean(x, axis=(1, 2)))
+        x = x.reshape(x.shape[0], -1)
+        for role, _ in zip(("fc1", "fc2"), spec.hidden, strict=False):
+            x = jax.nn.relu(layers.dense(role, x))
+        return layers.dense("linear", x)
 
-        def unit(x: jax.Array, conv: str, norm: str, stage: int, block: int, stride: int) -> jax.Array:
-            kernel = _get(params, flax_module(conv, stage, block))["kernel"]
-            affine = _get(params, flax_module(norm, stage, block))
-            moments = _get(stats, flax_module(norm, stage, block))
-            return batch_norm(convolve(x, kernel, stride), affine, moments)
+    return apply
 
-        x = jax.nn.relu(unit(x, "stem_conv", "stem_bn", 0, 0, 1))
+
+def _residual(form: Form, spec: ResidualSpec, indices: Mapping[str, np.ndarray]) -> Apply:
+    def run_block(layers: _Layers, block: BlockSpec, x: jax.Array, place: tuple[int, int]) -> jax.Array:
+        branch = source = x
+        for index in range(len(form.kernels)):
+            stride = block.stride if index == form.strided else 1
+            if form.preactivation:
+                branch = jax.nn.relu(layers.norm(f"bn{index + 1}", branch, place))
+                source = branch if index == 0 and form.has("projection") else source
+                branch = layers.conv(f"conv{index + 1}", branch, stride, place)
+            else:
+                branch = layers.norm(f"bn{index + 1}", layers.conv(f"conv{index + 1}", branch, stride, place), place)
+                branch = jax.nn.relu(branch) if index + 1 < len(form.kernels) else branch
+        residual = x[:, :: block.stride, :: block.stride, :]
+        if block.shortcut is not None:
+            residual = layers.conv(form.shortcut, source, block.stride, place)
+            if form.has("shortcut_bn"):
+                residual = layers.norm("shortcut_bn", residual, place)
+        if block.indexed:
+            first, second = (indices[form.names.key(Part("add", *place, buffer))] for buffer in INDEX_BUFFERS)
+            branch = scatter_channels(branch, first, block.outputs)
+            residual = scatter_channels(residual, second, block.outputs)
+        elif residual.shape[-1] < block.branch:
+            pad = (block.branch - residual.shape[-1]) // 2
+            residual = jnp.pad(residual, ((0, 0), (0, 0), (0, 0), (pad, pad)))
+        total = branch + residual
+        return total if form.preactivation else jax.nn.relu(total)
+
+    def apply(variables: Any, x: jax.Array) -> jax.Array:
+        layers = _Layers(form, variables)
+        x = layers.conv("stem_conv", x)
+        if form.has("stem_bn"):
+            x = jax.nn.relu(layers.norm("stem_bn", x))
         for number, stage in enumerate(spec.blocks, start=1):
             for position, block in enumerate(stage):
-                branch = jax.nn.relu(unit(x, "conv1", "bn1", number, position, block.stride))
-                branch = unit(branch, "conv2", "bn2", number, position, 1)
-                residual = x[:, :: block.stride, :: block.stride, :]
-                if block.shortcut is not None:
-                    residual = unit(x, "shortcut_conv", "shortcut_bn", number, position, block.stride)
-                name = f"layer{number}.{position}"
-                if block.indexed:
-                    branch = place(branch, indices[f"{name}.branch_index"], block.outputs)
-                    residual = place(residual, indices[f"{name}.residual_index"], block.outputs)
-                elif residual.shape[-1] < block.branch:
-                    pad = (block.branch - residual.shape[-1]) // 2
-                    residual = jnp.pad(residual, ((0, 0), (0, 0), (0, 0), (pad, pad)))
-                x = jax.nn.relu(branch + residual)
-        head = _get(params, flax_module("linear"))
-        return jnp.mean(x, axis=(1, 2)) @ head["kernel"] + head["bias"][None, :]
+                x = run_block(layers, block, x, (number, position))
+        if form.has("final_bn"):
+            x = jax.nn.relu(layers.norm("final_bn", x))
+        if form.has("final_affine"):
+            x = layers.norm("final_affine", x)
+        return layers.dense("linear", jnp.mean(x, axis=(1, 2)))
 
     return apply
 
@@ -79,16 +140,16 @@ def residual_network(
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """PyTorch's Conv2d(padding=kernel // 2) on (N, H, W, C) and an (h, w, in, out) kernel."""
     pads = [(size // 2, size // 2) for size in kernel.shape[:2]]
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def batch_norm(x: jax.Array, affine: Mapping[str, jax.Array], moments: Mapping[str, jax.Array]) -> jax.Array:
     """BatchNorm with frozen statistics over the last axis."""
-    scale = affine["scale"] * jax.lax.rsqrt(moments["var"] + jnp.asarray(EPSILON, moments["var"].dtype))
+    scale = affine["scale"] * lax.rsqrt(moments["var"] + jnp.asarray(EPSILON, moments["var"].dtype))
     return (x - moments["mean"][None, None, None, :]) * scale[None, None, None, :] + affine["bias"][None, None, None, :]
 
 
-def place(x: jax.Array, positions: np.ndarray, channels: int) -> jax.Array:
+def scatter_channels(x: jax.Array, positions: np.ndarray, channels: int) -> jax.Array:
     """(…, k) -> (…, channels): channel i of x goes to positions[i], every other channel is zero.
 
     A gather from x with one zero channel appended, which graph rules follow and gradients pass through.

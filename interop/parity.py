@@ -1,7 +1,7 @@
 """The same quantities computed by JAX and by PyTorch on the same weights, images and probes, and how far they differ.
 
-Everything is compared under akamaster's names with PyTorch's axes, in NumPy arrays. A relative difference of two sets
-of arrays is ‖a - b‖ / ‖b‖ over all of their elements, b being PyTorch's.
+Everything is compared under the names `to_torch` writes with PyTorch's axes, in NumPy arrays. A relative difference of
+two sets of arrays is ‖a - b‖ / ‖b‖ over all of their elements, b being PyTorch's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ehap_jax.graph import trace_graph
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.pruning import allocate, magnitude_scores, shrink, shrink_variables
 from interop.from_torch import CheckpointInfo, from_torch
-from interop.to_torch import canonical_arrays, to_torch
+from interop.to_torch import named_arrays, to_torch
 
 Arrays = dict[str, np.ndarray]
 
@@ -37,6 +37,10 @@ class Pair:
     variables: Any
     info: CheckpointInfo
     module: Any
+
+    def named(self, params: Any) -> Arrays:
+        """Parameters, or anything of their structure, under PyTorch's names with its axes."""
+        return named_arrays({"params": params}, self.info.form)
 
     def loss(self, params: Any, batch: Any) -> jax.Array:
         """Mean cross-entropy in eval mode of (images, labels), a function of the trainable parameters."""
@@ -97,7 +101,7 @@ def gradient_pair(nets: Pair, images: np.ndarray, labels: np.ndarray) -> tuple[A
     names = dict(nets.module.named_parameters())
     found = torch.autograd.grad(_torch_loss(nets, images, labels), list(names.values()))
     theirs = {name: value.numpy() for name, value in zip(names, found, strict=True)}
-    return _named(ours), theirs
+    return nets.named(ours), theirs
 
 
 def hessian_vector_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, seed: int) -> tuple[Arrays, Arrays]:
@@ -112,7 +116,7 @@ def hessian_vector_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, seed
     gradients = torch.autograd.grad(_torch_loss(nets, images, labels), list(params.values()), create_graph=True)
     found = torch.autograd.grad(gradients, list(params.values()), [torch_probe[name] for name in params])
     theirs = {name: value.numpy() for name, value in zip(params, found, strict=True)}
-    ours = _named(Hv)
+    ours = nets.named(Hv)
     return {name: ours[name] for name in theirs}, theirs
 
 
@@ -128,7 +132,7 @@ def trace_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, seeds: Sequen
     for seed in seeds:
         v, probe = probe_pair(nets, seed)
         products = probe_channel_products(nets.loss, nets.variables["params"], v, batch)
-        for name, value in _named(products).items():
+        for name, value in nets.named(products).items():
             sums[name] = sums.get(name, 0) + value.astype(np.float64)
         probes.append(probe)
     reference = fixed_trace(nets.module, torch_images(images), torch.from_numpy(labels.astype(np.int64)), probes)
@@ -166,7 +170,7 @@ def sgd_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, rate: float) ->
     logits = module(torch_images(images))
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels.astype(np.int64))).backward()
     optimizer.step()
-    return _named(stepped(params)), {name: p.detach().numpy() for name, p in module.named_parameters()}
+    return nets.named(stepped(params)), {name: p.detach().numpy() for name, p in module.named_parameters()}
 
 
 def pruned_pair(
@@ -204,7 +208,7 @@ def probe_pair(nets: Pair, seed: int) -> tuple[Any, dict[str, Any]]:
         return drawn.astype(leaf.dtype)
 
     v = jax.tree.map(signs, nets.variables["params"])
-    arrays = {name: value for name, value in _named(v).items() if value.ndim >= 2}
+    arrays = {name: value for name, value in nets.named(v).items() if value.ndim >= 2}
     return v, {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
 
 
@@ -220,7 +224,3 @@ def _torch_loss(nets: Pair, images: np.ndarray, labels: np.ndarray) -> Any:
 
     logits = nets.module(torch_images(images))
     return torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels.astype(np.int64)))
-
-
-def _named(params: Any) -> Arrays:
-    return canonical_arrays({"params": params})

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from interop.layouts import CheckpointError
+from interop.forms import CheckpointError
 
 CONTAINERS = ("state_dict", "net", "model", "model_state_dict", "model_state")
 """Where training scripts put the state dict inside what they save."""

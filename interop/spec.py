@@ -1,133 +1,236 @@
-"""The widths of a residual network, read from the shapes of its tensors and checked against each other."""
+"""The widths of a network, read from the shapes of its tensors and checked against each other."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from interop.layouts import AKAMASTER, INDEX_BUFFERS, LEAVES, CheckpointError, Part
+from interop.forms import FORMS, INDEX_BUFFERS, LEAVES, CheckpointError, Form, Part, kind_of
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The widths of one block.
+    """The widths of one residual block.
 
-    inputs, inner, branch: channels into conv1, between the convolutions, and out of conv2.
+    inputs: channels that enter. widths: channels out of each convolution; the last is the branch's.
     outputs: channels of the residual sum.
-    shortcut: channels of the projection, or None where the shortcut has no parameters.
+    shortcut: channels of the 1×1 convolution on the shortcut, or None where the shortcut has no parameters.
     indexed: whether the sum is by index.
     """
 
     inputs: int
-    inner: int
-    branch: int
+    widths: tuple[int, ...]
     outputs: int
     stride: int
     shortcut: int | None = None
     indexed: bool = False
 
+    @property
+    def branch(self) -> int:
+        """Channels of the branch."""
+        return self.widths[-1]
+
+    @property
+    def residual(self) -> int:
+        """Channels that the shortcut adds."""
+        return self.inputs if self.shortcut is None else self.shortcut
+
 
 @dataclass(frozen=True)
-class ResNetSpec:
-    """The widths of a whole network; `blocks[i]` are the blocks of stage i + 1."""
+class ResidualSpec:
+    """The widths of a residual network; `blocks[i]` are the blocks of stage i + 1. conv_bias: on every convolution."""
 
+    form: str
     stem: int
     blocks: tuple[tuple[BlockSpec, ...], ...]
     num_classes: int
     image_channels: int = 3
+    conv_bias: bool = False
 
     @property
     def depth(self) -> int:
-        """Convolutions on the longest path plus the classifier: 6n + 2 for three stages of n blocks."""
-        return 2 + 2 * sum(len(stage) for stage in self.blocks)
+        """The number in the network's name: 6n + 2 for three stages of n basic blocks, 6n + 4 for wide ResNets."""
+        form = FORMS[self.form]
+        return form.extra_depth + len(form.kernels) * sum(len(stage) for stage in self.blocks)
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Channels out of each stage."""
+        return tuple(stage[-1].outputs for stage in self.blocks)
 
 
-def read_spec(shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str] | None = None) -> ResNetSpec:
+@dataclass(frozen=True)
+class VGGSpec:
+    """The widths of a VGG: of its convolutions, and of the hidden dense layers."""
+
+    form: str
+    widths: tuple[int, ...]
+    hidden: tuple[int, ...]
+    num_classes: int
+    image_channels: int = 3
+    conv_bias: bool = False
+
+    @property
+    def depth(self) -> int:
+        """The number in the network's name: convolutions and three, however many dense layers there are."""
+        return FORMS[self.form].extra_depth + len(self.widths)
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Channels out of each stage."""
+        found, position = [], 0
+        for count in FORMS[self.form].stages:
+            position += count
+            found.append(self.widths[position - 1])
+        return tuple(found)
+
+
+Spec = ResidualSpec | VGGSpec
+
+
+def read_spec(form: Form, shapes: Mapping[str, Shape], names: Mapping[str, str] | None = None) -> Spec:
     """The widths of the network whose state dict has these shapes, after checking that they fit each other.
 
     Args:
-        shapes: state-dict key (akamaster's names) -> shape.
+        form: the kind of network.
+        shapes: state-dict key (the form's own names) -> shape.
         names: what messages call a key, where the file they came from used another name.
 
     Raises:
         CheckpointError: a tensor that is absent, or one whose shape contradicts the tensors before it (the message
             gives key, expected and found shape).
     """
+    reader = _Reader(form, shapes, names or {})
+    return _read_vgg(reader) if form.kind == "vgg" else _read_residual(reader)
 
-    def name(key: str) -> str:
-        return (names or {}).get(key, key)
 
-    def shape(part: Part) -> tuple[int, ...]:
-        key = AKAMASTER.key(part)
-        if key not in shapes:
-            raise CheckpointError(f"missing tensor {name(key)!r}")
-        return tuple(shapes[key])
+class _Reader:
+    """Shapes by part, checked as they are read."""
 
-    def check(part: Part, expected: tuple[int | None, ...]) -> tuple[int, ...]:
-        found = shape(part)
+    def __init__(self, form: Form, shapes: Mapping[str, Shape], names: Mapping[str, str]) -> None:
+        self.form, self.shapes, self.names = form, shapes, names
+        convs = [part for key in shapes if (part := form.names.part(key)) and kind_of(part.role) == "conv"]
+        self.conv_bias = any(part.leaf == "bias" for part in convs)
+
+    def has(self, role: str, stage: int = 0, block: int = 0) -> bool:
+        return self.form.has(role) and any(
+            self.form.names.key(Part(role, stage, block, leaf)) in self.shapes for leaf in LEAVES[kind_of(role)]
+        )
+
+    def name(self, part: Part) -> str:
+        key = self.form.names.key(part)
+        return self.names.get(key, key)
+
+    def check(self, part: Part, expected: tuple[int | None, ...]) -> Shape:
+        key = self.form.names.key(part)
+        if key not in self.shapes:
+            raise CheckpointError(f"missing tensor {self.name(part)!r}")
+        found = tuple(self.shapes[key])
         fits = len(found) == len(expected) and all(e in (None, f) for e, f in zip(expected, found, strict=True))
         if not fits or 0 in found:
             wanted = "(" + ", ".join("any" if e is None else str(e) for e in expected) + ")"
-            raise CheckpointError(f"{name(AKAMASTER.key(part))}: expected shape {wanted}, found {found}")
+            raise CheckpointError(f"{self.name(part)}: expected shape {wanted}, found {found}")
         return found
 
-    def norm(role: str, stage: int, block: int, width: int) -> None:
-        for leaf in LEAVES[role]:
-            check(Part(role, stage, block, leaf), (width,))
+    def conv(self, role: str, stage: int, block: int, inputs: int | None, size: int) -> Shape:
+        """Shape of a convolution's kernel, (out, in, size, size)."""
+        shape = self.check(Part(role, stage, block, "weight"), (None, inputs, size, size))
+        if self.conv_bias:
+            self.check(Part(role, stage, block, "bias"), (shape[0],))
+        return shape
 
-    stem, image_channels, *_ = check(Part("stem_conv", 0, 0, "weight"), (None, None, 3, 3))
-    norm("stem_bn", 0, 0, stem)
-    places = []
-    while AKAMASTER.key(Part("conv1", len(places) + 1, 0, "weight")) in shapes:
-        stage = len(places) + 1
-        count = 0
-        while AKAMASTER.key(Part("conv1", stage, count, "weight")) in shapes:
-            count += 1
-        places.append([(stage, block) for block in range(count)])
-    flat = [place for stage in places for place in stage]
-    if not flat:
-        raise CheckpointError("the state dict has no residual blocks ('layer1.0.conv1.weight' is missing)")
+    def norm(self, role: str, stage: int, block: int, width: int) -> None:
+        for leaf in LEAVES["norm"]:
+            self.check(Part(role, stage, block, leaf), (width,))
 
-    specs: dict[tuple[int, int], BlockSpec] = {}
+    def dense(self, role: str, inputs: int) -> int:
+        """Outputs of a dense layer."""
+        outputs, _ = self.check(Part(role, 0, 0, "weight"), (None, inputs))
+        self.check(Part(role, 0, 0, "bias"), (outputs,))
+        return outputs
+
+
+def _read_vgg(reader: _Reader) -> VGGSpec:
+    form = reader.form
+    width: int | None = None
+    image_channels, widths = 0, []
+    for number in range(1, sum(form.stages) + 1):
+        width, inputs, *_ = reader.conv(f"conv{number}", 0, 0, width, 3)
+        image_channels = image_channels or inputs
+        reader.norm(f"bn{number}", 0, 0, width)
+        widths.append(width)
+    assert width is not None
+    hidden = []
+    for role in ("fc1", "fc2"):
+        if reader.has(role):
+            width = reader.dense(role, width)
+            hidden.append(width)
+    head = "linear" if form.has("linear") else "mean_linear"
+    classes = reader.dense(head, width)
+    return VGGSpec(form.name, tuple(widths), tuple(hidden), classes, image_channels, reader.conv_bias)
+
+
+def _read_residual(reader: _Reader) -> ResidualSpec:
+    form = reader.form
+    stem, image_channels, *_ = reader.conv("stem_conv", 0, 0, None, 3)
+    if form.has("stem_bn"):
+        reader.norm("stem_bn", 0, 0, stem)
+    counts: list[int] = []
+    while reader.has("conv1", len(counts) + 1, 0):
+        counts.append(0)
+        while reader.has("conv1", len(counts), counts[-1]):
+            counts[-1] += 1
+    places = [(stage, block) for stage, count in enumerate(counts, start=1) for block in range(count)]
+    if not places:
+        first = reader.name(Part("conv1", 1, 0, "weight"))
+        raise CheckpointError(f"the state dict has no residual blocks ({first!r} is missing)")
+    found: dict[tuple[int, int], BlockSpec] = {}
     width = stem
-    for position, (stage, block) in enumerate(flat):
-        inner, *_ = check(Part("conv1", stage, block, "weight"), (None, width, 3, 3))
-        norm("bn1", stage, block, inner)
-        branch, *_ = check(Part("conv2", stage, block, "weight"), (None, inner, 3, 3))
-        norm("bn2", stage, block, branch)
-        shortcut = None
-        if AKAMASTER.key(Part("shortcut_conv", stage, block, "weight")) in shapes:
-            shortcut, *_ = check(Part("shortcut_conv", stage, block, "weight"), (None, width, 1, 1))
-            norm("shortcut_bn", stage, block, shortcut)
-        indexed = f"layer{stage}.{block}.branch_index" in shapes
-        outputs = branch
-        if indexed:
-            last = position + 1 == len(flat)
-            after = Part("linear", 0, 0, "weight")
-            if not last:
-                next_stage, next_block = flat[position + 1]
-                after = Part("conv1", next_stage, next_block, "weight")
-            outputs = shape(after)[1]
-            residual = width if shortcut is None else shortcut
-            for buffer, expected in zip(INDEX_BUFFERS, (branch, residual), strict=True):
-                key = f"layer{stage}.{block}.{buffer}"
-                if tuple(shapes.get(key, ())) != (expected,):
-                    raise CheckpointError(f"{name(key)}: expected shape ({expected},), found {shapes.get(key)}")
-        elif shortcut is not None and shortcut != branch:
-            key = AKAMASTER.key(Part("shortcut_conv", stage, block, "weight"))
-            raise CheckpointError(
-                f"{name(key)}: expected {branch} output channels, found {shortcut} (and no index buffers)"
-            )
-        elif shortcut is None and (branch < width or (branch - width) % 2):
-            key = AKAMASTER.key(Part("conv2", stage, block, "weight"))
-            raise CheckpointError(
-                f"{name(key)}: expected {width} output channels, or more by an even number, to be added to a residual "
-                f"of {width} channels; found {branch} (and no index buffers)"
-            )
-        stride = 2 if block == 0 and stage > 1 else 1
-        specs[stage, block] = BlockSpec(width, inner, branch, outputs, stride, shortcut, indexed)
-        width = outputs
-    classes, _ = check(Part("linear", 0, 0, "weight"), (None, width))
-    check(Part("linear", 0, 0, "bias"), (classes,))
-    blocks = tuple(tuple(specs[place] for place in stage) for stage in places)
-    return ResNetSpec(stem, blocks, classes, image_channels)
+    for here, after in zip(places, [*places[1:], None], strict=True):
+        found[here] = _read_block(reader, here, after, width)
+        width = found[here].outputs
+    for role in ("final_bn", "final_affine"):
+        if form.has(role):
+            reader.norm(role, 0, 0, width)
+    classes = reader.dense("linear", width)
+    blocks = tuple(tuple(found[s, b] for b in range(count)) for s, count in enumerate(counts, start=1))
+    return ResidualSpec(form.name, stem, blocks, classes, image_channels, reader.conv_bias)
+
+
+def _read_block(reader: _Reader, here: tuple[int, int], after: tuple[int, int] | None, inputs: int) -> BlockSpec:
+    form = reader.form
+    widths: list[int] = []
+    width = inputs
+    for number, size in enumerate(form.kernels, start=1):
+        if form.preactivation:
+            reader.norm(f"bn{number}", *here, width)
+        width, *_ = reader.conv(f"conv{number}", *here, width, size)
+        if not form.preactivation:
+            reader.norm(f"bn{number}", *here, width)
+        widths.append(width)
+    last = reader.name(Part(f"conv{len(widths)}", *here, "weight"))
+    shortcut = None
+    if reader.has(form.shortcut, *here):
+        shortcut, *_ = reader.conv(form.shortcut, *here, inputs, 1)
+        if form.has("shortcut_bn"):
+            reader.norm("shortcut_bn", *here, shortcut)
+    stride = 2 if here[1] == 0 and here[0] > 1 else 1
+    indexed, outputs = reader.has("add", *here), width
+    block = BlockSpec(inputs, tuple(widths), outputs, stride, shortcut, indexed)
+    if indexed:
+        consumer = Part("linear", 0, 0, "weight") if after is None else Part("conv1", *after, "weight")
+        kernel = reader.check(consumer, (None, None) if after is None else (None, None, *(form.kernels[0],) * 2))
+        for buffer, expected in zip(INDEX_BUFFERS, (block.branch, block.residual), strict=True):
+            reader.check(Part("add", *here, buffer), (expected,))
+        return BlockSpec(inputs, tuple(widths), kernel[1], stride, shortcut, indexed)
+    if shortcut is not None and shortcut != width:
+        name = reader.name(Part(form.shortcut, *here, "weight"))
+        raise CheckpointError(f"{name}: expected {width} output channels, found {shortcut} (and no index buffers)")
+    if shortcut is None and (width < inputs or (width - inputs) % 2):
+        raise CheckpointError(
+            f"{last}: expected {inputs} output channels, or more by an even number, to be added to a residual "
+            f"of {inputs} channels; found {width} (and no index buffers)"
+        )
+    return block

@@ -8,17 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from interop.layouts import (
-    AKAMASTER,
+from interop.forms import (
     INDEX_BUFFERS,
-    LAYOUTS,
     CheckpointError,
-    Layout,
+    Form,
     Part,
-    flax_part,
-    flax_path,
+    kind_of,
+    recognise_variables,
     to_torch_axes,
 )
+from interop.layouts import layout_for
 from interop.spec import read_spec
 
 
@@ -27,9 +26,9 @@ def to_torch(
     plan: Any = None,
     *,
     indices: Mapping[str, np.ndarray] | None = None,
-    layout: str = "akamaster",
+    layout: str | None = None,
 ) -> dict[str, Any]:
-    """Write a residual network's variables as a PyTorch state dict.
+    """Write the variables of a residual network or a VGG as a PyTorch state dict.
 
     Args:
         variables: {"params": …, "batch_stats": …} with the paths of `ehap_jax.models`: dense, masked, or already
@@ -37,7 +36,8 @@ def to_torch(
         plan: the `PruningPlan` that shrunk the variables; None for dense and masked ones. With it, residual sums
             whose operands keep different channels get the buffers `branch_index` and `residual_index`.
         indices: index buffers of a network that was pruned elsewhere (`info.indices` of `from_torch`); not with a plan.
-        layout: the names to write, one of `interop.layouts.LAYOUTS`; index buffers exist only in "akamaster".
+        layout: the names to write, one of `interop.layouts.LAYOUTS`; None for those `interop.torch_models` loads
+            (akamaster's for CIFAR ResNets), the only ones with a place for index buffers.
 
     Returns:
         key -> CPU torch tensor, in module order, bit for bit the values of `variables`. `num_batches_tracked` is not
@@ -45,8 +45,9 @@ def to_torch(
 
     Raises:
         KeyError: an unknown layout.
-        CheckpointError: variables that are not such a network (lists the paths), a plan that does not fit their
-            shapes (path, expected, found), or sums by index in a layout that has no place for them.
+        CheckpointError: variables that are not such a network (lists the paths), a layout without names for it, a plan
+            that does not fit their shapes (path, expected, found) or has implants, or sums by index in a layout that
+            has no place for them.
         ImportError: PyTorch is not installed.
 
     Example:
@@ -57,54 +58,59 @@ def to_torch(
         >>> all(bool((again[key] == weights[key]).all()) for key in again)
         True
     """
-    if layout not in LAYOUTS:
-        raise KeyError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    target = LAYOUTS[layout]
-    arrays = canonical_arrays(variables)
+    form = form_of(variables)
+    names = form.names if layout is None else layout_for(layout, form).names
+    arrays = named_arrays(variables, form)
     if plan is not None and indices:
         raise CheckpointError("pass a plan or indices, not both: each says where the channels of a sum lie")
-    arrays |= dict(indices or {}) if plan is None else residual_indices(arrays, plan)
-    read_spec({key: value.shape for key, value in arrays.items()})
+    arrays |= dict(indices or {}) if plan is None else residual_indices(form, arrays, plan)
+    read_spec(form, {key: value.shape for key, value in arrays.items()})
     try:
         import torch
     except ImportError as error:
         raise ImportError("to_torch needs PyTorch: pip install 'ehap-jax[torch]'") from error
     state_dict = {}
-    for key in sorted(arrays, key=_module_order):
+    for key in sorted(arrays, key=form.order):
         value = np.array(arrays[key], order="C")
         if value.dtype.name == "bfloat16":
             tensor = torch.from_numpy(value.view(np.uint16)).view(torch.bfloat16)
         else:
             tensor = torch.from_numpy(value)
-        state_dict[_rename(key, target)] = tensor
+        part = form.names.part(key)
+        assert part is not None
+        if part.role not in names.modules:
+            raise CheckpointError(f"the layout {layout!r} has no place for {key}; leave layout out to write it")
+        state_dict[names.key(part)] = tensor
     return state_dict
 
 
-def canonical_arrays(variables: Any) -> dict[str, np.ndarray]:
-    """Variables as NumPy arrays with PyTorch's axes under akamaster's names.
+def form_of(variables: Any) -> Form:
+    """The kind of network these variables are.
 
     Raises:
-        CheckpointError: paths that name no part of a residual network.
+        CheckpointError: they are none that interop knows, or have implants.
     """
-    arrays: dict[str, np.ndarray] = {}
-    strange = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        part = flax_part(name)
-        if part is None:
-            strange.append(name)
-        else:
-            arrays[AKAMASTER.key(part)] = to_torch_axes(np.asarray(leaf))
-    if strange or not arrays:
-        listed = ", ".join(strange[:8]) or "no variables at all"
+    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+    split = sorted(path for path in paths if path.endswith(("/kernel/spatial", "/kernel/pointwise")))
+    if split:
         raise CheckpointError(
-            f"these variables are not a residual network of ehap_jax.models: {len(arrays)} paths matched, "
-            f"{len(strange)} did not ({listed})"
+            f"{split[0].rpartition('/')[0]} has implants (a 1×1 part beside its kernel), which no PyTorch layout has a "
+            "place for; export the masked network instead: to_torch(mask_variables(variables, plan))"
         )
-    return arrays
+    return recognise_variables(paths)
 
 
-def residual_indices(arrays: Mapping[str, np.ndarray], plan: Any) -> dict[str, np.ndarray]:
+def named_arrays(variables: Any, form: Form) -> dict[str, np.ndarray]:
+    """Variables, or a part of them, as NumPy arrays with PyTorch's axes under the form's own names.
+
+    Raises:
+        KeyError: a path that is no part of such a network.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return {form.key_at(_path(path)): to_torch_axes(np.asarray(leaf)) for path, leaf in leaves}
+
+
+def residual_indices(form: Form, arrays: Mapping[str, np.ndarray], plan: Any) -> dict[str, np.ndarray]:
     """Index buffers of a shrunk network: where each operand's kept channels lie in each residual sum.
 
     What a kernel keeps of its outputs, and what the consumer of a sum keeps of its inputs, is read from the plan. A
@@ -115,37 +121,43 @@ def residual_indices(arrays: Mapping[str, np.ndarray], plan: Any) -> dict[str, n
         CheckpointError: variables whose shapes are not those the plan leaves, or a plan that keeps a channel of an
             operand which the consumer of the sum does not read.
     """
-    parts = [AKAMASTER.part(key) for key in arrays]
-    places = sorted((part.stage, part.block) for part in parts if part is not None and part.role == "conv1")
+    parts = [part for key in arrays if (part := form.names.part(key)) is not None]
+    for part in parts:
+        if part.leaf == "weight" and kind_of(part.role) != "norm":
+            for axis in (0, 1):
+                _kept(form, arrays, plan, part, axis)
+    if form.kind != "residual":
+        return {}
+    places = sorted((part.stage, part.block) for part in parts if part.role == "conv1" and part.leaf == "weight")
     stem = Part("stem_conv", 0, 0, "weight")
-    stream, dense = _kept(arrays, plan, stem, 0), _full_width(arrays, plan, stem)
+    stream, dense = _kept(form, arrays, plan, stem, 0), _full_width(form, arrays, plan, stem)
     buffers: dict[str, np.ndarray] = {}
     for here, after in zip(places, [*places[1:], None], strict=True):
-        conv2 = Part("conv2", *here, "weight")
-        projection = Part("shortcut_conv", *here, "weight")
+        last = Part(f"conv{len(form.kernels)}", *here, "weight")
+        shortcut = Part(form.shortcut, *here, "weight")
         consumer = Part("linear", 0, 0, "weight") if after is None else Part("conv1", *after, "weight")
-        branch, widened = _kept(arrays, plan, conv2, 0), _full_width(arrays, plan, conv2)
-        if AKAMASTER.key(projection) in arrays:
-            residual = _kept(arrays, plan, projection, 0)
+        branch, widened = _kept(form, arrays, plan, last, 0), _full_width(form, arrays, plan, last)
+        if form.names.key(shortcut) in arrays:
+            residual = _kept(form, arrays, plan, shortcut, 0)
         else:
             residual = stream + (widened - dense) // 2
-        stream, dense = _kept(arrays, plan, consumer, 1), widened
-        for part, operand in ((conv2, branch), (projection, residual)):
+        stream, dense = _kept(form, arrays, plan, consumer, 1), widened
+        for part, operand in ((last, branch), (shortcut, residual)):
             lost = np.setdiff1d(operand, stream)
             if lost.size:
                 raise CheckpointError(
-                    f"the plan keeps channel {lost[0]} of {AKAMASTER.module(*part[:3])}, which "
-                    f"{flax_path(consumer)} does not read"
+                    f"the plan keeps channel {lost[0]} of {form.names.module(*part[:3])}, which "
+                    f"{form.path(consumer)} does not read"
                 )
         if branch.size != stream.size or residual.size != stream.size:
             for buffer, operand in zip(INDEX_BUFFERS, (branch, residual), strict=True):
-                buffers[AKAMASTER.key(Part("add", *here, buffer))] = np.searchsorted(stream, operand)
+                buffers[form.names.key(Part("add", *here, buffer))] = np.searchsorted(stream, operand)
     return buffers
 
 
-def _kept(arrays: Mapping[str, np.ndarray], plan: Any, part: Part, torch_axis: int) -> np.ndarray:
+def _kept(form: Form, arrays: Mapping[str, np.ndarray], plan: Any, part: Part, torch_axis: int) -> np.ndarray:
     """Kept indices along axis 0 (outputs) or 1 (inputs) of a kernel with PyTorch's axes."""
-    path, array = flax_path(part), arrays[AKAMASTER.key(part)]
+    path, array = form.path(part), arrays[form.names.key(part)]
     flax_axis = array.ndim - 1 - torch_axis
     found = array.shape[torch_axis]
     kept = plan.slices.get(path, {}).get(flax_axis)
@@ -159,26 +171,10 @@ def _kept(arrays: Mapping[str, np.ndarray], plan: Any, part: Part, torch_axis: i
     return kept
 
 
-def _full_width(arrays: Mapping[str, np.ndarray], plan: Any, part: Part) -> int:
-    path = flax_path(part)
-    return int(plan.shapes[path][-1]) if path in plan.shapes else arrays[AKAMASTER.key(part)].shape[0]
+def _full_width(form: Form, arrays: Mapping[str, np.ndarray], plan: Any, part: Part) -> int:
+    path = form.path(part)
+    return int(plan.shapes[path][-1]) if path in plan.shapes else arrays[form.names.key(part)].shape[0]
 
 
-def _rename(key: str, target: Layout) -> str:
-    part = AKAMASTER.part(key)
-    assert part is not None
-    if part.role not in target.modules:
-        raise CheckpointError(f"the layout {target.name!r} has no place for {key}; write 'akamaster' names instead")
-    return target.key(part)
-
-
-_ORDER = ("conv1", "bn1", "conv2", "bn2", "shortcut_conv", "shortcut_bn", "add")
-_LEAF_ORDER = ("weight", "bias", "running_mean", "running_var", *INDEX_BUFFERS)
-
-
-def _module_order(key: str) -> tuple[int, ...]:
-    part = AKAMASTER.part(key)
-    assert part is not None
-    outside = {"stem_conv": (0, 0), "stem_bn": (0, 1), "linear": (1_000_000, 0)}
-    stage, role = outside.get(part.role, (part.stage, _ORDER.index(part.role) if part.role in _ORDER else 0))
-    return (stage, part.block, role, _LEAF_ORDER.index(part.leaf))
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

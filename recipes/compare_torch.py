@@ -42,7 +42,7 @@ from ehap_jax.pruning import PruningPlan, Scores, allocate, hessian_scores, mask
 from ehap_jax.report import score_scatter
 from ehap_jax.training import Progress, RunDirectory
 from interop.compare import LIMITS
-from interop.layouts import AKAMASTER, flax_part, flax_path, to_torch_axes
+from interop.forms import to_torch_axes
 from interop.parity import (
     Arrays,
     Pair,
@@ -96,7 +96,7 @@ class Config:
     """What is compared; every setting is part of the result."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A PyTorch or safetensors file of a residual network."""
+    """A PyTorch or safetensors file."""
     data: str
     """"npz:PATH", images uint8, with x_train, y_train, x_test and y_test."""
     layout: str = "auto"
@@ -187,7 +187,7 @@ def compare_identity(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
         "accuracy_jax": float(np.mean(answers == job.truth)),
         "accuracy_torch": float(np.mean(expected == job.truth)),
     }
-    by_path = {_path(name): value for name, value in traces[0].items() if name in traces[1]}
+    by_path = {_path(nets, name): value for name, value in traces[0].items() if name in traces[1]}
     scores = hessian_scores(job.graph, nets.variables, by_path)
     return identity, {"JAX": scores, "PyTorch": torch_scores(nets, traces[1], scores.norms)}
 
@@ -202,7 +202,7 @@ def torch_scores(nets: Pair, traces: Arrays, norms: Mapping[str, np.ndarray]) ->
         {name: torch.from_numpy(np.asarray(value))[None] for name, value in traces.items()}, torch.ones(1)
     )
     found = reference.sensitivity(nets.module)
-    return Scores({_path(name): value.double().numpy() for name, value in found.items()}, norms, "hessian")
+    return Scores({_path(nets, name): value.double().numpy() for name, value in found.items()}, norms, "hessian")
 
 
 def reference_scores(job: Job) -> tuple[str, Scores]:
@@ -278,7 +278,10 @@ def same_probe(job: Job, index: int) -> dict[str, Any]:
     }
     kernels = {path: leaf for path, leaf in leaves.items() if is_kernel(path, leaf)}
     drawn = rademacher(jax.random.fold_in(jax.random.key(job.config.seed), index), kernels)
-    named = {_name(path): np.ascontiguousarray(to_torch_axes(np.asarray(v))) for path, v in drawn.items()}
+    named = {
+        job.nets.info.form.key_at(f"params/{path}"): np.ascontiguousarray(to_torch_axes(np.asarray(v)))
+        for path, v in drawn.items()
+    }
     return {name: torch.from_numpy(named[name]) for name, p in job.nets.module.named_parameters() if name in named}
 
 
@@ -584,20 +587,9 @@ def file_name(data: str) -> str:
     return f"{kind}:{Path(path).name}" if path else kind
 
 
-def _path(name: str) -> str:
+def _path(nets: Pair, name: str) -> str:
     """The variable path of a parameter with PyTorch's name."""
-    part = AKAMASTER.part(name)
-    if part is None:
-        raise KeyError(f"{name} is no part of a residual network")
-    return flax_path(part)
-
-
-def _name(path: str) -> str:
-    """PyTorch's name of a leaf of the params collection."""
-    part = flax_part(f"params/{path}")
-    if part is None:
-        raise KeyError(f"params/{path} is no part of a residual network")
-    return AKAMASTER.key(part)
+    return nets.info.form.path_of(name)
 
 
 if __name__ == "__main__":

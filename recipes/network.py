@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,16 @@ from flax import linen as nn
 
 from ehap_jax.data import Normalisation
 from ehap_jax.graph import Graph, trace_graph
-from ehap_jax.models import eval_apply, init_variables, make_model, train_apply
+from ehap_jax.models import (
+    VGG,
+    PreResNet,
+    ResNet,
+    WideResNet,
+    eval_apply,
+    init_variables,
+    make_model,
+    train_apply,
+)
 from ehap_jax.pruning import PruningPlan, shrink
 from ehap_jax.training import RunDirectory, check_finite, load_variables, save_variables
 
@@ -131,11 +140,24 @@ def _from_checkpoint(path: Path, image_shape: tuple[int, int, int]) -> Network:
         raise ValueError(f"{path} is of a network with widths of its own (pruned elsewhere); start from a dense one")
     if image_shape[-1] != info.spec.image_channels:
         raise ValueError(f"{path} reads {info.spec.image_channels} channels, the images have {image_shape[-1]}")
-    model = info.model
-    options = {"shortcut": model.shortcut, "widths": tuple(model.widths), "stem": model.stem}
-    architecture = Architecture(f"resnet{model.depth}", model.num_classes, image_shape, info.normalisation, options)
+    name, options = described_model(info.model)
+    architecture = Architecture(name, info.num_classes, image_shape, info.normalisation, options)
     module = architecture.build()
     return Network(architecture, eval_apply(module), train_apply(module), variables)
+
+
+def described_model(model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The name and the options with which `make_model` builds this network again."""
+    names = {
+        ResNet: "resnet{depth}",
+        PreResNet: "preresnet{depth}",
+        VGG: "vgg{depth}",
+        WideResNet: "wrn{depth}-{widen}",
+    }
+    known = {field.name: getattr(model, field.name) for field in fields(model)}  # pyright: ignore[reportArgumentType]
+    name = names[type(model)].format(**known)
+    given = ("depth", "widen", "num_classes", "dtype", "parent", "name")
+    return name, {key: value for key, value in known.items() if key not in given}
 
 
 def _tuple(value: Any) -> Any:

@@ -5,28 +5,71 @@ import numpy as np
 import pytest
 
 from interop import CheckpointError, from_torch, to_torch
-from interop.layouts import AKAMASTER, LAYOUTS
+from interop.forms import RESNET
+from interop.layouts import LAYOUTS, layout_for
 from tests.interop.conftest import lively, torch_logits
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
+from tests.interop import third_party  # noqa: E402
 
 
-def renamed(state_dict, layout):
-    """A dense state dict under another layout's names."""
-    return {layout.key(AKAMASTER.part(key)): value for key, value in state_dict.items()}
+def renamed(state_dict, name):
+    """The state dict of a dense ResNet under another layout's names."""
+    return {layout_for(name, RESNET).names.key(RESNET.names.part(key)): value for key, value in state_dict.items()}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_pytorchs_logits(name, network, images):
-    state_dict = renamed(network.state_dict(), LAYOUTS[name])
-    apply, variables, info = from_torch(state_dict)
-    assert name in (info.layout, *info.also_fits)
-    assert info.model is not None
-    expected = torch_logits(network, images)
-    np.testing.assert_allclose(np.asarray(apply(variables, images)), expected, atol=1e-5)
-    assert np.abs(expected).max() > 0.1
-    explicit = from_torch(state_dict, name)[1]
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), explicit, variables))
+RESNET_LAYOUTS = [name for name, tables in LAYOUTS.items() if any(table.form is RESNET for table in tables)]
+
+
+@pytest.mark.parametrize("name", RESNET_LAYOUTS)
+def test_every_layout_is_the_same_resnet(name, network):
+    _, expected, _ = from_torch(network.state_dict())
+    for layout in ("auto", name):
+        _, variables, info = from_torch(renamed(network.state_dict(), name), layout)
+        assert name in (info.layout, *info.also_fits)
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), variables, expected))
+
+
+@pytest.fixture(scope="module", params=third_party.CASES)
+def published(request):
+    """(case, module, images) of a network with a public repository's names."""
+    case = third_party.CASES[request.param]
+    shape = (2, case.size, case.size, 3)
+    return case, lively(case.make()), np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+def test_published_networks_give_pytorchs_logits(published):
+    case, module, images = published
+    apply, variables, info = from_torch(module.state_dict())
+    assert {info.layout, *info.also_fits} == set(case.layouts)
+    assert (info.form.name, info.depth, info.num_classes) == (case.form, case.depth, 5)
+    assert (None if info.model is None else type(info.model).__name__) == case.model
+    expected = torch_logits(module, images)
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(np.asarray(jax.jit(apply)(variables, images)), expected, atol=2e-5)
+    assert len(jax.tree.leaves(variables)) + len(info.unread) == len(module.state_dict()), "a tensor was left out"
+    if info.model is not None:
+        fresh = jax.eval_shape(info.model.init, jax.random.key(0), images)
+        assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, variables)
+
+
+def test_published_networks_go_back_bit_for_bit(published):
+    """Under their own names, and as a network of `interop.torch_models` that computes the same."""
+    from interop import torch_models
+
+    case, module, images = published
+    _, variables, _ = from_torch(module.state_dict())
+    back = to_torch(variables, layout=case.layouts[0])
+    read = {k: v for k, v in module.state_dict().items() if not k.endswith(("num_batches_tracked", "indexes"))}
+    assert back.keys() == read.keys()
+    assert all(torch.equal(back[key], value) for key, value in read.items())
+    written = to_torch(variables)
+    plain = torch_models.load(written)
+    np.testing.assert_allclose(torch_logits(plain, images), torch_logits(module, images), atol=1e-5)
+    own = {key: value for key, value in plain.state_dict().items() if "num_batches" not in key}
+    assert list(own) == list(written), "not in the order of the modules"
+    again = from_torch(written)[1]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, variables))
 
 
 def test_info_describes_the_network(network):
@@ -34,20 +77,11 @@ def test_info_describes_the_network(network):
     assert (info.layout, info.depth, info.num_classes) == ("akamaster", 8, 5)
     assert info.shortcut == ("B" if any("shortcut" in key for key in network.state_dict()) else "A")
     assert info.normalisation[0] == (0.485, 0.456, 0.406)
-    assert len(info.counters) == sum("num_batches" in key for key in network.state_dict())
+    assert len(info.unread) == sum("num_batches" in key for key in network.state_dict())
     fresh = jax.eval_shape(info.model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, variables)
     leaves = len(jax.tree.leaves(variables))
-    assert leaves + len(info.counters) == len(network.state_dict())
-
-
-def test_four_stages_of_pytorch_cifar100(images):
-    from interop.torch_models import cifar_resnet
-
-    network = lively(cifar_resnet(10, widths=(4, 4, 8, 8), shortcut="B", num_classes=7))
-    apply, variables, info = from_torch(renamed(network.state_dict(), LAYOUTS["weiaicunzai"]))
-    assert info.layout == "weiaicunzai"
-    np.testing.assert_allclose(np.asarray(apply(variables, images)), torch_logits(network, images), atol=1e-5)
+    assert leaves + len(info.unread) == len(network.state_dict())
 
 
 def test_prefixes_containers_and_metadata(network, images, tmp_path):
@@ -191,7 +225,7 @@ def test_shapes_that_contradict_each_other(network, key, shape, told):
 
 
 def test_shape_errors_use_the_names_of_the_file(network):
-    state_dict = renamed(network.state_dict(), LAYOUTS["weiaicunzai"])
+    state_dict = renamed(network.state_dict(), "weiaicunzai")
     state_dict["conv3_x.0.residual_function.1.weight"] = torch.ones(7)
     with pytest.raises(CheckpointError, match=r"conv3_x\.0\.residual_function\.1\.weight: expected shape"):
         from_torch(state_dict)

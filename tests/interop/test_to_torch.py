@@ -1,15 +1,16 @@
 """State dicts out: bit for bit what went in, loaded strictly, the same network dense, masked and shrunk."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ehap_jax.graph import count_cost, trace_graph
-from ehap_jax.pruning import allocate, mask_variables, random_scores, shrink, shrink_variables
+from ehap_jax.pruning import PruningPlan, allocate, mask_variables, random_scores, shrink, shrink_variables
 from interop import CheckpointError, from_torch, to_torch
-from interop.layouts import LAYOUTS
-from tests.interop.conftest import torch_logits
+from tests.interop.conftest import lively, torch_logits
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 from interop import torch_models  # noqa: E402
@@ -20,15 +21,15 @@ def loaded(network):
     return from_torch(network.state_dict())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [None, "weiaicunzai", "ehap"])
 def test_round_trip_is_bit_exact(layout, network):
     _, variables, info = from_torch(network.state_dict())
     written = to_torch(variables, layout=layout)
-    again, shortcut = from_torch(written, layout)[1:]
+    again, shortcut = from_torch(written, layout or "auto")[1:]
     assert shortcut.spec == info.spec
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), again, variables)
     assert jax.tree.all(same)
-    if layout == "akamaster":
+    if layout is None:
         original = {k: v for k, v in network.state_dict().items() if "num_batches" not in k}
         assert list(written) == list(original)
         assert all(torch.equal(written[k], v) and written[k].dtype == v.dtype for k, v in original.items())
@@ -42,16 +43,38 @@ def test_bfloat16_survives(loaded):
     np.testing.assert_array_equal(written["conv1.weight"].float().numpy(), expected)
 
 
-@pytest.fixture(scope="module")
-def graph(loaded, images):
-    apply, variables, _ = loaded
-    return trace_graph(apply)(variables, images)
+FAMILIES = {
+    "resnet A": lambda: torch_models.cifar_resnet(8, widths=(4, 8, 16), num_classes=5),
+    "resnet B": lambda: torch_models.cifar_resnet(8, widths=(4, 8, 16), shortcut="B", stem=6, num_classes=5),
+    "wide": lambda: torch_models.wide_resnet(10, 2, stem=4, num_classes=5),
+    "preresnet": lambda: torch_models.preresnet(11, stem=6, widths=(3, 4, 6), expansion=2, num_classes=5),
+    "vgg": lambda: torch_models.vgg(11, widths=(4, 6, 6, 8, 8), hidden=(9,), conv_bias=True, num_classes=5),
+    "vgg, mean": lambda: torch_models.vgg(11, widths=(4, 6, 6, 8, 8), hidden=(), last_pool="mean", num_classes=5),
+}
+
+
+class Family(NamedTuple):
+    """A dense network in JAX, its graph, and images."""
+
+    apply: Any
+    variables: Any
+    graph: Any
+    images: np.ndarray
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    size = 32 if "vgg" in request.param else 8
+    images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    apply, variables, _ = from_torch(lively(FAMILIES[request.param]()).state_dict())
+    return Family(apply, variables, trace_graph(apply)(variables, images[:1]), images)
 
 
 @pytest.fixture(scope="module", params=["group", "union"])
-def plan(request, graph):
+def plan(request, family):
     """A random plan, pruning the residual streams as the coupling allows."""
-    return allocate(graph, random_scores(graph, key=jax.random.key(0)), channels=0.6, coupling=request.param)
+    scores = random_scores(family.graph, key=jax.random.key(0))
+    return allocate(family.graph, scores, channels=0.6, coupling=request.param)
 
 
 def hooked_macs(module, image):
@@ -70,46 +93,44 @@ def hooked_macs(module, image):
     return sum(counted)
 
 
-def test_macs_and_parameters_are_those_pytorch_counts(loaded, images, plan):
+def test_macs_and_parameters_are_those_pytorch_counts(family, plan):
     """Dense and shrunk, on the converted model."""
-    apply, variables, _ = loaded
-    graph = trace_graph(apply)(variables, images[:1])
-    image = torch.from_numpy(np.asarray(images[:1]).transpose(0, 3, 1, 2).copy())
+    image = torch.from_numpy(family.images[:1].transpose(0, 3, 1, 2).copy())
     for cost, state in (
-        (count_cost(graph), to_torch(variables)),
-        (count_cost(graph, plan), to_torch(shrink_variables(variables, plan), plan)),
+        (count_cost(family.graph), to_torch(family.variables)),
+        (count_cost(family.graph, plan), to_torch(shrink_variables(family.variables, plan), plan)),
     ):
         module = torch_models.load(state)
         assert hooked_macs(module, image) == cost.macs
         assert sum(p.numel() for p in module.parameters()) == cost.params
 
 
-@pytest.fixture(scope="module")
-def union_plan(graph):
-    return allocate(graph, random_scores(graph, key=jax.random.key(1)), channels=0.6, coupling="union")
-
-
-def test_pruned_networks_compute_the_same(plan, network, loaded, images):
-    apply, variables, _ = loaded
+def test_pruned_networks_compute_the_same(family, plan):
     assert plan.keep
-    masked = mask_variables(variables, plan)
-    small = shrink_variables(variables, plan)
-    expected = np.asarray(jax.jit(shrink(apply, plan))(small, images))
+    masked = mask_variables(family.variables, plan)
+    small = shrink_variables(family.variables, plan)
+    expected = np.asarray(jax.jit(shrink(family.apply, plan))(small, family.images))
 
     dense_module = torch_models.load(to_torch(masked))
-    np.testing.assert_allclose(torch_logits(dense_module, images), expected, atol=1e-5)
+    np.testing.assert_allclose(torch_logits(dense_module, family.images), expected, atol=1e-5)
 
     written = to_torch(small, plan)
     module = torch_models.load(written)
-    np.testing.assert_allclose(torch_logits(module, images), expected, atol=1e-5)
+    np.testing.assert_allclose(torch_logits(module, family.images), expected, atol=1e-5)
     assert sum(p.numel() for p in module.parameters()) == sum(p.size for p in jax.tree.leaves(small["params"]))
 
     again, same, info = from_torch(module.state_dict())
-    np.testing.assert_allclose(np.asarray(again(same, images)), expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(jax.jit(again)(same, family.images)), expected, atol=1e-5)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), same, small))
-    if plan.coupling == "union":
+    if plan.coupling == "union" and info.form.kind == "residual":
         assert info.shortcut == "indexed"
         assert any(b.outputs > b.branch for stage in info.spec.blocks for b in stage), "the plan tests no union"
+
+
+@pytest.fixture(scope="module")
+def union_plan(loaded, images):
+    graph = trace_graph(loaded[0])(loaded[1], images)
+    return allocate(graph, random_scores(graph, key=jax.random.key(1)), channels=0.6, coupling="union")
 
 
 def test_pruned_network_goes_on_training_in_pytorch(loaded, union_plan, images):
@@ -138,13 +159,48 @@ def test_union_needs_akamasters_names(loaded, union_plan):
 
 
 def test_other_variables_are_refused(loaded):
-    with pytest.raises(CheckpointError, match=r"0 paths matched, 1 did not \(params/dense/kernel\)"):
+    with pytest.raises(CheckpointError, match=r"0 paths matched, 1 did not: params/dense/kernel"):
         to_torch({"params": {"dense": {"kernel": jnp.ones((2, 2))}}})
     extra = dict(loaded[1], ema={"decay": jnp.ones(())})
-    with pytest.raises(CheckpointError, match="ema/decay"):
+    with pytest.raises(CheckpointError, match="1 did not: ema/decay"):
         to_torch(extra)
+    with pytest.raises(CheckpointError, match="params/linear/bias"):
+        to_torch(jax.tree_util.tree_map_with_path(lambda p, x: None if "linear" in str(p) else x, loaded[1]))
     with pytest.raises(KeyError, match="unknown layout"):
         to_torch(loaded[1], layout="timm")
+    with pytest.raises(CheckpointError, match="'xternalz' has no names for a resnet; these have: akamaster, chenyaofo"):
+        to_torch(loaded[1], layout="xternalz")
+
+
+def test_implants_have_no_place_in_pytorch(loaded, images):
+    graph = trace_graph(loaded[0])(loaded[1], images)
+    plan = PruningPlan.from_keep(
+        graph, {"params/layer1_0/conv1/kernel": [0, 2]}, implants={"params/layer1_0/conv1/kernel": [2]}
+    )
+    with pytest.raises(CheckpointError, match=r"layer1_0/conv1/kernel has implants.*mask_variables"):
+        to_torch(shrink_variables(loaded[1], plan), plan)
+
+
+def test_names_of_another_layout_are_refused_by_load(loaded):
+    with pytest.raises(CheckpointError, match="the names are those of 'weiaicunzai'; rename them"):
+        torch_models.load(to_torch(loaded[1], layout="weiaicunzai"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch_models.cifar_resnet(9), "depth must be 6n \\+ 2"),
+        (lambda: torch_models.cifar_resnet(8, shortcut="C"), "shortcut must be"),
+        (lambda: torch_models.cifar_resnet(8, widths=(4, 7, 9)), "cannot join 4 to 7"),
+        (lambda: torch_models.wide_resnet(12), "depth must be 6n \\+ 4"),
+        (lambda: torch_models.preresnet(12), "depth must be 9n \\+ 2"),
+        (lambda: torch_models.vgg(12), "VGG has depth 11, 13, 16, 19"),
+        (lambda: torch_models.vgg(11, last_pool="mean"), "none before a mean"),
+    ],
+)
+def test_networks_that_do_not_exist(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_index_buffers_must_be_distinct_positions(loaded, union_plan):

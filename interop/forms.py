@@ -1,0 +1,418 @@
+"""The kinds of networks that go in and out, and what each part is called in PyTorch and in Flax.
+
+A `Form` is one kind of function: which parts it has (roles), what `to_torch` calls each and where `ehap_jax.models`
+keeps it, and how they are joined. A role's module name is a template over the stage `{s}` and the block `{b}`. What
+other repositories call the same parts is in `interop.layouts`.
+
+Roles of residual networks: stem_conv, stem_bn (and ReLU); conv1, bn1, … in a block; shortcut_conv (reads the block's
+input) or projection (reads the activated input of a pre-activation block), shortcut_bn; add (tensors only where a
+pruned network adds by index); final_bn (and ReLU) or final_affine (without); linear. Of VGG: conv1, bn1, …, fc1, fc2,
+and linear (reads what a last maximum leaves) or mean_linear (reads the mean over what the last convolution leaves).
+Stages are counted from 1, blocks from 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which tensor, what was expected and what was found."""
+
+
+class Part(NamedTuple):
+    """One tensor of the network: role ("conv1", "bn2", …), stage, block (0, 0 outside stages), leaf ("weight", …)."""
+
+    role: str
+    stage: int
+    block: int
+    leaf: str
+
+
+Kind = Literal["conv", "norm", "dense", "add", "unread"]
+
+INDEX_BUFFERS = ("branch_index", "residual_index")
+LEAVES: Mapping[Kind, tuple[str, ...]] = {
+    "conv": ("weight",),
+    "norm": ("weight", "bias", "running_mean", "running_var"),
+    "dense": ("weight", "bias"),
+    "add": INDEX_BUFFERS,
+    "unread": (),
+}
+"""The leaves every part of a kind has."""
+
+OTHER_LEAVES: Mapping[Kind, tuple[str, ...]] = {
+    "conv": ("bias",),
+    "norm": ("num_batches_tracked",),
+    "dense": (),
+    "add": (),
+    "unread": ("indexes",),
+}
+"""The leaves it may have. `UNREAD` are those that no forward pass reads; they are recorded as such."""
+
+UNREAD = ("num_batches_tracked", "indexes")
+
+FLAX_LEAVES: Mapping[Kind, Mapping[tuple[str, str], str]] = {
+    "conv": {("params", "kernel"): "weight", ("params", "bias"): "bias"},
+    "norm": {
+        ("params", "scale"): "weight",
+        ("params", "bias"): "bias",
+        ("batch_stats", "mean"): "running_mean",
+        ("batch_stats", "var"): "running_var",
+    },
+    "dense": {("params", "kernel"): "weight", ("params", "bias"): "bias"},
+    "add": {},
+    "unread": {},
+}
+
+
+def kind_of(role: str) -> Kind:
+    """What a role is: "bn1" is a norm, "projection" a convolution, "fc1" a dense layer."""
+    if role == "add" or "select" in role:
+        return "add" if role == "add" else "unread"
+    if "bn" in role or role == "final_affine":
+        return "norm"
+    return "conv" if "conv" in role or role == "projection" else "dense"
+
+
+@dataclass(frozen=True)
+class Names:
+    """Module names by role.
+
+    modules: role -> template, e.g. "layer{s}.{b}.conv1".
+    first_stage, first_block: the numbers given to the first stage and the first block.
+    """
+
+    modules: Mapping[str, str]
+    first_stage: int = 1
+    first_block: int = 0
+    patterns: tuple[tuple[str, re.Pattern[str]], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        compiled = []
+        for role, template in self.modules.items():
+            pattern = re.escape(template)
+            pattern = pattern.replace(re.escape("{s}"), r"(?P<s>\d+)").replace(re.escape("{b}"), r"(?P<b>\d+)")
+            compiled.append((role, re.compile(pattern)))
+        object.__setattr__(self, "patterns", tuple(compiled))
+
+    def module(self, role: str, stage: int = 0, block: int = 0) -> str:
+        """The module name of a role: `module("conv1", 2, 0)` is "layer2.0.conv1" for akamaster."""
+        return self.modules[role].format(s=stage + self.first_stage - 1, b=block + self.first_block)
+
+    def key(self, part: Part) -> str:
+        """The state-dict key of a part."""
+        return f"{self.module(part.role, part.stage, part.block)}.{part.leaf}"
+
+    def places(self, module: str) -> list[tuple[str, int, int]]:
+        """Every (role, stage, block) that a module name may stand for."""
+        found = []
+        for role, pattern in self.patterns:
+            matched = pattern.fullmatch(module)
+            if matched is not None:
+                groups = matched.groupdict()
+                stage = int(groups["s"]) - self.first_stage + 1 if "s" in groups else 0
+                block = int(groups["b"]) - self.first_block if "b" in groups else 0
+                if stage >= ("s" in groups) and block >= 0:
+                    found.append((role, stage, block))
+        return found
+
+    def part(self, key: str, more_leaves: tuple[str, ...] = ()) -> Part | None:
+        """The part a state-dict key names, or None. more_leaves: what convolutions and dense layers may have, too."""
+        module, _, leaf = key.rpartition(".")
+        for place in self.places(module):
+            kind = kind_of(place[0])
+            known = (*LEAVES[kind], *OTHER_LEAVES[kind], *(more_leaves if kind in ("conv", "dense") else ()))
+            if leaf in known:
+                return Part(*place, leaf)
+        return None
+
+
+@dataclass(frozen=True)
+class Form:
+    """One kind of network.
+
+    names: what `to_torch` calls the parts; its order is the order of the modules.
+    flax: module paths in Flax variables; those of `ehap_jax.models` where it has such a network.
+    kind: residual or vgg. preactivation: norm and ReLU before each convolution of a block, not after.
+    kernels: sizes of a block's convolutions. strided: which of them has the block's stride.
+    sometimes: groups of roles that are there together or not at all; every other role but `add` is always there.
+    mark: a role of which there must be at least one.
+    extra_depth: what is added to the convolutions in the blocks (of VGG: in all) to give the depth in a network's name.
+    """
+
+    name: str
+    names: Names
+    flax: Names
+    kind: Literal["residual", "vgg"] = "residual"
+    preactivation: bool = False
+    kernels: tuple[int, ...] = (3, 3)
+    strided: int = 0
+    sometimes: tuple[tuple[str, ...], ...] = ()
+    mark: str | None = None
+    extra_depth: int = 2
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Convolutions in each stage of a VGG."""
+        return VGG_STAGES[sum(role.startswith("conv") for role in self.names.modules) + self.extra_depth]
+
+    @property
+    def shortcut(self) -> str:
+        """The role of the 1×1 convolution on the shortcut."""
+        return "projection" if "projection" in self.names.modules else "shortcut_conv"
+
+    def has(self, role: str) -> bool:
+        """Whether networks of this form may have such a part."""
+        return role in self.names.modules
+
+    def in_block(self, role: str) -> bool:
+        """Whether the role is one of every block."""
+        return "{b}" in self.names.modules[role]
+
+    def path(self, part: Part) -> str:
+        """The variable path of a part: Part("conv1", 1, 0, "weight") is "params/layer1_0/conv1/kernel"."""
+        for (collection, name), leaf in FLAX_LEAVES[kind_of(part.role)].items():
+            if leaf == part.leaf:
+                return f"{collection}/{self.flax.module(part.role, part.stage, part.block)}/{name}"
+        raise KeyError(f"{part} has no place among Flax variables")
+
+    def part_at(self, path: str) -> Part | None:
+        """The part a Flax variable path names, or None."""
+        collection, _, rest = path.partition("/")
+        module, _, name = rest.rpartition("/")
+        for place in self.flax.places(module):
+            leaf = FLAX_LEAVES[kind_of(place[0])].get((collection, name))
+            if leaf is not None:
+                return Part(*place, leaf)
+        return None
+
+    def key_at(self, path: str) -> str:
+        """The name `to_torch` gives to the variable at a path. KeyError where the form has none there."""
+        part = self.part_at(path)
+        if part is None:
+            raise KeyError(f"{path} is no part of a network of the form {self.name!r}")
+        return self.names.key(part)
+
+    def path_of(self, key: str) -> str:
+        """The inverse of `key_at`."""
+        part = self.names.part(key)
+        if part is None:
+            raise KeyError(f"{key} is no part of a network of the form {self.name!r}")
+        return self.path(part)
+
+    def missing(self, parts: Iterable[Part]) -> list[Part]:
+        """What a network with these parts would need, too.
+
+        Every block up to the last one seen has its convolutions and norms, a group of `sometimes` is whole, and the
+        parts outside blocks are there.
+        """
+        present = set(parts)
+        seen = {(p.role, p.stage, p.block) for p in present if kind_of(p.role) not in ("add", "unread")}
+        blocks: dict[int, int] = {}
+        for role, stage, block in seen:
+            if self.in_block(role):
+                blocks[stage] = max(blocks.get(stage, 0), block + 1)
+        places = [(s, b) for s in range(1, max(blocks, default=1) + 1) for b in range(blocks.get(s, 1))]
+        grouped = {role for group in self.sometimes for role in group}
+        wanted: list[tuple[str, int, int]] = []
+        for role in self.names.modules:
+            if kind_of(role) not in ("add", "unread"):
+                where = places if self.in_block(role) else [(0, 0)]
+                groups = [group for group in self.sometimes if role in group]
+                wanted += [
+                    (role, *place)
+                    for place in where
+                    if role not in grouped or any((other, *place) in seen for group in groups for other in group)
+                ]
+        if self.mark is not None and not any(role == self.mark for role, _, _ in seen):
+            wanted.append((self.mark, 1, 0))
+        return [p for w in wanted for p in (Part(*w, leaf) for leaf in LEAVES[kind_of(w[0])]) if p not in present]
+
+    def order(self, key: str) -> tuple[int, int, int, int]:
+        """Sorts `to_torch`'s keys in the order of the modules."""
+        part = self.names.part(key)
+        assert part is not None
+        roles = list(self.names.modules)
+        first_inside = min((i for i, role in enumerate(roles) if self.in_block(role)), default=0)
+        role = roles.index(part.role)
+        stage = part.stage if self.in_block(part.role) or role < first_inside else 1_000_000
+        leaves = ("weight", "bias", "running_mean", "running_var", *INDEX_BUFFERS)
+        return (stage, part.block, role, leaves.index(part.leaf))
+
+
+def block_names(prefix: str, convs: int, shortcut: Mapping[str, str], *, norm_first: bool = False) -> dict[str, str]:
+    """conv1, bn1, … (or bn1, conv1, …) and the shortcut of a block, under a prefix."""
+    roles = [
+        role for i in range(1, convs + 1) for role in ((f"bn{i}", f"conv{i}") if norm_first else (f"conv{i}", f"bn{i}"))
+    ]
+    return {role: f"{prefix}{role}" for role in roles} | {role: prefix + name for role, name in shortcut.items()}
+
+
+_TORCH, _FLAX = "layer{s}.{b}.", "layer{s}_{b}/"
+_ADD = {"add": "layer{s}.{b}"}
+
+RESNET = Form(
+    name="resnet",
+    names=Names(
+        {"stem_conv": "conv1", "stem_bn": "bn1"}
+        | block_names(_TORCH, 2, {"shortcut_conv": "shortcut.0", "shortcut_bn": "shortcut.1"})
+        | _ADD
+        | {"linear": "linear"}
+    ),
+    flax=Names(
+        {"stem_conv": "conv1", "stem_bn": "bn1", "linear": "linear"}
+        | block_names(_FLAX, 2, {"shortcut_conv": "downsample_conv", "shortcut_bn": "downsample_bn"})
+    ),
+    sometimes=(("shortcut_conv", "shortcut_bn"),),
+)
+"""Post-activation basic blocks: CIFAR ResNets with shortcut A or B, and EHAP's wide network."""
+
+WIDE = Form(
+    name="wide",
+    names=Names(
+        {"stem_conv": "conv1"}
+        | block_names(_TORCH, 2, {"projection": "projection"}, norm_first=True)
+        | _ADD
+        | {"final_bn": "bn", "linear": "linear"}
+    ),
+    flax=Names(
+        {"stem_conv": "conv1", "final_bn": "bn1", "linear": "linear"}
+        | block_names(_FLAX, 2, {"projection": "downsample_conv"}, norm_first=True)
+    ),
+    preactivation=True,
+    sometimes=(("projection",),),
+    mark="projection",
+    extra_depth=4,
+)
+"""Pre-activation wide ResNets (arXiv 1605.07146), whose 1×1 convolutions read the activated input."""
+
+PRERESNET = Form(
+    name="preresnet",
+    names=Names(
+        {"stem_conv": "conv1"}
+        | block_names(_TORCH, 3, {"shortcut_conv": "shortcut.0"}, norm_first=True)
+        | _ADD
+        | {"final_bn": "bn", "linear": "linear"}
+    ),
+    flax=Names(
+        {"stem_conv": "conv1", "final_bn": "bn", "linear": "linear"}
+        | block_names(_FLAX, 3, {"shortcut_conv": "downsample_conv"}, norm_first=True)
+    ),
+    preactivation=True,
+    kernels=(1, 3, 1),
+    strided=1,
+    sometimes=(("shortcut_conv",),),
+)
+"""Pre-activation bottlenecks (arXiv 1603.05027), in the form the pruning papers use."""
+
+PREACT = Form(
+    name="preact",
+    names=Names(
+        {"stem_conv": "conv1", "stem_bn": "bn1"}
+        | block_names("stage{s}.{b}.", 2, {"shortcut_conv": "shortcut.0"}, norm_first=True)
+        | {"add": "stage{s}.{b}", "linear": "linear"}
+    ),
+    flax=Names(
+        {"stem_conv": "conv1", "stem_bn": "bn1", "linear": "linear"}
+        | block_names("stage{s}_{b}/", 2, {"shortcut_conv": "downsample_conv"}, norm_first=True)
+    ),
+    preactivation=True,
+    sometimes=(("shortcut_conv",),),
+)
+"""Pre-activation basic blocks after a stem with norm and ReLU, with no norm before the classifier (weiaicunzai)."""
+
+WIDE_AFFINE = Form(
+    name="wide_affine",
+    names=Names(
+        {"stem_conv": "conv1"}
+        | block_names("wide{s}.{b}.", 2, {"shortcut_conv": "shortcut.0"}, norm_first=True)
+        | {"add": "wide{s}.{b}", "final_affine": "bn", "linear": "linear"}
+    ),
+    flax=Names(
+        {"stem_conv": "conv1", "final_affine": "bn", "linear": "linear"}
+        | block_names("wide{s}_{b}/", 2, {"shortcut_conv": "downsample_conv"}, norm_first=True)
+    ),
+    preactivation=True,
+    sometimes=(("shortcut_conv",),),
+    extra_depth=4,
+)
+"""weiaicunzai's wide ResNet: its shortcuts read the block's input, and its last norm is not followed by a ReLU."""
+
+VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+"""Convolutions in each stage by depth; a stage ends in a 2×2 maximum (the last one of the mean form does not)."""
+
+
+def _vgg_roles(depth: int) -> list[str]:
+    return [role for i in range(1, sum(VGG_STAGES[depth]) + 1) for role in (f"conv{i}", f"bn{i}")]
+
+
+def _vgg_form(depth: int, head: str) -> Form:
+    hidden = ["fc1", "fc2"] if head == "linear" else []
+    plain = Names({role: role for role in (*_vgg_roles(depth), *hidden, head)})
+    return Form(
+        name=f"vgg{depth}" if head == "linear" else f"vgg{depth}_mean",
+        names=plain,
+        flax=plain,
+        kind="vgg",
+        sometimes=(("fc1",), ("fc2",)),
+        extra_depth=3,
+    )
+
+
+VGGS = {depth: _vgg_form(depth, "linear") for depth in VGG_STAGES}
+"""VGG with BatchNorm and five maxima, and zero, one or two hidden dense layers."""
+
+MEAN_VGGS = {depth: _vgg_form(depth, "mean_linear") for depth in VGG_STAGES}
+"""VGG with BatchNorm and four maxima; the mean over what is left goes into one dense layer."""
+
+FORMS: Mapping[str, Form] = {
+    form.name: form for form in (RESNET, WIDE, PRERESNET, PREACT, WIDE_AFFINE, *VGGS.values(), *MEAN_VGGS.values())
+}
+"""Every form by name."""
+
+
+def recognise_variables(paths: Iterable[str]) -> Form:
+    """The form whose parts Flax variables with these paths are.
+
+    Raises:
+        CheckpointError: paths of no known network (how many matched the nearest one, and what did not).
+    """
+    paths = tuple(paths)
+    found: list[tuple[list[str], list[Part], Form]] = []
+    for form in FORMS.values():
+        parts = [form.part_at(path) for path in paths]
+        strange = [path for path, part in zip(paths, parts, strict=True) if part is None]
+        found.append((strange, form.missing(part for part in parts if part is not None), form))
+    strange, missing, form = min(found, key=lambda each: len(each[0]) + len(each[1]))
+    if strange or missing or not paths:
+        lost = [form.path(part) for part in missing]
+        raise CheckpointError(
+            f"these variables are no network that interop knows; the nearest form is {form.name}: "
+            f"{len(paths) - len(strange)} paths matched, {len(strange)} did not{listed(tuple(strange))}, "
+            f"{len(lost)} are missing{listed(tuple(lost))}"
+        )
+    return form
+
+
+def listed(names: tuple[str, ...], limit: int = 8) -> str:
+    """ ": a, b, … and 3 more" for a message; nothing where there are no names."""
+    if not names:
+        return ""
+    rest = "" if len(names) <= limit else f", … and {len(names) - limit} more"
+    return ": " + ", ".join(names[:limit]) + rest
+
+
+def to_flax_axes(array: np.ndarray) -> np.ndarray:
+    """PyTorch's axes to Flax's: (out, in, h, w) -> (h, w, in, out), (out, in) -> (in, out), others unchanged."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T if array.ndim == 2 else array
+
+
+def to_torch_axes(array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_flax_axes`."""
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T if array.ndim == 2 else array
