@@ -1,224 +1,351 @@
 """Channel traces: exact, from random combinations of classes, and from Hutchinson probes; how good, how soon.
 
-    python -m benchmarks.exact_trace --data DIR            # everything, then results/exact_trace.json and .png
-    python -m benchmarks.exact_trace --data DIR --only timing
+    python -m benchmarks.exact_trace --data DIR --max-minutes 10     # again and again, until it says it is done
+    python -m benchmarks.exact_trace --data DIR --only timing --networks resnet32
 
 DIR holds `akamaster/resnet20-12fca82f.th` and `akamaster/resnet32-d509ac18.th` (from github.com/akamaster's
-pytorch_resnet_cifar10), and `cifar10_lossless_subset.npz` with `x_train` (uint8, NHWC) and `y_train`.
+pytorch_resnet_cifar10), and `cifar10_lossless_subset.npz` with `x_train` (uint8, NHWC) and `y_train`. ResNet-56,
+WRN-28-8 and a head of 100 classes have no trained weights there: theirs are drawn from a seed (`benchmarks.drawn`).
 
-Three parts, each of which can run alone. `timing`: the exact trace in a fresh process per network and number of images,
-first call (with compilation) and second, with the peak resident memory of the process. `combinations` and `probes`:
-ResNet-20, 128 images: the rank correlation of HAP scores with the exact ones and the overlap (intersection over union)
-of the lowest 30 % of channels, after every number of random combinations and of Hutchinson probes, with the wall-clock
-and CPU seconds after compilation (on a shared machine compare the second). `probes` also has the z-scores,
-(Hutchinson - exact) / standard error, over all channels whose standard error is not zero. Its probes are kept in a file
-beside the results, and asking for more goes on from there. Beside every mean of probes stand the agreement that its
-own standard errors let expect (`expected_agreement`), and, as method `rms`, the ranking by the root mean square
-of the same probes' products (`TraceEstimate.probe_rms`), with which the noise of a probe itself ranks the channels.
+Everything done is kept, in results/exact_trace.json and, of probes, beside it; a run goes on with what is missing.
+Its parts, of which two need a quiet machine:
+
+`timing` (quiet): the exact trace of 512 images in a fresh process per network, first call (with compilation) and
+second, one ±1 combination, and the peak resident memory of the process.
+
+`costs` (quiet): wall-clock and CPU seconds, without compilation, of every method on every network: of a call, and for
+probes of one probe and of what comes before the first.
+
+`quality` (anywhere): rank correlation of HAP scores with the exact ones, and overlap (intersection over union) of the
+lowest 30 % of channels, after every number of random combinations and of probes. "published" is the ranking by EHAP's
+released half-precision code, which weighs each probe by 2^-8 of the one before, so that more than 4 change nothing.
+"rms" ranks by the root mean square of the probes' products (`TraceEstimate.probe_rms`). Beside a mean of probes stand
+the agreement expected from its own standard errors (`expected_agreement`), and `normal_spearman`: the rank correlation
+that normal noise of the measured deviation would leave. The latter also says how many probes reach 0.99.
+
+Table, plot and the verdicts on the goals join them: seconds from `costs`, agreement from `quality`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from benchmarks.drawn import DRAWN, draw
+from benchmarks.exact_trace_report import describe, draw_plot, goals, table
 from benchmarks.measure import fresh_process, peak_memory, provenance, read_results, timed, write_results
-from benchmarks.trained import CHUNK, flat, hap_scores, load, mean_loss, quality
-from ehap_jax.curvature import Policy, channel_trace, expected_agreement, fingerprint, load_trace, save_trace
+from benchmarks.trained import CHUNK, WEIGHTS, flat, hap_scores, load, mean_loss, quality, spearman
+from ehap_jax.curvature import (
+    Policy,
+    TraceEstimate,
+    channel_trace,
+    expected_agreement,
+    fingerprint,
+    load_trace,
+    save_trace,
+)
 from ehap_jax.curvature.gauss_newton import gauss_newton_trace
+from ehap_jax.training import Deadline, OutOfTime
 
-TIMED = (("resnet20", 128), ("resnet20", 512), ("resnet32", 512))
-PROBES = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000)
-COMBINATIONS = {"signs": (1, 2, 4, 8), "labels": (1, 4)}
+
+class Size(NamedTuple):
+    """Images of the rankings, and the numbers of Hutchinson's probes on them in float32 and float16."""
+
+    images: int
+    probes: int
+    half_probes: int
+
+
+SIZES = {
+    "resnet20": Size(128, 300, 100),
+    "resnet32": Size(128, 100, 30),
+    "resnet20-100": Size(64, 100, 30),
+    "resnet56": Size(32, 100, 30),
+    "wrn28-8": Size(4, 100, 10),
+}
+PARTS = ("timing", "costs", "quality")
+TIMED_IMAGES = 512
+PROBES = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000)
+PUBLISHED_PROBES = 4
+PROBES_TIMED = 3
 SEEDS = 5
+HALF = Policy("float16")
+NO_DEADLINE = Deadline()
+SAMPLED: dict[str, dict[str, Any]] = {
+    **{f"signs {k}": {"classes": k, "draw": "signs"} for k in (1, 2, 4, 8)},
+    **{f"labels {k}": {"classes": k, "draw": "labels"} for k in (1, 4)},
+}
+EXACT: dict[str, dict[str, Any]] = {"exact": {}, "exact float16": {"policy": HALF}}
+HUTCHINSON = {"hutchinson": Policy(), "hutchinson float16": HALF}
+RANK_CORRELATION = 0.99
 
 
-def time_exact(data: Path, network: str, images: int) -> dict[str, Any]:
+class Subject(NamedTuple):
+    """A network on its images; what is compiled for its functions serves all measurements."""
+
+    apply: Callable
+    variables: Any
+    batch: Any
+    loss: Callable
+
+    def exact(self, **options):
+        return gauss_newton_trace(self.apply, self.variables, self.batch, **options)
+
+    def probes(self, key, policy: Policy, count: int, **options):
+        return channel_trace(
+            self.loss,
+            self.variables,
+            self.batch,
+            key=key,
+            num_probes=count,
+            policy=policy,
+            microbatch=CHUNK,
+            **options,
+        )
+
+    def scores(self, channels) -> np.ndarray:
+        return hap_scores(flat(channels, self.variables), self.variables)
+
+
+def subject(data: Path, network: str, images: int) -> Subject:
+    apply, variables, batch = (load if network in WEIGHTS else draw)(data, network, images)
+    return Subject(apply, variables, batch, mean_loss(apply))
+
+
+def time_exact(data: Path, network: str) -> dict[str, Any]:
     """Run in a process of its own: the first call compiles, the second does not."""
-    apply, variables, batch = load(data, network, images)
+    found = subject(data, network, TIMED_IMAGES)
     before = peak_memory()
-    trace, first = timed(lambda: gauss_newton_trace(apply, variables, batch))
-    _, second = timed(lambda: gauss_newton_trace(apply, variables, batch))
-    _, one = timed(lambda: gauss_newton_trace(apply, variables, batch, classes=1, key=jax.random.key(0)))
-    _, one = timed(lambda: gauss_newton_trace(apply, variables, batch, classes=1, key=jax.random.key(0)))
+    trace, first = timed(found.exact)
+    _, second = timed(found.exact)
+    _, one = timed(lambda: found.exact(classes=1, key=jax.random.key(0)))
+    _, one = timed(lambda: found.exact(classes=1, key=jax.random.key(0)))
     return {
         "network": network,
-        "images": images,
+        "images": TIMED_IMAGES,
         "first_call": first,
         "second_call": second,
         "one_combination": one,
         "total_trace": trace.total(),
         "peak_memory_gb": peak_memory(),
         "memory_before_gb": before,
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def exact_of(apply, variables, batch) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Exact channel traces, their HAP scores, and a row of the table."""
-    gauss_newton_trace(apply, variables, batch)
-    trace, seconds = timed(lambda: gauss_newton_trace(apply, variables, batch))
-    exact = flat(trace.mean, variables)
-    row = {"method": "exact", "samples": trace.count, **seconds, "spearman": 1.0, "overlap_30": 1.0}
-    return exact, hap_scores(exact, variables), row
-
-
-def compare_combinations(data: Path, images: int) -> dict[str, Any]:
-    apply, variables, batch = load(data, "resnet20", images)
-    _, truth, row = exact_of(apply, variables, batch)
-    rows = [row]
-
-    def measure(method: str, **options) -> dict[str, Any]:
-        found, seconds = timed(lambda: gauss_newton_trace(apply, variables, batch, **options))
-        scores = hap_scores(flat(found.mean, variables), variables)
-        return {"method": method, "samples": found.count, **seconds, **quality(scores, truth)}
-
-    for draw, counts in COMBINATIONS.items():
-        for count in counts:
-            runs = [measure(draw, classes=count, draw=draw, key=jax.random.key(seed)) for seed in range(1 + SEEDS)]
-            rows += runs[1:]  # the first compiled
-            print(rows[-1], flush=True)
-    half = Policy("float16")
-    rows.append([measure("exact float16", policy=half) for _ in range(2)][1])
-    return {"network": "resnet20", "images": images, "rows": rows, "load_average": os.getloadavg()[0], **provenance()}
-
-
-def compare_probes(data: Path, images: int, probes: int, kept: Path, rows: list) -> dict[str, Any]:
-    """Hutchinson's probes, going on from those in the file ``kept`` and the rows that were made of them."""
-    apply, variables, batch = load(data, "resnet20", images)
-    exact, truth, _ = exact_of(apply, variables, batch)
-    loss, key = mean_loss(apply), jax.random.key(100)
-    options: dict[str, Any] = {"key": key, "probes_per_step": 10, "microbatch": CHUNK}
-    spent = {"seconds": 0.0, "cpu_seconds": 0.0}
-    state, estimate = None, channel_trace(loss, variables, batch, num_probes=1, **options)  # compiles
-    made_from = fingerprint(loss, variables, batch, key=key, microbatch=CHUNK)
-    if rows:
-        estimate = load_trace(kept, variables, made_from)
-        state, spent = estimate.state, {name: rows[-1][name] for name in spent}
-    done = estimate.count if state else 0
-    for count in [n for n in PROBES if done < n <= probes]:
-        estimate, seconds = timed(
-            lambda n=count, s=state: channel_trace(loss, variables, batch, num_probes=n, state=s, **options)
-        )
-        state, spent = estimate.state, {name: spent[name] + seconds[name] for name in spent}
-        scores = hap_scores(flat(estimate.mean, variables), variables)
-        row = {"method": "hutchinson", "samples": count, **spent, **quality(scores, truth)}
-        if count > 1:
-            expected = expected_agreement(estimate, variables, prune=0.3)
-            row |= {"expected_spearman": expected.rank_correlation, "expected_overlap_30": expected.overlap}
-        spread = hap_scores(flat(estimate.probe_rms(), variables), variables)
-        rows += [{"method": "rms", "samples": count, **spent, **quality(spread, truth)}, row]
-        save_trace(kept, estimate, made_from)
-        print(rows[-1], flush=True)
-    mean, sem = flat(estimate.mean, variables), flat(estimate.sem, variables)
-    alive = sem > 0
-    z = (mean - exact)[alive] / sem[alive]
-    return {
-        "network": "resnet20",
-        "images": images,
-        "rows": rows,
-        "z_scores": {
-            "probes": estimate.count,
-            "channels": int(alive.sum()),
-            "mean": float(z.mean()),
-            "std": float(z.std(ddof=1)),
-            "dead_channels": int((~alive).sum()),
-            "largest_exact_trace_of_a_dead_channel": float(np.max(exact[~alive], initial=0.0)),
-        },
-        "total": {"exact": float(exact.sum()), "hutchinson": estimate.total(), "sem": estimate.total_sem()},
-        "load_average": os.getloadavg()[0],
         **provenance(),
     }
 
 
-def draw_plot(results: dict[str, Any], path: Path) -> None:
-    import matplotlib
+def add_costs(found: Subject, entry: dict[str, Any]) -> Iterator[str]:
+    """Add the costs that are missing to an entry of the results, and say each."""
+    costs = entry.setdefault("costs", {})
+    signs = {name: {**options, "key": jax.random.key(0)} for name, options in SAMPLED.items() if "signs" in name}
+    for name, options in {**EXACT, **signs}.items():
+        if name not in costs:
+            found.exact(**options)
+            costs[name] = {"start": timed(partial(found.exact, **options))[1]}
+            yield f"{name}: {costs[name]['start']['seconds']:.2f} s"
+    for name, policy in HUTCHINSON.items():
+        if name not in costs:
+            call = partial(found.probes, jax.random.key(1), policy)
+            call(1)
+            one, more = (timed(partial(call, n))[1] for n in (1, 1 + PROBES_TIMED))
+            probe = {clock: (more[clock] - one[clock]) / PROBES_TIMED for clock in one}
+            start = {clock: one[clock] - probe[clock] for clock in one}
+            costs[name] = {"start": start, "probe": probe}
+            yield f"{name}: {probe['seconds']:.2f} s a probe after {start['seconds']:.2f} s"
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    every = [row for part in ("combinations", "probes") for row in results[part]["rows"]]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharex=True, layout="constrained")
-    styles = {
-        "hutchinson": ("Hutchinson probes", "o-", "tab:gray"),
-        "rms": ("root mean square of the same probes' products", "o--", "tab:green"),
-        "signs": ("±1 combinations of classes, K = 1, 2, 4, 8", "s", "tab:blue"),
-        "labels": ("sampled labels, K = 1, 4", "^", "tab:orange"),
-        "exact": ("exact, all classes", "*", "tab:red"),
+def add_quality(found: Subject, entry: dict[str, Any], size: Size, kept: Path, deadline: Deadline) -> Iterator[str]:
+    """Add the rows that are missing to an entry of the results, and say each.
+
+    Raises:
+        OutOfTime: the deadline has passed among probes; those that are done are in files named after ``kept``.
+    """
+    rows = entry.setdefault("rows", [])
+    done = {(row["method"], row["samples"], row.get("seed")) for row in rows}
+    sampled = [(name, seed) for name in SAMPLED for seed in range(SEEDS)]
+    calls = [("exact float16", None), *sampled]
+    calls = [(name, seed) for name, seed in calls if (*samples_of(name), seed) not in done]
+    most = {"hutchinson": size.probes, "hutchinson float16": size.half_probes}
+    counts = {name: [n for n in PROBES if n <= m and (name, n, None) not in done] for name, m in most.items()}
+    publish = ("published", PUBLISHED_PROBES, None) not in done
+    if not (calls or publish or any(counts.values())):
+        return
+    exact = found.exact()
+    truth = found.scores(exact.mean)
+    for name, seed in calls:
+        options = {**EXACT, **SAMPLED}[name] | ({} if seed is None else {"key": jax.random.key(seed)})
+        method, samples = samples_of(name)
+        agreement = quality(found.scores(found.exact(**options).mean), truth)
+        rows.append({"method": method, "samples": samples, "seed": seed, **agreement})
+        yield describe(rows[-1])
+    if publish:
+        rows.append({"method": "published", "samples": PUBLISHED_PROBES, **quality(published_scores(found), truth)})
+        yield describe(rows[-1])
+    for name in HUTCHINSON:
+        file = kept.with_suffix(f".{name.replace(' ', '-')}.npz")
+        for estimate in estimates(found, HUTCHINSON[name], counts[name], file, deadline):
+            row = {"method": name, "samples": estimate.count, **quality(found.scores(estimate.mean), truth)}
+            if name == "hutchinson":
+                spread = quality(found.scores(estimate.probe_rms()), truth)
+                rows.append({"method": "rms", "samples": estimate.count, **spread})
+                if estimate.count > 1:
+                    row |= expectations(found, estimate, truth)
+                    entry["z_scores"] = z_scores(found, estimate, exact)
+            rows.append(row)
+            yield describe(row)
+
+
+def samples_of(name: str) -> tuple[str, int | None]:
+    """ "signs 4" is 4 samples of "signs"; what is exact has none."""
+    return (name.split()[0], SAMPLED[name]["classes"]) if name in SAMPLED else (name, None)
+
+
+def published_scores(found: Subject) -> np.ndarray:
+    """HAP scores of EHAP's released code but for its choice of images: float16, and the scale never divided out."""
+    from interop.reference.trace import DECAY
+
+    total, before = np.zeros(()), np.zeros(())
+    for estimate in estimates(found, HALF, range(1, PUBLISHED_PROBES + 1)):
+        so_far = estimate.count * found.scores(estimate.mean)
+        total, before = total + (so_far - before) * DECAY**-estimate.count, so_far
+    return total
+
+
+def estimates(
+    found: Subject, policy: Policy, counts: Sequence[int], kept: Path | None = None, deadline: Deadline = NO_DEADLINE
+) -> Iterator[TraceEstimate]:
+    """Hutchinson's estimate after each of so many probes, going on from those in the file ``kept``.
+
+    Raises:
+        OutOfTime: the deadline has passed; the probes that are done are in the file.
+    """
+    key = jax.random.key(100)
+    made_from = fingerprint(found.loss, found.variables, found.batch, key=key, policy=policy, microbatch=CHUNK)
+    state = None
+    if counts and kept is not None and kept.exists():
+        state = load_trace(kept, found.variables, made_from).state
+    for count in counts:
+        options = {"probes_per_step": 5, "state": state, "until": lambda _: deadline.passed}
+        estimate = found.probes(key, policy, count, **options)
+        state = estimate.state
+        if kept is not None:
+            save_trace(kept, estimate, made_from)
+        if estimate.count < count:
+            deadline.check(f"{estimate.count} probes")
+        yield estimate
+
+
+def expectations(found: Subject, estimate: TraceEstimate, truth: np.ndarray) -> dict[str, float]:
+    """What the standard errors of an estimate of two probes or more let expect, without and with the truth."""
+    expected = expected_agreement(estimate, found.variables, prune=0.3)
+    deviation = found.scores(estimate.sem) * estimate.count**0.5
+    return {
+        "expected_spearman": expected.rank_correlation,
+        "expected_overlap_30": expected.overlap,
+        "normal_spearman": normal_spearman(truth, deviation, estimate.count),
+        "probes_to_goal": probes_to_reach(truth, deviation, RANK_CORRELATION),
     }
-    for ax, metric, title in zip(
-        axes,
-        ("spearman", "overlap_30"),
-        ("rank correlation with the exact scores", "overlap (IoU) of the lowest 30 %"),
-        strict=True,
-    ):
-        for method, (label, style, colour) in styles.items():
-            rows = [row for row in every if row["method"] == method]
-            size = 14 if method == "exact" else 5
-            x, y = [row["cpu_seconds"] for row in rows], [row[metric] for row in rows]
-            ax.plot(x, y, style, color=colour, label=label, markersize=size)
-        ax.set(xscale="log", xlabel="CPU seconds, without compilation", title=title, ylim=(-0.03, 1.04))
-        ax.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    figure.suptitle(f"ResNet-20, CIFAR-10, {results['probes']['images']} images")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
-def table(results: dict[str, Any]) -> str:
-    lines = []
-    for row in results.get("timing", []):
-        lines.append(
-            f"{row['network']} {row['images']:4d} images  first {row['first_call']['seconds']:6.1f} s  "
-            f"second {row['second_call']['seconds']:6.1f} s ({row['second_call']['cpu_seconds']:.1f} CPU s)  "
-            f"one combination {row['one_combination']['seconds']:.1f} s  peak {row['peak_memory_gb']:.2f} GB"
-        )
-    for row in [row for part in ("combinations", "probes") for row in results.get(part, {}).get("rows", [])]:
-        seconds = f"{row['seconds']:8.2f} s ({row['cpu_seconds']:8.2f} CPU s)" if "seconds" in row else " " * 25
-        name = f"{row['method']:14} {row['samples']:5d}"
-        expected = f"  expected {row['expected_spearman']:.3f}" if "expected_spearman" in row else ""
-        lines.append(f"{name} {seconds}  spearman {row['spearman']:.4f}{expected}  overlap {row['overlap_30']:.3f}")
-    if "probes" in results:
-        lines.append(str(results["probes"]["z_scores"]))
-    return "\n".join(lines)
+def normal_spearman(truth: np.ndarray, deviation: np.ndarray, probes: float, draws: int = 20) -> float:
+    """The mean rank correlation of ``truth`` with itself plus normal noise of ``deviation / sqrt(probes)``."""
+    noise = np.random.default_rng(0).normal(size=(draws, truth.size))
+    return float(np.mean([spearman(truth + deviation / probes**0.5 * z, truth) for z in noise]))
 
 
-def main() -> None:
+def probes_to_reach(truth: np.ndarray, deviation: np.ndarray, correlation: float) -> float:
+    """How many probes `normal_spearman` needs to reach ``correlation``, to 1 %."""
+    low, high = 1.0, 1e9
+    while high > 1.01 * low:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if normal_spearman(truth, deviation, middle) >= correlation else (middle, high)
+    return high
+
+
+def z_scores(found: Subject, estimate: TraceEstimate, exact: TraceEstimate) -> dict[str, Any]:
+    """Of (Hutchinson - exact) / standard error, over all channels whose standard error is not zero."""
+    mean, sem, true = (flat(tree, found.variables) for tree in (estimate.mean, estimate.sem, exact.mean))
+    alive = sem > 0
+    z = (mean - true)[alive] / sem[alive]
+    return {
+        "probes": estimate.count,
+        "channels": int(alive.sum()),
+        "mean": float(z.mean()),
+        "std": float(z.std(ddof=1)),
+        "dead_channels": int((~alive).sum()),
+        "largest_exact_trace_of_a_dead_channel": float(np.max(true[~alive], initial=0.0)),
+        "total": {"exact": float(true.sum()), "hutchinson": estimate.total(), "sem": estimate.total_sem()},
+    }
+
+
+def run(given: argparse.Namespace, results: dict[str, Any], deadline: Deadline) -> None:
+    """Everything asked for that is missing, kept step by step.
+
+    Raises:
+        OutOfTime: the deadline has passed.
+    """
+
+    def keep(what: str) -> None:
+        write_results(given.out, results)
+        print(what, flush=True)
+
+    networks = results.setdefault("networks", {})
+    timing = results.setdefault("timing", [])
+    for network in [n for n in given.networks if n in WEIGHTS and "timing" in given.only]:
+        if network not in [row["network"] for row in timing]:
+            line = ["--data", str(given.data), "--one", network]
+            # A first call that finds its compiled program in a cache would not be one.
+            timing.append(fresh_process("benchmarks.exact_trace", line, {"JAX_ENABLE_COMPILATION_CACHE": "false"}))
+            keep(f"{network}: timed")
+            deadline.check("some timings")
+    for network in [n for n in given.networks if {"costs", "quality"} & set(given.only)]:
+        size = SIZES[network]
+        about = {"images": size.images, "weights": DRAWN.get(network, "trained, by akamaster")}
+        entry = networks.setdefault(network, about)
+        found = subject(given.data, network, size.images)
+        steps = {
+            "costs": add_costs(found, entry),
+            "quality": add_quality(found, entry, size, given.out.with_suffix(f".{network}"), deadline),
+        }
+        for part, step in steps.items():
+            for what in step if part in given.only else ():
+                entry.setdefault("provenance", {})[part] = provenance()
+                keep(f"{network}: {what}")
+                deadline.check(f"{network}: {what}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("results/exact_trace.json"))
-    parser.add_argument("--only", choices=("timing", "combinations", "probes", "plot"))
-    parser.add_argument("--images", type=int, default=128, help="of the rankings")
-    parser.add_argument("--probes", type=int, default=100, help="of Hutchinson")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(time_exact(options.data, options.one[0], int(options.one[1]))))
-        return
-    results = read_results(options.out)
-    if options.only in (None, "timing"):
-        results["timing"] = []
-        for network, images in TIMED:
-            line = ["--data", str(options.data), "--one", network, str(images)]
-            results["timing"].append({**fresh_process("benchmarks.exact_trace", line), **provenance()})
-            write_results(options.out, results)
-    if options.only in (None, "combinations"):
-        results["combinations"] = compare_combinations(options.data, options.images)
-    if options.only in (None, "probes"):
-        kept = options.out.with_suffix(".probes.npz")
-        rows = results.get("probes", {}).get("rows", []) if kept.exists() else []
-        results["probes"] = compare_probes(options.data, options.images, options.probes, kept, rows)
-    write_results(options.out, results)
-    if "combinations" in results and "probes" in results:
-        draw_plot(results, options.out.with_suffix(".png"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--networks", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--max-minutes", type=float, help="stop cleanly after about so many, with exit status 3")
+    parser.add_argument("--one", choices=SIZES, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.one:
+        print(json.dumps(time_exact(given.data, given.one)))
+        return 0
+    results, stopped = read_results(given.out), None
+    try:
+        run(given, results, Deadline(given.max_minutes))
+    except OutOfTime as reason:
+        stopped = reason
+    results["goals"] = goals(results)
+    write_results(given.out, results)
+    draw_plot(results, given.out.with_suffix(".png"))
     print(table(results))
+    if stopped:
+        print(f"{stopped}; run again to go on", file=sys.stderr)
+    return 3 if stopped else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.exact_trace import flat, hap_scores, provenance
+from benchmarks.measure import provenance
+from benchmarks.trained import flat, hap_scores
 from ehap_jax.curvature import TraceEstimate, channel_trace, gauss_newton_trace, stable_decision
 from ehap_jax.curvature.channel_trace import MIN_PROBES_TO_STOP
 from ehap_jax.data import load_dataset
