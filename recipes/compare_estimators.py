@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -43,9 +45,8 @@ from ehap_jax.pruning import (
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.cells import aligned, percent, spread
 from recipes.command import RunOptions, run_command
-from recipes.lab import Lab, Phase, accuracy, check_phases, evaluation_loss, training_batch
+from recipes.lab import Lab, Phase, accuracy, check_phases, evaluation_loss, train, training_batch
 from recipes.network import Network, load_network
-from recipes.pruned import finetune, shrink_network
 
 MEASURED = ("accuracy_pruned", "accuracy", "loss_increase", "predicted_increase")
 
@@ -61,7 +62,7 @@ class Config:
     train_images: int | None = None
     """Use only so many of the training images."""
     probes: tuple[int, ...] = (1, 10, 300)
-    """Numbers of Hutchinson probes; a seed's smaller numbers are the first probes of its largest."""
+    """Numbers of Hutchinson probes; a seed's smaller numbers are the first of its largest."""
     rms_probes: tuple[int, ...] = (10,)
     """Numbers of probes for the ranking by their root mean square."""
     examples: int = 512
@@ -146,16 +147,26 @@ def run_cells(lab: Lab, network: Network, config: Config) -> None:
 
 
 def seed_scores(lab: Lab, network: Network, graph: Graph, batch, config: Config, seed: int) -> dict[str, Scores]:
-    """The scores of one seed by the name of their estimator; its probes are kept in the run."""
+    """The scores of one seed by the name of their estimator; its traces are kept in the run.
+
+    Raises:
+        OutOfTime: the lab's deadline has passed among probes, which are kept.
+    """
     variables = network.variables
     found = {
         "random": random_scores(graph, key=jax.random.key(3000 + seed)),
         "magnitude": magnitude_scores(graph, variables),
     }
-    state = None
-    with lab.progress.stage(f"seed {seed}: probes", max((*config.probes, *config.rms_probes))) as advance:
-        before = 0
-        for count in sorted({*config.probes, *config.rms_probes}):
+    for count in sorted({*config.probes, *config.rms_probes}):
+        with lab.progress.stage(f"seed {seed}: {count} probes", count) as advance:
+            before = 0
+
+            def report(done: int, _: int) -> None:
+                nonlocal before
+                advance(done - before)
+                before = done
+
+            # Every number starts anew, for a file of its own: the first probes are the same, and few.
             estimate = channel_trace(
                 evaluation_loss(network.apply),
                 variables,
@@ -163,15 +174,16 @@ def seed_scores(lab: Lab, network: Network, graph: Graph, batch, config: Config,
                 key=jax.random.key(2000 + seed),
                 num_probes=count,
                 microbatch=config.microbatch,
-                state=state,
+                until=lambda _: lab.deadline.passed,
+                save_to=lab.run.file(f"traces/seed{seed}-{count}.npz"),
+                progress=report,
             )
-            state = estimate.state
-            advance(count - before)
-            before = count
-            if count in config.probes:
-                found[f"{count} probe{'s' if count > 1 else ''}"] = hessian_scores(graph, variables, estimate)
-            if count in config.rms_probes:
-                found[f"rms of {count}"] = hessian_scores(graph, variables, estimate.probe_rms())
+        if estimate.count < count:
+            lab.deadline.check(f"{estimate.count} of {count} probes of seed {seed} done")
+        if count in config.probes:
+            found[f"{count} probe{'s' if count > 1 else ''}"] = hessian_scores(graph, variables, estimate)
+        if count in config.rms_probes:
+            found[f"rms of {count}"] = hessian_scores(graph, variables, estimate.probe_rms())
     return found
 
 
@@ -190,19 +202,35 @@ def run_cell(
     """Prune by ``scores``, measure, fine-tune, measure."""
     started = time.perf_counter()
     plan = allocate(graph, scores, params=keep, coupling="union")
-    small = shrink_network(lab, network, scores, plan).network
     loss = jax.jit(evaluation_loss(network.apply))
     rise = float(loss(mask_variables(network.variables, plan), batch)) - float(loss(network.variables, batch))
-    pruned = accuracy(lab, small.apply, small.variables)
-    tuned = finetune(lab, seed, small, config.finetune, stage=f"{estimator}-{keep:g}".replace(" ", "-"))
+    variables = {**network.variables, "mask": mask_variables(jax.tree.map(jnp.ones_like, network.variables), plan)}
+    apply = masked(network.apply)
+    pruned = accuracy(lab, apply, variables)
+    stage = f"{estimator}-{keep:g}".replace(" ", "-")
+    tuned = train(lab, stage, seed, masked(network.train_apply), variables, config.finetune)
     return {
         **count_cost(graph, plan)._asdict(),
         "accuracy_pruned": pruned,
         "loss_increase": rise,
         "predicted_increase": predicted_increase(exact, plan),
-        "accuracy": accuracy(lab, tuned.apply, tuned.variables),
+        "accuracy": accuracy(lab, apply, tuned),
         "seconds": time.perf_counter() - started,
     }
+
+
+@lru_cache(maxsize=8)
+def masked(apply: Callable) -> Callable:
+    """``apply`` on its variables times what the collection ``"mask"`` holds.
+
+    It computes what the shrunk network does, in training, too, and is compiled once for all plans.
+    """
+
+    def run(variables, x):
+        kept = jax.tree.map(jnp.multiply, {name: variables[name] for name in variables["mask"]}, variables["mask"])
+        return apply(kept, x)
+
+    return run
 
 
 def predicted_increase(exact: Scores, plan: PruningPlan) -> float:

@@ -3,12 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install 'ehap-jax[digits]'")
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
-from ehap_jax.pruning import Scores
+from ehap_jax.graph import trace_graph
+from ehap_jax.pruning import Scores, allocate, magnitude_scores, mask_variables, shrink, shrink_variables
 from recipes import compare_estimators, pretrain
 
 PHASE = ["--finetune.epochs", "1", "--finetune.batch-size", "256"]
@@ -49,6 +51,39 @@ def test_compares_stops_and_resumes(tmp_path):
     assert (tmp_path / "run" / "estimators.png").stat().st_size > 10_000
     text = (tmp_path / "run" / "estimators.txt").read_text()
     assert "UNFINISHED" not in text and "rms of 2" in text
+
+
+def test_masked_is_shrunk_in_value_and_training():
+    """The network with a mask against the one without the channels: logits, and the step of gradient descent."""
+    rng = np.random.default_rng(0)
+    sizes = {"a": (3, 6), "b": (6, 5), "c": (5, 2)}
+    variables = {"params": {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in sizes.items()}}
+    x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+
+    def apply(v, x):
+        p = v["params"]
+        return jax.nn.softplus(jax.nn.softplus(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    graph = trace_graph(apply)(variables, x)
+    plan = allocate(graph, magnitude_scores(graph, variables), params=0.4, coupling="union")
+    mask = mask_variables(jax.tree.map(jnp.ones_like, variables), plan)
+    small, run = shrink_variables(variables, plan), compare_estimators.masked(apply)
+
+    def slope(apply, variables):
+        def loss(params):
+            return (apply({**variables, "params": params}, x) ** 2).sum()
+
+        return jax.value_and_grad(loss)(variables["params"])
+
+    value, gradient = slope(run, {**variables, "mask": mask})
+    expected, expected_gradient = slope(shrink(apply, plan), small)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    cut = shrink_variables({"params": gradient}, plan)["params"]
+    for name, found in cut.items():
+        assert found.size < gradient[name].size
+        np.testing.assert_allclose(found, expected_gradient[name], rtol=1e-4, atol=1e-5)
+        # Nothing else moves.
+        np.testing.assert_allclose(jnp.abs(found).sum(), jnp.abs(gradient[name]).sum(), rtol=1e-5)
 
 
 def test_prediction_is_half_the_sum_of_what_goes():
