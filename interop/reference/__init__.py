@@ -1,1 +1,1 @@
-"""EHAP in PyTorch, written from the papers: what the JAX side is compared with."""
+"""EHAP and HAP in PyTorch, written from the papers: what the JAX side is compared with. One idea per file."""
