@@ -133,9 +133,8 @@ class IntegerNetwork:
         program = self.structure.program(x)
         tensors, _ = self._run(program, x)
         return {
-            out.name: arithmetic.integers_of(tensors[out.name], out.grid).astype(out.grid.dtype)
-            for out in map(integers_made, program.steps)
-            if out is not None
+            name: arithmetic.integers_of(tensors[out.name], out.grid).astype(out.grid.dtype)
+            for name, out in program.integers.items()
         }
 
     def _run(self, program: Program, x) -> tuple[dict[str, jax.Array], Mapping[Value, Any]]:
@@ -323,14 +322,6 @@ def certify(program: Program, layers: Mapping[str, LayerWeights]) -> dict[str, C
                 )
             found[step.site.name] = Certificate(largest, True, largest < 2**24)
     return found
-
-
-def integers_made(step: Step) -> Integers | None:
-    """The integer tensor that a step makes, if it makes one."""
-    if isinstance(step, MoveStep):
-        return step.out
-    target = getattr(step, "target", None)
-    return target.out if isinstance(target, Target) else None
 
 
 def along(vector: jax.Array, axis: int | None, rank: int) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from ehap_jax.quant.fake_quant import Quantized
-from ehap_jax.quant.integer import folded_kernel, integers_made, to_integer
+from ehap_jax.quant.integer import folded_kernel, to_integer
 from ehap_jax.quant.observers import QState
 from ehap_jax.quant.onnx_graph import Tensor
 from ehap_jax.quant.onnx_steps import StepWriter, outputs_of
@@ -142,8 +142,8 @@ def _graph(program: Program, writer: StepWriter, expose: bool) -> _Graph:
     paths = program.network.graph.output_paths
     wanted = [(path or "y", tensor) for path, tensor in zip(paths, results, strict=True)]
     if expose:
-        made = [out.name for out in map(integers_made, program.steps) if out is not None]
-        wanted += [(name, writer.writer.in_order(writer.tensors[name])) for name in made]
+        made = program.integers.items()
+        wanted += [(name, writer.writer.in_order(writer.tensors[out.name])) for name, out in made]
     outputs = []
     for name, tensor in wanted:
         renamed = f"{name}/out" if expose else name
@@ -163,7 +163,7 @@ def _quantised_export(
         if network is None:
             network = to_integer(function, variables, qstate, example=example)
         program = network.structure.program(example)
-        wide = [out for out in map(integers_made, program.steps) if out is not None and out.grid.dtype.itemsize > 1]
+        wide = [out for out in program.integers.values() if out.grid.dtype.itemsize > 1]
         if wide and opset < OPSET_OF_16_BITS:
             raise ValueError(
                 f"opset {opset} is too old for the 16-bit integers of {wide[0].name}: {OPSET_OF_16_BITS} is not."

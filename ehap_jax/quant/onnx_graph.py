@@ -77,13 +77,13 @@ class Writer:
         return self.lay(tensor, range(len(tensor.shape)))
 
     def reshape(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-        """A reshape as JAX means it; the first axis is copied where it stays, so that a batch may have any size."""
+        """A reshape as JAX means it; the size of the first axis is not written, so that a batch may have any size."""
         shape = tuple(int(n) for n in shape)
         if shape == tensor.shape:
             return tensor
         wanted = list(shape)
-        if shape and tensor.shape and shape[0] == tensor.shape[0]:
-            wanted[0] = 0
+        if shape and tensor.shape:
+            wanted[0] = 0 if shape[0] == tensor.shape[0] else -1  # copied, or what is left
         tensor = self.in_order(tensor)
         name = self.node("Reshape", [tensor.name, self.constant(np.array(wanted, np.int64), "shape")])
         return replace(tensor, name=name, shape=shape, axes=tuple(range(len(shape))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,10 @@ class StepWriter:
             case QuantizeStep(source, target):
                 self.quantise(self.tensors[source], target)
             case DequantizeStep(source, out):
-                self.tensors[out] = self.dequantised(self.tensors[source.name], source.grid)
+                # ONNX Runtime would give what stands between the two roundings an integer kernel of its own making,
+                # weights included; a sum of one operand keeps it from seeing them together.
+                real = self.dequantised(self.tensors[source.name], source.grid)
+                self.tensors[out] = replace(real, name=self.writer.node("Sum", [real.name]))
             case LayerStep(site, source, target):
                 self.layer(site, source, target)
             case ScaleStep():
@@ -71,9 +75,8 @@ class StepWriter:
                 self.add(a, b, subtract, target)
             case PoolStep():
                 self.pool(step)
-            case MoveStep(node, operands, out):
-                inputs: list[Input] = [self.tensors[v.name] if isinstance(v, Integers) else v for v in operands]
-                self.tensors[out.name] = write_node(self.writer, node, inputs)
+            case MoveStep():
+                self.move(step)
             case ClipStep(source, target):
                 self.clip(source, target)
             case RequantizeStep(
@@ -86,8 +89,10 @@ class StepWriter:
                 )
             case FloatLayerStep(site, source, out):
                 kernel, bias = self.folded[site.name]
-                kernel, bias = self.writer.constant(self.oriented(site, kernel), site.path), self.writer.constant(bias)
-                self.tensors[out] = self.apply(site, self.tensors[source], kernel, [bias])
+                kernel = self.oriented(site, kernel)
+                bias = self.per_column(site, kernel, bias)
+                weights = [self.writer.constant(kernel, site.path), self.writer.constant(bias)]
+                self.tensors[out] = self.moved(site, self.apply(site, self.rows(site, self.tensors[source]), weights))
             case FloatStep(node, operands, outs):
                 tensor = write_node(self.writer, node, [self.operand(v) for v in operands])
                 self.tensors[outs[0]] = tensor
@@ -138,22 +143,38 @@ class StepWriter:
 
     # Operations on integers
 
+    def move(self, step: MoveStep) -> None:
+        """On the integers; those of 16 bits, which ONNX Runtime cannot pad or pool, as the numbers they stand for."""
+        grid, inputs = step.out.grid, list[Input]()
+        wide = grid.dtype.itemsize > 1
+        for position, operand in enumerate(step.operands):
+            if isinstance(operand, Integers):
+                tensor = self.tensors[operand.name]
+                inputs.append(self.dequantised(tensor, grid) if wide else tensor)
+            elif wide and step.node.name == "pad" and position == 1:
+                inputs.append(((operand - grid.zero) * np.float32(grid.scale)).astype(np.float32))
+            else:
+                inputs.append(operand)
+        moved = write_node(self.writer, step.node, inputs)
+        if wide:
+            self.quantise(moved, Target(step.out, grid.low, grid.high))
+        else:
+            self.tensors[step.out.name] = moved
+
     def layer(self, site: Site, source: Integers, target: Target | str) -> None:
         kernel, bias, scale = self.layers[site.name]
-        scale = scale if site.kernel_axis is not None else scale[:1]
-        x = self.dequantised(self.tensors[source.name], source.grid)
-        weights = self.weights(
-            self.oriented(site, kernel), scale, 0 if site.node.name == "conv_general_dilated" else 1, site.name
-        )
-        offset = []
+        kernel = self.oriented(site, kernel)
+        bias, scale = self.per_column(site, kernel, bias), self.per_column(site, kernel, scale)
+        x = self.dequantised(self.rows(site, self.tensors[source.name]), source.grid)
+        weights = [self.weights(kernel, scale, 0 if site.node.name == "conv_general_dilated" else 1, site.name)]
         if bias.any():
-            bias_scale = np.float32(source.grid.scale) * scale
-            offset = [self.weights(bias, bias_scale, 0, f"{site.name}/bias")]
-        y = self.apply(site, x, weights, offset)
+            weights.append(self.weights(bias, np.float32(source.grid.scale) * scale, 0, f"{site.name}/bias"))
+        y = self.apply(site, x, weights)
         if isinstance(target, str):
-            self.tensors[target] = y
+            self.tensors[target] = self.moved(site, y)
         else:
             self.quantise(y, target)
+            self.tensors[target.out.name] = self.moved(site, self.tensors[target.out.name])
 
     def oriented(self, site: Site, kernel: np.ndarray) -> np.ndarray:
         """The kernel as ONNX wants it: output and input channels, then space; or (inputs, outputs) of a dense layer."""
@@ -161,18 +182,47 @@ class StepWriter:
         if site.node.name == "conv_general_dilated":
             return kernel.transpose(numbers.rhs_spec)
         contracted, batch = numbers[0][site.kernel_operand], numbers[1][site.kernel_operand]
-        if len(contracted) != 1 or batch or kernel.ndim > 2:
-            raise refuse(site.node, f"the dense layer {site.name} with a kernel of shape {kernel.shape}")
-        return kernel if contracted[0] == 0 else kernel.T
+        if batch:
+            raise refuse(site.node, f"the dense layer {site.name} with a kernel per example")
+        free = [axis for axis in range(kernel.ndim) if axis not in contracted]
+        return kernel.transpose(*contracted, *free).reshape(prod(kernel.shape[axis] for axis in contracted), -1)
 
-    def apply(self, site: Site, x: Tensor, kernel: str, bias: list[str]) -> Tensor:
-        """The layer on real tensors, and the moves of its tail."""
-        conv = site.node.name == "conv_general_dilated"
-        y = self.convolve(site, x, [kernel, *bias]) if conv else self.multiply(site, x, [kernel, *bias])
+    def per_column(self, site: Site, kernel: np.ndarray, vector: np.ndarray) -> np.ndarray:
+        """Numbers per output channel for every column of a dense kernel, whose last axis the channels are."""
+        return vector if site.node.name == "conv_general_dilated" else np.tile(vector, kernel.shape[1] // vector.size)
+
+    def rows(self, site: Site, x: Tensor) -> Tensor:
+        """The input of a dense layer as a matrix."""
+        if site.node.name == "conv_general_dilated":
+            return x
+        contracted = site.node.params["dimension_numbers"][0][1 - site.kernel_operand]
+        x = self.writer.lay(x, (*(i for i in range(len(x.shape)) if i not in contracted), *contracted))
+        columns = prod(x.shape[axis] for axis in contracted)
+        flat = replace(x, shape=x.lies, axes=tuple(range(len(x.shape))))
+        return self.writer.reshape(flat, (prod(x.shape) // columns, columns))
+
+    def moved(self, site: Site, y: Tensor) -> Tensor:
+        """What a layer made, in the shape that JAX gives it, and the moves of its tail."""
+        if site.node.name != "conv_general_dilated":
+            source = site.activation.shape
+            contracted = site.node.params["dimension_numbers"][0][1 - site.kernel_operand]
+            rows = [n for axis, n in enumerate(source) if axis not in contracted]
+            shape, count = site.node.outputs[0].shape, len(site.node.outputs[0].shape) - len(rows)
+            columns = shape[len(rows) :] if site.kernel_operand == 1 else shape[:count]
+            y = self.writer.reshape(y, (*rows, *columns))
+            if site.kernel_operand == 0:
+                y = replace(y, shape=tuple(shape), axes=(*range(count, len(shape)), *range(count)))
         for step in site.tail:
             if step.node.name in MOVES and step.node.name != "convert_element_type":
                 y = write_node(self.writer, step.node, [y])
         return y
+
+    def apply(self, site: Site, x: Tensor, weights: list[str]) -> Tensor:
+        """The layer on real tensors; of a dense one, matrices."""
+        if site.node.name == "conv_general_dilated":
+            return self.convolve(site, x, weights)
+        columns = prod(site.node.outputs[0].shape) // x.shape[0]
+        return Tensor(self.writer.node("Gemm", [x.name, *weights]), (x.shape[0], columns), (0, 1), x.dtype)
 
     def convolve(self, site: Site, x: Tensor, weights: list[str]) -> Tensor:
         p, numbers = site.node.params, site.node.params["dimension_numbers"]
@@ -188,19 +238,6 @@ class StepWriter:
             group=p["feature_group_count"],
         )
         return Tensor(name, tuple(site.node.outputs[0].shape), tuple(numbers.out_spec), x.dtype)
-
-    def multiply(self, site: Site, x: Tensor, weights: list[str]) -> Tensor:
-        contracted = site.node.params["dimension_numbers"][0][1 - site.kernel_operand]
-        rank, shape = len(x.shape), tuple(site.node.outputs[0].shape)
-        if rank != 2 or len(contracted) != 1:
-            raise refuse(
-                site.node, f"the dense layer {site.name} on an input of shape {x.shape}; flatten it to (N, features)"
-            )
-        x = self.writer.lay(x, (1 - contracted[0], contracted[0]))
-        if site.kernel_axis is None:
-            raise refuse(site.node, f"the dense layer {site.name} with a kernel that has a single axis")
-        name = self.writer.node("Gemm", [x.name, *weights])
-        return Tensor(name, shape, (0, 1) if site.kernel_operand == 1 else (1, 0), x.dtype)
 
     def scale(self, step: ScaleStep) -> None:
         """A convolution of 1×1 with a group per channel."""

@@ -155,14 +155,31 @@ Step = (
 )  # fmt: skip
 
 
+def integers_made(step: Step) -> Integers | None:
+    """The integer tensor that a step makes, if it makes one."""
+    if isinstance(step, MoveStep):
+        return step.out
+    target = getattr(step, "target", None)
+    return target.out if isinstance(target, Target) else None
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
-    """inputs: names of the network's arguments. outputs: of its results, or values that depend on variables alone."""
+    """inputs: names of the network's arguments. outputs: of its results, or values that depend on variables alone.
+
+    same: the integers of a range whose values needed no step of their own, being another range's.
+    """
 
     network: Network
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
     outputs: tuple[str | Operand, ...]
+    same: Mapping[str, Integers]
+
+    @property
+    def integers(self) -> dict[str, Integers]:
+        """Every integer tensor by name; those of a range are named after it."""
+        return {out.name: out for out in map(integers_made, self.steps) if out is not None} | dict(self.same)
 
 
 def lower(network: Network, grids: Mapping[str, IntegerGrid], static: Mapping[Value, np.ndarray]) -> Program:
@@ -186,21 +203,23 @@ class _Lowering:
         self.results = {site.result: site for site in network.sites.by_node.values()}
         self.steps: list[Step] = []
         self.names: set[str] = set()
+        self.same: dict[str, Integers] = {}
         self.on_grid: dict[tuple[Value, str], Integers] = {}
         self.moved: dict[Value, Integers] = {}
         self.reals: dict[Value, str] = {}
+        self.raws: dict[Value, str] = {}
         self.tainted: dict[Value, bool] = {}
 
     def program(self) -> Program:
         arguments = self.network.graph.arguments
         inputs = tuple(self.name("x" if len(arguments) == 1 else f"x{i}") for i in range(len(arguments)))
-        self.reals.update(zip(arguments, inputs, strict=True))
+        self.raws.update(zip(arguments, inputs, strict=True))
         for node in self.network.graph.body.walk():  # in order, so that no recursion is deep
             for out in node.outputs:
                 if out in self.network.made:
                     self.rounded(out)
         outputs = tuple(self.real_operand(v) for v in self.network.graph.body.outputs)
-        return Program(self.network, inputs, tuple(self.steps), outputs)
+        return Program(self.network, inputs, tuple(self.steps), outputs, self.same)
 
     def name(self, wanted: str) -> str:
         name, number = wanted, 2
@@ -218,7 +237,10 @@ class _Lowering:
     def round(self, value: Value, rounding: Rounding) -> Integers:
         name = self.network.names[rounding]
         if (value, name) not in self.on_grid:
-            self.on_grid[value, name] = self.integer(value, self.grids[name], name, -inf, inf)
+            found = self.integer(value, self.grids[name], name, -inf, inf)
+            self.on_grid[value, name] = found
+            if name not in self.names:  # the integers of another range, which happen to be the same ones
+                self.same[self.name(name)] = found
         return self.on_grid[value, name]
 
     def input_of(self, node: Node, position: int) -> Integers:
@@ -249,11 +271,11 @@ class _Lowering:
             out = Integers(self.name(name), grid, value.shape)
             return Target(out, max(grid.low, grid.integer(low)), min(grid.high, grid.integer(high)))
 
-        def operand(source: Operand) -> Integers:
+        def operand(source: Operand, named: str = name) -> Integers:
             assert isinstance(source, Value)
             if source in network.made:
-                return self.convert(self.rounded(source), grid, name, low, high)
-            return self.integer(source, grid, name, low, high)
+                return self.convert(self.rounded(source), grid, named, low, high)
+            return self.integer(source, grid, named, low, high)
 
         if node is not None and value in self.results and self.results[value].node in network.layers:
             site = self.results[value]
@@ -275,7 +297,8 @@ class _Lowering:
         if node is not None and node.name in REARRANGEMENTS | JOINS:
             data = {i: v for i, v in enumerate(node.inputs) if isinstance(v, Value) and v not in network.sites.sources}
             if all(self.is_tainted(v) for v in data.values()) and (len(data) == 1 or node.name in JOINS):
-                return self.move(node, value, {i: operand(v) for i, v in data.items()})
+                operands = {i: operand(v, f"{name}/{node.name}{i if len(data) > 1 else ''}") for i, v in data.items()}
+                return self.move(node, value, operands, name)
         if value in self.alias:
             return operand(self.alias[value])
         if self.is_tainted(value):
@@ -286,7 +309,7 @@ class _Lowering:
                 f"layer that reads it in floating point with QuantRule({layer!r}, skip=True) before the other rules"
                 + (", or give residual_bits=8 to the layers it adds." if node.name in ("add", "sub") else ".")
             )
-        return self.emit(QuantizeStep(self.real(value), target()))
+        return self.emit(QuantizeStep(self.raw(value), target()))
 
     def convert(self, source: Integers, grid: IntegerGrid, name: str, low: float, high: float) -> Integers:
         lowest, highest = max(grid.low, grid.integer(low)), min(grid.high, grid.integer(high))
@@ -297,7 +320,7 @@ class _Lowering:
             return self.emit(ClipStep(source, target))
         return self.emit(RequantizeStep(source, target))
 
-    def move(self, node: Node, value: Value, data: Mapping[int, Integers]) -> Integers:
+    def move(self, node: Node, value: Value, data: Mapping[int, Integers], name: str | None = None) -> Integers:
         (source, *_) = data.values()
         operands: list[Integers | np.ndarray] = []
         for position, operand in enumerate(node.inputs):
@@ -313,7 +336,7 @@ class _Lowering:
                 raise NotImplementedError(
                     f"{node.name} at {node.source} rearranges quantised values by indices that depend on variables."
                 )
-        out = Integers(self.name(f"{source.name}/{node.name}"), source.grid, value.shape)
+        out = Integers(self.name(name or f"{source.name}/{node.name}"), source.grid, value.shape)
         self.steps.append(MoveStep(node, tuple(operands), out))
         return out
 
@@ -345,30 +368,37 @@ class _Lowering:
         return self.real(operand)
 
     def real(self, value: Value) -> str:
-        """The name of a value as real numbers."""
-        if value in self.reals:
-            return self.reals[value]
-        node, site = self.made_by.get(value), self.results.get(value)
-        if value in self.network.made:
+        """The name of a value as real numbers, rounded if it is."""
+        if value not in self.network.made:
+            return self.raw(value)
+        if value not in self.reals:
+            integers = self.rounded(value)
             self.reals[value] = self.name(f"{self.network.names[self.network.made[value][0]]}/real")
-            self.steps.append(DequantizeStep(self.rounded(value), self.reals[value]))
-        elif site is not None and site.node in self.network.layers:
+            self.steps.append(DequantizeStep(integers, self.reals[value]))
+        return self.reals[value]
+
+    def raw(self, value: Value) -> str:
+        """The name of a value as real numbers, before any rounding of it."""
+        if value in self.raws:
+            return self.raws[value]
+        node, site = self.made_by.get(value), self.results.get(value)
+        if site is not None and site.node in self.network.layers:
             source = self.input_of(site.node, 1 - site.kernel_operand)
-            self.reals[value] = self.name(f"{site.name}/real")
-            self.steps.append(LayerStep(site, source, self.reals[value]))
+            self.raws[value] = self.name(f"{site.name}/real")
+            self.steps.append(LayerStep(site, source, self.raws[value]))
         elif site is not None:
             source = self.real_operand(site.activation)
             assert isinstance(source, str)
-            self.reals[value] = self.name(site.name)
-            self.steps.append(FloatLayerStep(site, source, self.reals[value]))
+            self.raws[value] = self.name(site.name)
+            self.steps.append(FloatLayerStep(site, source, self.raws[value]))
         elif value in self.alias:
             inner = self.alias[value]
             assert isinstance(inner, Value), "a call whose result is a constant depends on no data"
-            self.reals[value] = self.real(inner)
+            self.raws[value] = self.real(inner)
         else:
             assert node is not None
             operands = tuple(self.real_operand(v) for v in node.inputs)
             outs = tuple(self.name(node.name) for _ in node.outputs)
-            self.reals.update(zip(node.outputs, outs, strict=True))
+            self.raws.update(zip(node.outputs, outs, strict=True))
             self.steps.append(FloatStep(node, operands, outs))
-        return self.reals[value]
+        return self.raws[value]
