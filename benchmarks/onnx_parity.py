@@ -1,7 +1,7 @@
 """Does ONNX Runtime compute the integers of `to_integer`? Every quantised tensor of whole pruned networks.
 
     python -m benchmarks.onnx_parity                          # ResNet-32, ResNet-56, WRN-28-8; results/onnx_parity.json
-    python -m benchmarks.onnx_parity --networks resnet32 --images 2
+    python -m benchmarks.onnx_parity --networks resnet32 --images 2      # one alone; the file keeps the others
 
 The networks are EHAP's (post-activation, 1x1-convolution shortcuts) with weights and normalisation drawn from a
 seed, pruned to half of their multiply-accumulates with random scores and union coupling, so
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import provenance, read_results, write_results
 from ehap_jax import allocate, fake_quant, random_scores, shrink, shrink_variables, to_integer, to_onnx, trace_graph
 from ehap_jax.models import eval_apply, make_model
 from ehap_jax.training.run_directory import versions
@@ -86,7 +87,7 @@ def kernels(model) -> dict[str, int]:
 
 def compare(name: str, macs: float, images: int, seed: int) -> dict[str, Any]:
     """Mismatch counts of one network."""
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     apply, variables, plan = pruned(name, macs, seed)
     x = jax.random.normal(jax.random.key(seed), (images, 32, 32, 3))
     quantized = fake_quant(apply)
@@ -113,6 +114,8 @@ def compare(name: str, macs: float, images: int, seed: int) -> dict[str, Any]:
         "kernels": counts,
         "not_fused": sorted(NOT_FUSED & counts.keys()),
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "git": versions()["git"],
     }
 
 
@@ -126,15 +129,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     import onnxruntime
 
-    found = []
+    known = {found["network"]: found for found in read_results(options.output).get("networks", [])}
     for name in options.networks:
-        found.append(compare(name, options.macs, options.images, options.seed))
-        print(json.dumps(found[-1], indent=1), flush=True)
-    document = {"networks": found, "onnxruntime": onnxruntime.__version__, "versions": versions()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.output.with_suffix(".partial")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(options.output)
+        known[name] = compare(name, options.macs, options.images, options.seed)
+        print(json.dumps(known[name], indent=1), flush=True)
+        networks = [known[one] for one in NETWORKS if one in known]
+        write_results(options.output, {"networks": networks, "onnxruntime": onnxruntime.__version__} | provenance())
+    found = [known[name] for name in options.networks]
     return int(any(f["mismatches"] or f["logits_that_differ"] or f["not_fused"] for f in found))
 
 

@@ -351,12 +351,12 @@ class _Lowering:
         if operand not in self.tainted:
             node = self.made_by.get(operand)
             site = self.results.get(operand)
-            if operand in self.network.made or (site is not None and site.node in self.network.layers):
-                known = operand in self.network.after_layers
+            if site is not None:
+                known = site.node in self.network.layers
             elif operand in self.alias:
                 known = self.is_tainted(self.alias[operand])
             else:
-                known = node is not None and site is None and any(self.is_tainted(v) for v in node.inputs)
+                known = node is not None and any(self.is_tainted(v) for v in node.inputs)
             self.tainted[operand] = known
         return self.tainted[operand]
 

@@ -27,15 +27,17 @@ def find_branches(body: Body, layers: Iterable[Site], sites: Sites) -> Iterator[
     """The branches of every sum with a quantised layer at the end of at least one of them.
 
     A layer is at the end of a branch if nothing but rearrangements and operations with a single operand that depends on
-    the data (such as ReLU) follow it.
+    the data (such as ReLU) follow it; of several that are concatenated (a kernel with implants is two) the first. A
+    layer that a rule leaves in floating point ends a branch without a rule.
     """
     layers = list(layers)
-    results = {site.result: site for site in layers}
+    results: dict[Value, Site | None] = dict.fromkeys(site.result for site in sites.by_node.values())
+    results |= {site.result: site for site in layers}
     folded = {step.node for site in layers for step in site.tail}
     yield from _in_body(body, results, folded, sites)
 
 
-def _in_body(body: Body, results: dict[Value, Site], folded: set[Node], sites: Sites) -> Iterator[Branch]:
+def _in_body(body: Body, results: dict[Value, Site | None], folded: set[Node], sites: Sites) -> Iterator[Branch]:
     made_by = {out: node for node in body.nodes for out in node.outputs}
     for node in body.nodes:
         if node.name in REMAT and node.body is not None:
@@ -58,6 +60,9 @@ def _layer_at_the_end(value: Operand, results, made_by, sites: Sites) -> Site | 
         if node is None or (node.body is not None and node.name not in CUSTOM_RULE):
             return None
         data = [v for v in node.inputs if isinstance(v, Value) and v not in sites.sources]
+        if len(data) > 1 and node.name == "concatenate":
+            ends = [_layer_at_the_end(v, results, made_by, sites) for v in data]
+            return None if None in ends else ends[0]
         if len(data) != 1:
             return None
         value = data[0]

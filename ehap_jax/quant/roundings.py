@@ -77,8 +77,7 @@ class Network:
     layers: the quantised ones. sums: nodes that add two rounded values. pools and scales: means and affine functions of
     a rounded value, by their result. made: the rounding of a value where it is made, with the rule it follows. own: a
     reader's own rounding instead, by node and operand. inputs: the rounding of what a layer reads.
-    after_layers: what depends on a quantised layer. names: the range of
-    every rounding.
+    names: the range of every rounding.
     """
 
     graph: Graph
@@ -91,7 +90,6 @@ class Network:
     made: dict[Value, tuple[Rounding, QuantRule]]
     own: dict[tuple[Node, int], tuple[Rounding, QuantRule]]
     inputs: dict[Node, Rounding]
-    after_layers: frozenset[Value]
     names: dict[Rounding, str]
 
 
@@ -205,7 +203,6 @@ class _Search:
             made=made,
             own=own,
             inputs=inputs,
-            after_layers=frozenset(self.after_layers),
             names={rounding: name for rounding, name in self.names.items() if rounding in used},
         )
 

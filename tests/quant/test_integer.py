@@ -144,6 +144,25 @@ def test_sixteen_bit_sums():
     assert tensors["b/kernel:out"].dtype == jnp.uint16 and tensors["b/kernel"].dtype == jnp.uint8
 
 
+def test_every_range_names_its_integers():
+    """Also where its values are joined from others, and where they are those of another range."""
+
+    def function(v, x):
+        y = jax.nn.relu(x @ v["a"])
+        joined = jnp.concatenate([y, x @ v["b"]], axis=1)
+        return joined @ v["c"], jnp.maximum(y, 0.0) @ v["d"], y @ v["d"]
+
+    shapes = {"a": (6, 3), "b": (6, 4), "c": (7, 2), "d": (3, 2)}
+    variables = {name: DENSE["kernel"].sum() + DENSE_X[: s[0], : s[1]] for name, s in shapes.items() if s[1] < 7}
+    variables["c"] = DENSE_X[:7, :2]
+    quantized, qstate = calibrate(function, variables, DENSE_X)
+    tensors = everything(to_integer(quantized, variables, qstate, example=DENSE_X), DENSE_X)[1]
+    fake = jit(partial(rounded_activations, quantized))(variables, qstate, DENSE_X)
+    assert fake.keys() == qstate.keys() <= tensors.keys()
+    for name, integers in fake.items():
+        assert int(jnp.abs(integers - tensors[name].astype(jnp.int32)).max()) <= 1, name
+
+
 # Sums and pools
 
 

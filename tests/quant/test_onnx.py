@@ -1,6 +1,7 @@
 """The ONNX file: ONNX Runtime computes the integers of ``to_integer`` in fused kernels; a float file does floats."""
 
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,69 @@ def test_everything_that_has_an_integer_form(tmp_path):
     assert counts["QLinearAdd"] >= 2 and counts["QLinearConv"] == 4 + 1 + 1 and counts["QGemm"] == 1
 
 
+def test_implants_under_union_coupling(tmp_path):
+    """A kernel of two parts: two convolutions whose results are joined, with one affine function after them."""
+    variables, x = make_variables(gamma_sign=True), make_images()
+    graph = trace_graph(apply)(variables, x)
+    scores = random_scores(graph, key=jax.random.key(3))
+    plan = allocate(graph, scores, macs=0.6, coupling="union", implants=0.6)
+    assert sum(len(implant.channels) for implant in plan.implants.values()) > 1
+    function, small = shrink(apply, plan), shrink_variables(variables, plan)
+    quantized, qstate = calibrate(function, small, x)
+    fake, want = jit(partial(quantized.apply, update=False))(small, qstate, x)[0], jit(function)(small, x)
+    assert float(jnp.abs(fake - want).max()) < 0.03 * float(jnp.abs(want).max())
+    counts = assert_parity(quantized, small, qstate, x, tmp_path)
+    assert counts["Concat"] == len(plan.implants) and counts["QLinearAdd"] == 1
+
+
+RNG = np.random.default_rng(0)
+TOKENS = jnp.asarray(RNG.normal(size=(3, 4, 5)), jnp.float32)
+HEADS = {
+    name: jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    for name, shape in {"a": (5, 6), "bias": (6,), "b": (6, 2, 3), "c": (2, 3, 4), "d": (7, 4), "e": (7,)}.items()
+}
+
+
+def tokens(v, x):
+    """Dense layers over several axes, on either side of the product, and one without an axis of its own."""
+    y = jax.nn.relu(jnp.einsum("btf,fo->bto", x, v["a"]) + v["bias"][None, None])
+    y = jax.nn.relu(jnp.einsum("bto,ohd->bthd", y, v["b"]))
+    y = jnp.einsum("bthd,hdf->btf", y, v["c"])
+    y = jax.nn.relu(jnp.einsum("of,btf->obt", v["d"], y))
+    return jnp.einsum("obt,o->bt", y, v["e"])
+
+
+def test_dense_layers_of_any_rank(tmp_path):
+    quantized, qstate = calibrate(tokens, HEADS, TOKENS)
+    counts = assert_parity(quantized, HEADS, qstate, TOKENS, tmp_path)
+    assert counts["QGemm"] == 5
+    one = TOKENS[:1]
+    model = to_onnx(quantized, HEADS, qstate, example=one, dynamic_batch=True)
+    network = to_integer(quantized, HEADS, qstate, example=one)
+    np.testing.assert_array_equal(outputs(model, TOKENS)["y"], jit(lambda n, x: n(x))(network, TOKENS))
+    model = to_onnx(tokens, HEADS, example=one, dynamic_batch=True)
+    np.testing.assert_allclose(outputs(model, TOKENS)["y"], tokens(HEADS, TOKENS), atol=1e-5)
+
+
+def test_a_layer_that_a_rule_skips_stays_in_floating_point(tmp_path):
+    """Between quantised ones, too: ONNX Runtime would quantise its weights with a rule of its own."""
+    variables = {name: jnp.asarray(RNG.normal(size=(5, 5)), jnp.float32) for name in "abcd"}
+
+    def function(v, x):
+        y = jnp.tanh(x @ v["a"]) @ v["b"]
+        return (y + y @ v["c"]) @ v["d"]
+
+    x, rules = TOKENS[:, 0], (QuantRule("[ac]", skip=True), QuantRule())
+    quantized, qstate = calibrate(function, variables, x, rules)
+    network = to_integer(quantized, variables, qstate, example=x)
+    model = to_onnx(quantized, variables, qstate, example=x)
+    fake = quantized.apply(variables, qstate, x, update=False)[0]
+    np.testing.assert_allclose(jit(lambda n, x: n(x))(network, x), fake, atol=1e-5)
+    np.testing.assert_allclose(outputs(model, x)["y"], fake, atol=1e-5)
+    counts = kernels(model, tmp_path)
+    assert (counts["Gemm"] + counts["FusedGemm"], counts["QGemm"]) == (2, 2)
+
+
 def test_float_export(small, tmp_path):
     _, _, variables, x = small
     model = to_onnx(apply, variables, example=x)
@@ -197,6 +261,26 @@ def test_sixteen_bit_sums_need_a_new_opset(small):
     network = to_integer(quantized, variables, qstate, example=x)
     got = outputs(to_onnx(quantized, variables, qstate, example=x), x)["y"]
     np.testing.assert_allclose(got, jit(lambda n, x: n(x))(network, x), atol=2e-3)
+
+
+def test_sixteen_bit_integers_are_padded_and_chosen_from():
+    """ONNX Runtime has no such kernels for them."""
+
+    def function(v, x):
+        y = jax.nn.relu(x @ v["a"]) @ v["b"]
+        return jax.nn.relu(y + jnp.pad(x @ v["c"], ((0, 0), (1, 1)))[:, jnp.array([0, 2, 1, 3])]) @ v["d"]
+
+    shapes = {"a": (5, 6), "b": (6, 4), "c": (5, 2), "d": (4, 2)}
+    variables = {name: jnp.asarray(RNG.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    x = jnp.abs(TOKENS[:, 0])
+    quantized, qstate = calibrate(function, variables, x, HAWQ)
+    network = to_integer(quantized, variables, qstate, example=x)
+    want = jit(lambda n, x: n.tensors(x))(network, x)
+    found = outputs(to_onnx(quantized, variables, qstate, example=x, expose=True), x)
+    for name, integers in want.items():
+        apart = np.abs(found[f"{name}/out"].astype(np.int64) - np.asarray(integers, np.int64))
+        assert apart.max() <= (2 if integers.dtype == jnp.uint16 else 1), name
+    assert any(name.endswith("/gather") or "pad" in name for name in want)
 
 
 def test_what_is_refused(small, monkeypatch):
