@@ -66,7 +66,7 @@ VARIANTS = {
     "cpu": (
         "from a trained checkpoint, one short epoch of fine-tuning on a part of the training images",
         Config(
-            train_images=20_000,
+            train_images=10_000,
             precision=PruneConfig(keep=0.25, scores=ScoreConfig(examples=64, probes=30)),
             cells=CellsConfig(finetune=Phase(epochs=1, learning_rate=0.05, warmup=0.2)),
         ),
