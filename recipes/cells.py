@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import Cost, count_cost
+from ehap_jax.report import accuracy_curves, write_report
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions
 from recipes.criteria import Criterion
-from recipes.curves import accuracy_curves
 from recipes.int8 import train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases
 from recipes.network import Network, load_network
@@ -89,7 +89,7 @@ class Comparison(Protocol):
 def compare_cells(
     config: Comparison, options: RunOptions, *, name: str, plot: str, cost: Literal["params", "macs", "bytes"]
 ) -> None:
-    """Do all cells, and write `name`.json, `name`.txt and a plot of those that are done, also when stopped.
+    """Do all cells; write `name`.json, `name`.txt, a plot and a page of those that are done, also when stopped.
 
     Raises:
         OutOfTime: the time limit has passed.
@@ -111,7 +111,9 @@ def compare_cells(
             run.write_json(f"{name}.json", result)
             run.write_text(f"{name}.txt", cells_table(result))
             if result["rows"]:
-                accuracy_curves(result["statistics"], cost=cost).savefig(run.file(plot), dpi=150)
+                run.write_json("summary.json", summary_of(result))
+                accuracy_curves(stages_of(result["statistics"]), cost).savefig(run.file(plot), dpi=150)
+                write_report(run.path)
         progress.note((run.path / f"{name}.txt").read_text())
 
 
@@ -184,6 +186,32 @@ def statistics(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             entry[name] = spread([row[name] for row in chosen if row[name] is not None])
         found.append(entry)
     return found
+
+
+def stages_of(statistics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The statistics as stages of ``summary.json``, one curve per criterion, and one of its INT8 networks."""
+    stages = []
+    for entry in statistics:
+        dense = entry["criterion"] == DENSE
+        name = DENSE if dense else f"{entry['criterion']} {entry['keep']:g}"
+        costs = {field: round(entry[field]) for field in Cost._fields}
+        stages.append(_stage(name, entry["criterion"], entry["accuracy"], costs))
+        if entry["accuracy_int8"] is not None:
+            small = costs | {"bytes": round(entry["bytes_int8"]["mean"])}
+            stages.append(_stage(f"{name}, INT8", f"{entry['criterion']}, INT8", entry["accuracy_int8"], small))
+    return stages
+
+
+def _stage(name: str, curve: str, found: dict[str, Any], costs: dict[str, int]) -> dict[str, Any]:
+    accuracy = {"accuracy": found["mean"], "accuracy_std": found["std"], "accuracies": found["values"]}
+    return {"stage": name, "curve": curve, **accuracy, **costs}
+
+
+def summary_of(result: dict[str, Any]) -> dict[str, Any]:
+    """``summary.json`` of the finished cells."""
+    seconds = {"all cells": sum(row["seconds"] for row in result["rows"])}
+    seeds = sorted({row["seed"] for row in result["rows"]})
+    return {"stages": stages_of(result["statistics"]), "seeds": seeds, "seconds": seconds, "checks": {}}
 
 
 def paired_differences(rows: Sequence[dict[str, Any]], criteria: Sequence[str]) -> list[dict[str, Any]]:

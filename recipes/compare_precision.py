@@ -9,12 +9,13 @@ differences are paired by seed.
     python -m recipes.compare_precision short resnet20.th --data npz:cifar10.npz # two CPU cores, hours
 
 Expect the rank correlation with float32 above 0.99 and no difference in accuracy beyond its standard error. On a CPU
-half precision is slower, not faster. Writes ``precision.json`` and ``precision.txt``; every finished seed and
-precision is kept in ``cells/``.
+half precision is slower, not faster. Writes ``precision.json``, ``precision.txt`` and ``report.html``; every finished
+seed and precision is kept in ``cells/``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,16 +26,18 @@ import jax
 import tyro
 
 from ehap_jax.data import limit_training, load_dataset
-from ehap_jax.graph import Graph, count_cost
+from ehap_jax.graph import Cost, Graph, count_cost
 from ehap_jax.pruning import PruningPlan, hessian_scores, random_scores
+from ehap_jax.report import write_report
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.cells import aligned, percent, spread
 from recipes.command import RunOptions, run_command
-from recipes.criteria import Compute, Course, ScoreConfig, probed_trace
+from recipes.criteria import Compute, Course, ScoreConfig, probe_bytes, probed_trace
 from recipes.lab import Lab, Phase, accuracy, check_phases, training_batch
 from recipes.network import Network, load_network, save_plan
 from recipes.pruned import PruneConfig, finetune, plan_of, shrink_network
 from recipes.ranking import kept_overlap, spearman
+from recipes.summary import Stage, probe_costs, summarise, write_scores
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def run_pair(lab: Lab, network: Network, graph: Graph, seed: int, compute: Compu
         "seed": seed,
         "compute": compute,
         "seconds_per_probe": Course(lab, seed, f"trace_{compute}").seconds_per_probe,
+        "machine_shared": os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1),
+        "probe_bytes": probe_bytes(network.apply, network.variables, batch, settings),
         "trace_total": trace.total(),
         "trace_sem": trace.total_sem(),
         "rank_correlation": spearman(scores, reference_scores),
@@ -125,12 +130,41 @@ def main(config: Config, options: RunOptions) -> None:
             "test_images": len(dataset.x_test),
             "probes": config.prune.scores.probes,
             "examples": config.prune.scores.examples,
+            "machine_shared": any(row["machine_shared"] for row in rows),
             "precisions": [precision(rows, compute, config.computes[0]) for compute in config.computes],
             "rows": rows,
         }
         run.write_json("precision.json", result)
         run.write_text("precision.txt", precision_table(result))
+        write_report_of(lab, network, graph, config, rows, result["precisions"])
         progress.note((run.path / "precision.txt").read_text())
+
+
+def write_report_of(
+    lab: Lab,
+    network: Network,
+    graph: Graph,
+    config: Config,
+    rows: Sequence[dict[str, Any]],
+    precisions: Sequence[dict[str, Any]],
+) -> None:
+    """Accuracies, costs and the first seed's scores as a page."""
+    batch, scores = training_batch(lab.dataset, config.prune.scores.examples, 0), {}
+    for compute in config.computes:
+        settings = replace(config.prune.scores, compute=compute)
+        trace = probed_trace(lab, 0, network.apply, network.variables, batch, settings)
+        scores[compute] = hessian_scores(graph, network.variables, trace)
+    write_scores(lab.run, scores, convergence=Course(lab, 0, f"trace_{config.computes[0]}").convergence())
+    seeds: list[dict[str, Stage]] = [{} for _ in range(config.seeds)]
+    for row in rows:
+        cost = Cost(*(row[name] for name in Cost._fields))
+        seeds[row["seed"]][row["compute"]] = Stage(row["accuracy"], cost)
+    means = {
+        entry["compute"]: {name: entry[name] and entry[name]["mean"] for name in ("seconds_per_probe", "probe_bytes")}
+        for entry in precisions
+    }
+    lab.run.write_json("summary.json", summarise(seeds, seconds={}, checks={}, costs=probe_costs(means)))
+    write_report(lab.run.path)
 
 
 def precision(rows: Sequence[dict[str, Any]], compute: str, first: str) -> dict[str, Any]:
@@ -138,14 +172,14 @@ def precision(rows: Sequence[dict[str, Any]], compute: str, first: str) -> dict[
     chosen = [row for row in rows if row["compute"] == compute]
     base = {row["seed"]: row["accuracy"] for row in rows if row["compute"] == first}
     found: dict[str, Any] = {"compute": compute}
-    for name in ("accuracy", "rank_correlation", "kept_overlap", "seconds_per_probe", "params"):
+    for name in ("accuracy", "rank_correlation", "kept_overlap", "seconds_per_probe", "probe_bytes", "params"):
         found[name] = spread([row[name] for row in chosen if row[name] is not None])
     return found | {"difference": spread([row["accuracy"] - base[row["seed"]] for row in chosen])}
 
 
 def precision_table(result: dict[str, Any]) -> str:
     """For people; accuracies and differences in per cent, ± standard deviation over seeds."""
-    header = ("trace in", "accuracy", "less the first", "rank correlation", "kept overlap", "s/probe")
+    header = ("trace in", "accuracy", "less the first", "rank correlation", "kept overlap", "s/probe", "MB/probe")
     rows = []
     for entry in result["precisions"]:
         time = entry["seconds_per_probe"]
@@ -157,6 +191,7 @@ def precision_table(result: dict[str, Any]) -> str:
                 f"{entry['rank_correlation']['mean']:.4f}",
                 f"{entry['kept_overlap']['mean']:.4f}",
                 "-" if time is None else f"{time['mean']:.3f}",
+                f"{entry['probe_bytes']['mean'] / 1e6:.0f}",
             )
         )
     head = f"{result['data']}: {result['probes']} probes on {result['examples']} images"

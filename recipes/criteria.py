@@ -10,7 +10,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ehap_jax.curvature import Policy, TraceEstimate, channel_trace, gauss_newton_trace, piecewise_linear_kernels
+from ehap_jax.curvature import (
+    Policy,
+    TraceEstimate,
+    channel_trace,
+    gauss_newton_trace,
+    piecewise_linear_kernels,
+    product_memory,
+)
 from ehap_jax.graph import Graph
 from ehap_jax.pruning import (
     Scores,
@@ -136,6 +143,13 @@ def probed_trace(
     if int(trace.count) < config.probes:
         lab.deadline.check(f"{int(trace.count)} of {config.probes} probes in {config.compute}")
     return trace
+
+
+def probe_bytes(apply: Callable, variables: Any, batch: tuple[jax.Array, jax.Array], config: ScoreConfig) -> int:
+    """Bytes on the device at the peak of a probe of `probed_trace`, by the compiler (see `product_memory`)."""
+    policy = Policy(config.compute)
+    found = product_memory(evaluation_loss(apply), variables, batch, policy=policy, microbatch=config.microbatch)
+    return found.needs[found.product]
 
 
 class Course:

@@ -6,8 +6,8 @@
 
 EHAP (arXiv 2306.07030) and HAP (arXiv 2101.08940): traces in float16 prune like those in float32, and the Hessian
 prunes better than magnitude and chance. Each part is a run directory of its own recipe inside this one.
-``reproduction.json`` holds what is finished, also when the run was stopped; ``recipes.reproduction`` makes the table
-from it.
+``reproduction.json`` and ``report.html`` hold what is finished, also when the run was stopped;
+``recipes.reproduction`` makes the table of claims.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ehap_jax.report import write_comparison
 from ehap_jax.training import Deadline, RunDirectory
 from recipes import compare_criteria, compare_precision, pretrain
 from recipes.cells import CellsConfig
@@ -100,7 +101,10 @@ def main(config: Config, options: RunOptions) -> None:
         deadline.check("the precisions compared")
         part("criteria", compare_criteria.main, compare_criteria.Config(dense, data, images, cells))
     finally:
-        run.write_json("reproduction.json", collect(run.path))
+        found = collect(run.path)
+        run.write_json("reproduction.json", found)
+        if found:
+            write_comparison([run.path / name for name in found], run.file("report.html"))
 
 
 def collect(directory: Path) -> dict[str, Any]:

@@ -22,9 +22,20 @@ class Stage(NamedTuple):
 
 
 def summarise(
-    seeds: Sequence[Mapping[str, Stage]], *, seconds: Mapping[str, float], checks: Mapping[str, float]
+    seeds: Sequence[Mapping[str, Stage]],
+    *,
+    seconds: Mapping[str, float],
+    checks: Mapping[str, float],
+    costs: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """``summary.json``: per stage accuracy over seeds, and the cost, averaged over seeds."""
+    """``summary.json``: per stage accuracy over seeds, and the cost, averaged over seeds.
+
+    Args:
+        seeds: stages by name, of every seed.
+        seconds: by what took them.
+        checks: what was verified, and how closely it holds.
+        costs: what the report draws as bars; see `probe_costs`.
+    """
     stages = []
     for name in seeds[0]:
         accuracies = [stages_of_seed[name].accuracy for stages_of_seed in seeds]
@@ -38,7 +49,21 @@ def summarise(
                 **{field: round(mean(getattr(cost, field) for cost in costs)) for field in Cost._fields},
             }
         )
-    return {"stages": stages, "seeds": list(range(len(seeds))), "seconds": dict(seconds), "checks": dict(checks)}
+    return {"stages": stages, "seeds": list(range(len(seeds))), "seconds": dict(seconds), "checks": dict(checks)} | (
+        {"costs": costs} if costs else {}
+    )
+
+
+def probe_costs(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Time and memory of a probe by precision, those that are known, for the bars of the report."""
+    found = {
+        "seconds per probe": {name: row.get("seconds_per_probe") for name, row in rows.items()},
+        "megabytes at the peak of a probe": {
+            name: row["probe_bytes"] / 1e6 if row.get("probe_bytes") else None for name, row in rows.items()
+        },
+    }
+    known = {name: {key: value for key, value in bars.items() if value} for name, bars in found.items()}
+    return {name: bars for name, bars in known.items() if bars}
 
 
 def write_scores(

@@ -29,11 +29,11 @@ from ehap_jax.pruning import hessian_scores
 from ehap_jax.report import write_report
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions, run_command
-from recipes.criteria import Compute, Course, ScoreConfig, hessian_trace, is_proven, probed_trace
+from recipes.criteria import Compute, Course, ScoreConfig, hessian_trace, is_proven, probe_bytes, probed_trace
 from recipes.lab import Lab, accuracy, training_batch
 from recipes.network import load_network
 from recipes.ranking import spearman
-from recipes.summary import Stage, summarise, write_scores
+from recipes.summary import Stage, probe_costs, summarise, write_scores
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ def main(config: Config, options: RunOptions) -> None:
             if name != "exact":
                 rows[name]["total_sem"] = trace.total_sem()
                 rows[name]["seconds_per_probe"] = Course(lab, config.seed, f"trace_{name}").seconds_per_probe
+                settings = replace(config.scores, compute=name)
+                rows[name]["probe_bytes"] = probe_bytes(network.apply, network.variables, batch, settings)
             if "exact" in scores:
                 rows[name]["rank_correlation_with_exact"] = spearman(scores[name], scores["exact"])
         run.write_json("trace.json", {"examples": config.scores.examples, "traces": rows})
@@ -92,7 +94,7 @@ def main(config: Config, options: RunOptions) -> None:
         write_scores(run, scores, hessian_scores(graph, network.variables, traces[first].sem), course)
         stages = {"dense": Stage(accuracy(lab, network.apply, network.variables), count_cost(graph))}
         seconds = {"total": time.perf_counter() - started}
-        run.write_json("summary.json", summarise([stages], seconds=seconds, checks={}))
+        run.write_json("summary.json", summarise([stages], seconds=seconds, checks={}, costs=probe_costs(rows)))
         write_report(run.path)
         progress.note((run.path / "trace.json").read_text())
 

@@ -2,8 +2,10 @@
 
 from ehap_jax.report.page import write_comparison, write_report
 from ehap_jax.report.plots import (
-    accuracy_against_bytes,
+    accuracy_against_cost,
+    accuracy_curves,
     accuracy_per_stage,
+    cost_bars,
     kept_channels,
     score_scatter,
     sensitivity_per_layer,
@@ -15,8 +17,10 @@ from ehap_jax.report.tables import stage_html, stage_markdown, stage_rows, stage
 __all__ = [
     "Convergence",
     "RunData",
-    "accuracy_against_bytes",
+    "accuracy_against_cost",
+    "accuracy_curves",
     "accuracy_per_stage",
+    "cost_bars",
     "kept_channels",
     "read_run",
     "score_arrays",

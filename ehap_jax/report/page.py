@@ -57,11 +57,14 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
         raise ValueError("name at least one run directory to compare")
     names = _distinct([_name(run) for run in data])
     rows = [(name, *row) for name, run in zip(names, data, strict=True) for row in stage_rows(run.summary)]
-    figure = plots.accuracy_against_bytes({name: run.stages for name, run in zip(names, data, strict=True)})
+    stages = {name: run.stages for name, run in zip(names, data, strict=True)}
     overview = {
         "table": html_table(("run", *HEADER), rows),
         "caption": "accuracy: mean ± standard deviation; in brackets points and shares against the run's own dense",
-        "figure": _picture(figure, "Mean ± standard deviation of every stage, against its bytes.", "overview"),
+        "figures": [
+            _picture(plots.accuracy_against_cost(stages, cost), "Mean ± standard deviation of every stage.", cost)
+            for cost in ("macs", "bytes")
+        ],
     }
     sections = [_section(run, name) for name, run in zip(names, data, strict=True)]
     return _write(Path(output), _render("ehap_jax: comparison", f"{len(data)} runs", overview, sections))
@@ -94,7 +97,17 @@ def _section(data: RunData, title: str) -> dict[str, Any]:
 
 
 def _figures(data: RunData) -> Iterator[tuple[Figure, str]]:
-    yield plots.accuracy_per_stage(data.stages), "Blue: every seed. Black: mean ± standard deviation over the seeds."
+    if any(stage.get("curve") for stage in data.stages):
+        for cost in ("macs", "params"):
+            yield plots.accuracy_curves(data.stages, cost), "Mean ± standard deviation over the seeds."
+    else:
+        text = "Blue: every seed. Black: mean ± standard deviation over the seeds."
+        yield plots.accuracy_per_stage(data.stages), text
+    if data.summary.get("costs"):
+        yield (
+            plots.cost_bars(data.summary["costs"]),
+            "On the device named above; in brackets as multiples of the first.",
+        )
     name = REFERENCE if REFERENCE in data.scores else next(iter(data.scores), None)
     if name is not None:
         text = (

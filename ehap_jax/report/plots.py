@@ -230,17 +230,20 @@ def trace_convergence(probes: np.ndarray, mean: np.ndarray, sem: np.ndarray) -> 
     return figure
 
 
-def accuracy_against_bytes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Test accuracy against size for several runs, each relative to its own dense network.
+def accuracy_against_cost(runs: Mapping[str, Sequence[Mapping[str, Any]]], cost: str = "bytes") -> Figure:
+    """Test accuracy against size or work for several runs, each relative to its own dense network.
 
     Args:
-        runs: name -> its stages, as in ``summary.json``. One colour and marker per run, mean ± standard deviation.
-            Stages more than ten points below the dense network are left out and counted.
+        runs: name -> its stages, as in ``summary.json``. One colour and marker per run, joined in the order of
+            the costs, mean ± standard deviation. Stages more than ten points below the dense network are left out and
+            counted.
+        cost: "params", "macs" or "bytes".
 
     Raises:
-        ValueError: there is no run.
+        ValueError: there is no run, or no such cost.
     """
     _nonempty(list(runs), "the comparison")
+    costs = _cost_name(cost)
     figure = _figure(7.4, 4.0 + 0.22 * max(len(runs) - 4, 0))
     axes = figure.add_subplot()
     _plain_axes(axes)
@@ -249,26 +252,98 @@ def accuracy_against_bytes(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> F
         dense = dense_stage(stages)
         near = [s for s in stages if s["accuracy"] >= dense["accuracy"] - FOCUS]
         left_out += len(stages) - len(near)
+        near.sort(key=lambda stage: stage[cost])
         axes.errorbar(
-            [100 * s["bytes"] / dense["bytes"] for s in near],
+            [100 * s[cost] / dense[cost] for s in near],
             [100 * (s["accuracy"] - dense["accuracy"]) for s in near],
             [100 * (s.get("accuracy_std") or 0.0) for s in near],
-            color=SERIES[number % len(SERIES)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=5,
-            linewidth=1,
-            linestyle=":",
-            elinewidth=1,
             label=name.replace("$", r"\$"),
+            linestyle=":",
+            **_series(number),
         )
     axes.axhline(0, color=SOFT, linewidth=0.8, zorder=0)
     axes.set_xlim(left=0)
-    axes.set_xlabel("bytes, % of the dense network")
+    axes.set_xlabel(f"{costs}, % of the dense network")
     axes.set_ylabel("accuracy − dense, points")
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
     note = f"{left_out} stage{'s' * (left_out != 1)} more than {100 * FOCUS:.0f} points below dense not shown"
-    _title(axes, "Accuracy against size", note if left_out else "")
+    _title(axes, f"Accuracy against {costs}", note if left_out else "")
+    return figure
+
+
+def accuracy_curves(stages: Sequence[Mapping[str, Any]], cost: str = "macs") -> Figure:
+    """Test accuracy against size or work, one curve per way of pruning: the Pareto plot of a sweep.
+
+    Args:
+        stages: those of ``summary.json`` that have a "curve", the name of the curve they lie on; mean ± standard
+            deviation over the seeds. A curve of one stage called "dense" is a dashed line across.
+        cost: "params", "macs" or "bytes", in per cent of the dense network's.
+
+    Raises:
+        ValueError: no stage lies on a curve, or there is no such cost.
+    """
+    points = [stage for stage in stages if stage.get("curve")]
+    _nonempty(points, "the list of stages on a curve")
+    dense, costs = dense_stage(points), _cost_name(cost)
+    figure = _figure(7.4, 4.2)
+    axes = figure.add_subplot()
+    _plain_axes(axes)
+    curves = dict.fromkeys(stage["curve"] for stage in points if stage is not dense or stage["stage"] != "dense")
+    if dense["stage"] == "dense":
+        label = f"dense, {100 * dense['accuracy']:.2f} %"
+        axes.axhline(100 * dense["accuracy"], color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=0, label=label)
+    for number, curve in enumerate(curves):
+        found = sorted((stage for stage in points if stage["curve"] == curve), key=lambda stage: stage[cost])
+        axes.errorbar(
+            [100 * stage[cost] / dense[cost] for stage in found],
+            [100 * stage["accuracy"] for stage in found],
+            [100 * (stage.get("accuracy_std") or 0.0) for stage in found],
+            label=str(curve).replace("$", r"\$"),
+            capsize=2.5,
+            **_series(number),
+        )
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"{costs}, % of the dense network")
+    axes.set_ylabel("test accuracy, %")
+    axes.grid(axis="x", color=LINE, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
+    seeds = [len(stage["accuracies"]) for stage in points]
+    count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    note = f"{count} seed{'s' * (max(seeds) > 1)}" + (", mean ± standard deviation" if max(seeds) > 1 else "")
+    _title(axes, f"Accuracy against {costs}", note)
+    return figure
+
+
+def cost_bars(costs: Mapping[str, Mapping[str, float]]) -> Figure:
+    """What was measured of time and memory, as bars with their numbers; one panel per quantity.
+
+    Args:
+        costs: quantity with its unit, such as "seconds per probe" -> name, such as "float16" -> positive number.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    _nonempty(list(costs), "the costs")
+    longest = max(len(bars) for bars in costs.values())
+    figure = _figure(4.4 * len(costs), 1.1 + 0.38 * longest)
+    for number, (quantity, bars) in enumerate(costs.items()):
+        axes = figure.add_subplot(1, len(costs), number + 1)
+        _plain_axes(axes)
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x", color=LINE, linewidth=0.6)
+        places, values = range(len(bars)), list(bars.values())
+        axes.barh(places, values, color=BLUE, height=0.62)
+        first = values[0]
+        for place, value in zip(places, values, strict=True):
+            share = f"  ({value / first:.2f} ×)" if place else ""
+            axes.annotate(
+                f"{value:,.4g}{share}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axes.set_yticks(places, list(bars), parse_math=False)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.45 * max(values))
+        _title(axes, quantity[:1].upper() + quantity[1:])
     return figure
 
 
@@ -341,6 +416,19 @@ def _draw_accuracies(axes: Axes, stages: Sequence[Mapping[str, Any]], floor: flo
     axes.set_xticks(range(len(stages)), [str(stage["stage"]) for stage in stages], parse_math=False)
     axes.set_xlim(-0.5, len(stages) - 0.35)
     axes.set_ylabel("test accuracy, %")
+
+
+def _series(number: int) -> dict[str, Any]:
+    """How the so-many-th series of a plot looks."""
+    color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+    return {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.2, "elinewidth": 1}
+
+
+def _cost_name(cost: str) -> str:
+    names = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
+    if cost not in names:
+        raise ValueError(f"a cost is one of {', '.join(names)}, not {cost!r}")
+    return names[cost]
 
 
 def _figure(width: float, height: float) -> Figure:

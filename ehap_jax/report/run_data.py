@@ -2,7 +2,9 @@
 
 ``config.json`` and ``versions.json``: objects. ``summary.json``: ``{"stages": [...], "seeds": [...], "seconds":
 {name: seconds}, "checks": {name: value}}``, a stage being ``{"stage": name, "accuracy": mean in [0, 1], "accuracy_std":
-number or null, "accuracies": [one per seed], "params", "macs", "bytes": whole numbers}``.
+number or null, "accuracies": [one per seed], "params", "macs", "bytes": whole numbers}``. A stage may have a
+``"curve"``, the name of the curve of a sweep it lies on. ``"costs"``, where there are any: ``{quantity with its unit:
+{name: positive number}}``, such as seconds per probe in every precision.
 
 ``plan.json``, where there is one: ``{"keep": {kernel path: [kept output indices]}, "shapes": {path: full shape},
 "axes": {kernel path: output axis}}``; without "axes" the output axis is the last, as in HWIO kernels.
@@ -134,6 +136,11 @@ def _check_summary(path: Path, summary: dict[str, Any]) -> None:
         if missing:
             raise ValueError(f"{path}: stage {stage.get('stage', number)!r} lacks {', '.join(missing)}")
         _check_stage(f"{path}: stage {stage['stage']!r}", stage)
+    costs = summary.get("costs", {})
+    if not isinstance(costs, dict) or not all(isinstance(bars, dict) and bars for bars in costs.values()):
+        raise ValueError(f'{path}: "costs" must be an object of objects, not {costs!r}')
+    if not all(_is_number(value) and value > 0 for bars in costs.values() for value in bars.values()):
+        raise ValueError(f'{path}: "costs" must be positive numbers, not {costs!r}')
     for name in ("seconds", "checks"):
         found = summary.get(name, {})
         if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
@@ -152,6 +159,9 @@ def _check_stage(where: str, stage: dict[str, Any]) -> None:
     deviation = stage.get("accuracy_std")
     if deviation is not None and not (_is_number(deviation) and deviation >= 0):
         raise ValueError(f'{where}: "accuracy_std" must be a number of at least 0, or null, not {deviation!r}')
+    curve = stage.get("curve", "-")
+    if not isinstance(curve, str) or not curve:
+        raise ValueError(f'{where}: "curve" must be the name of a curve, not {curve!r}')
     for name in COSTS:
         if type(stage[name]) is not int or stage[name] <= 0:
             raise ValueError(f'{where}: "{name}" must be a positive whole number, not {stage[name]!r}')

@@ -16,20 +16,6 @@ from recipes import compare_estimators, pretrain
 PHASE = ["--finetune.epochs", "1", "--finetune.batch-size", "256"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Tiny networks take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def as_a_user_has_it():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def test_compares_stops_and_resumes(tmp_path):
     dense = tmp_path / "dense"
     small = ["--data", "digits", "--widths", "4", "4", "8", "--phase.epochs", "1", "--phase.batch-size", "256"]

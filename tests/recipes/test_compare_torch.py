@@ -3,7 +3,6 @@
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,12 +16,6 @@ TINY = [
     "--images", "8", "--test-images", "16", "--same-probes", "2", "--probes", "1", "2",
     "--ratios", "0.8", "0.5", "--no-cost",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def as_a_user_has_it():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +37,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
     output = tmp_path_factory.mktemp("compare") / "run"
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert compare_torch.command([str(files[0]), "--data", f"npz:{files[1]}", *TINY, "--output", str(output)]) == 0
+    assert compare_torch.command([str(files[0]), "--data", f"npz:{files[1]}", *TINY, "--output", str(output)]) == 0
     return output
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,18 +16,10 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def as_a_user_has_it():
-    """Recipes run under JAX's own promotion rules; the strict ones of the tests are for the library."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("quickstart") / "run"
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert command([*TINY, "--output", str(output)]) == 0
+    assert command([*TINY, "--output", str(output)]) == 0
     return output
 
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install 'ehap-jax[digits]'")
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
 from ehap_jax.pruning import PruningPlan
+from ehap_jax.report import read_run
 from ehap_jax.training import load_variables
 from recipes import (
     compare_criteria,
@@ -32,21 +33,6 @@ def phase(name, epochs=1):
     return [f"--{name}.epochs", str(epochs), f"--{name}.batch-size", "256", f"--{name}.warmup", "0"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Tiny networks take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def as_a_user_has_it():
-    """Recipes run under JAX's own promotion rules; the strict ones of the tests are for the library."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def read(path):
     return json.loads(path.read_text())
 
@@ -54,8 +40,7 @@ def read(path):
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     output = tmp_path_factory.mktemp("pretrain") / "run"
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert pretrain.command(["digits", *MODEL, *phase("phase", 2), "--output", str(output)]) == 0
+    assert pretrain.command(["digits", *MODEL, *phase("phase", 2), "--output", str(output)]) == 0
     return output
 
 
@@ -63,8 +48,7 @@ def dense(tmp_path_factory):
 def pruned(dense, tmp_path_factory):
     output = tmp_path_factory.mktemp("prune") / "run"
     given = ["short", str(dense), "--data", "digits", "--train-images", "1000", "--prune.scores.examples", "16"]
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert prune.command([*given, *phase("finetune"), "--output", str(output)]) == 0
+    assert prune.command([*given, *phase("finetune"), "--output", str(output)]) == 0
     return output
 
 
@@ -128,6 +112,10 @@ def test_trace_of_a_pruned_network(pruned, tmp_path):
     assert trace.command([*given, "--computes", "float32", "--output", str(tmp_path / "run")]) == 0
     rows = read(tmp_path / "run" / "trace.json")["traces"]
     assert set(rows) == {"float32", "exact"} and rows["float32"]["seconds_per_probe"] > 0
+    assert read_run(tmp_path / "run").summary["costs"] == {
+        "seconds per probe": {"float32": rows["float32"]["seconds_per_probe"]},
+        "megabytes at the peak of a probe": {"float32": rows["float32"]["probe_bytes"] / 1e6},
+    }
     # The exact trace of the same images is within the estimate's own error (5 standard errors).
     assert abs(rows["float32"]["total"] - rows["exact"]["total"]) < 5 * rows["float32"]["total_sem"]
     with np.load(tmp_path / "run" / "scores.npz") as scores:
@@ -145,8 +133,7 @@ def stopped(dense, tmp_path_factory):
     """A comparison that was stopped after its first cell."""
     output = tmp_path_factory.mktemp("criteria") / "run"
     given = ["short", str(dense), "--data", "digits", *CELLS, "--output", str(output)]
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert compare_criteria.command([*given, "--max-minutes", "1e-6"]) == 3
+    assert compare_criteria.command([*given, "--max-minutes", "1e-6"]) == 3
     return given, output
 
 
@@ -166,6 +153,10 @@ def test_criteria_stop_at_the_limit_and_resume(stopped):
     (gap,) = found["differences"]
     assert gap["difference"]["mean"] == found["rows"][1]["accuracy"] - found["rows"][2]["accuracy"]
     assert (output / "accuracy.png").stat().st_size > 10_000
+    stages = {stage["stage"]: stage for stage in read_run(output).stages}
+    assert list(stages) == ["dense", "hessian 0.5", "hessian 0.5, INT8", "random 0.5"]
+    assert stages["hessian 0.5, INT8"]["bytes"] == by_name["hessian"]["bytes_int8"]["mean"]
+    assert "Accuracy against MACs" in (output / "report.html").read_text()
 
 
 def test_sweep(dense, tmp_path):
@@ -245,6 +236,9 @@ def test_reproduce_and_the_table_of_claims(dense, tmp_path):
     assert first["rank_correlation"]["mean"] == first["kept_overlap"]["mean"] == 1.0
     assert first["difference"]["mean"] == 0.0 and 0.9 < second["rank_correlation"]["mean"] <= 1.0
     assert second["difference"]["mean"] == second["accuracy"]["mean"] - first["accuracy"]["mean"]
+
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "float16 against float32" in page and "magnitude 0.5" in page and "Seconds per probe" in page
 
     table = tmp_path / "REPRODUCTION.md"
     assert reproduction.command([str(tmp_path / "run" / "reproduction.json"), "--output", str(table)]) == 0

@@ -21,20 +21,6 @@ from recipes.network import Architecture, load_network, new_network, save_networ
 TINY = ["--data", "digits", "--examples", "7", "--microbatch", "4", "--steps", "24", "--draws", "2", "--pairs", "3"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Tiny networks take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def as_a_user_has_it():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A run directory with an untrained network: its curvature is as good as any."""
@@ -43,21 +29,19 @@ def dense(tmp_path_factory):
     normalisation = (tuple(map(float, np.ravel(data.mean))), tuple(map(float, np.ravel(data.std))))
     architecture = Architecture("resnet8", data.num_classes, shape, normalisation, {"widths": (2, 2, 2)})
     run = RunDirectory.create(tmp_path_factory.mktemp("dense") / "run")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        save_network(run, new_network(architecture, 0))
+    save_network(run, new_network(architecture, 0))
     return run.path
 
 
 @pytest.fixture(scope="module")
 def finished(dense, tmp_path_factory):
     output = tmp_path_factory.mktemp("spectrum") / "run"
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        stopped = ["short", str(dense), *TINY, "--output", str(output), "--max-minutes", "0.0001"]
-        assert spectrum.command(stopped) == 3
-        assert (output / "hessian-0.npz").exists() and not (output / "spectrum.json").exists()
-        before = (output / "hessian-0.npz").stat().st_mtime_ns
-        assert spectrum.command(["short", str(dense), *TINY, "--output", str(output), "--resume"]) == 0
-        assert (output / "hessian-0.npz").stat().st_mtime_ns == before
+    stopped = ["short", str(dense), *TINY, "--output", str(output), "--max-minutes", "0.0001"]
+    assert spectrum.command(stopped) == 3
+    assert (output / "hessian-0.npz").exists() and not (output / "spectrum.json").exists()
+    before = (output / "hessian-0.npz").stat().st_mtime_ns
+    assert spectrum.command(["short", str(dense), *TINY, "--output", str(output), "--resume"]) == 0
+    assert (output / "hessian-0.npz").stat().st_mtime_ns == before
     return output
 
 

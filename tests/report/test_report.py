@@ -13,8 +13,10 @@ from rich.console import Console
 
 from ehap_jax.report import (
     Convergence,
-    accuracy_against_bytes,
+    accuracy_against_cost,
+    accuracy_curves,
     accuracy_per_stage,
+    cost_bars,
     kept_channels,
     read_run,
     score_arrays,
@@ -267,11 +269,56 @@ def test_convergence_draws_the_interval():
 
 def test_comparison_plot_is_relative_to_each_runs_dense():
     small = [STAGES[0], {**STAGES[0], "stage": "int8", "accuracy": 0.98, "bytes": 1000}]
-    (axes,) = accuracy_against_bytes({"a": STAGES, "b": small}).axes
+    (axes,) = accuracy_against_cost({"a": STAGES, "b": small}).axes
     lines = {c.get_label(): c.lines[0].get_xydata() for c in axes.containers}
     np.testing.assert_allclose(lines["a"], [[100, 0]])
-    np.testing.assert_allclose(lines["b"], [[100, 0], [25, -0.5]], atol=1e-9)
+    np.testing.assert_allclose(lines["b"], [[25, -0.5], [100, 0]], atol=1e-9)
     assert "1 stage more than 10 points below dense not shown" in [t.get_text() for t in axes.texts]
+    (axes,) = accuracy_against_cost({"b": small}, "macs").axes
+    np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata()[:, 0], [100, 100])
+    with pytest.raises(ValueError, match="not 'watts'"):
+        accuracy_against_cost({"b": small}, "watts")
+
+
+def sweep_stages():
+    dense = {**STAGES[0], "curve": "dense"}
+    small = [
+        {**STAGES[1], "stage": f"hessian {macs}", "curve": "hessian", "macs": macs, "accuracy": accuracy}
+        | {"accuracies": [accuracy - 0.1, accuracy + 0.1]}
+        for macs, accuracy in ((2000, 0.8), (1000, 0.5))
+    ]
+    return [dense, *small, {**small[0], "stage": "random 2000", "curve": "random"}]
+
+
+def test_curves_of_a_sweep_go_up_in_cost_beside_the_dense_line():
+    (axes,) = accuracy_curves(sweep_stages()).axes
+    lines = {c.get_label(): c.lines[0].get_xydata() for c in axes.containers}
+    np.testing.assert_allclose(lines["hessian"], [[25, 50], [50, 80]])
+    np.testing.assert_allclose(lines["random"], [[50, 80]])
+    (bars,) = axes.containers[0].lines[2]
+    np.testing.assert_allclose(bars.get_segments()[0][:, 1], [40, 60])
+    dashed = next(line for line in axes.lines if line.get_label() == "dense, 98.50 %")
+    np.testing.assert_allclose(dashed.get_ydata(), [98.5, 98.5])
+    assert "2 seeds, mean ± standard deviation" in texts(axes.figure)
+    with pytest.raises(ValueError, match="stages on a curve"):
+        accuracy_curves(STAGES)
+
+
+def test_bars_carry_their_numbers():
+    figure = cost_bars({"seconds per probe": {"float32": 0.5, "float16": 0.4}, "megabytes": {"float32": 20.0}})
+    time, memory = figure.axes
+    assert [bar.get_width() for bar in time.patches] == [0.5, 0.4] and len(memory.patches) == 1
+    assert {"0.5", "0.4  (0.80 ×)", "20", "Seconds per probe"} <= set(texts(figure))
+
+
+def test_a_sweep_shows_its_curves_and_costs_instead_of_stages(run):
+    summary = {"stages": sweep_stages(), "costs": {"seconds per probe": {"float32": 1.0}}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    html = write_report(run).read_text()
+    assert re.findall(r'aria-label="([^"]*)"', html)[:3] == [
+        "Accuracy against MACs", "Accuracy against parameters", "Seconds per probe",
+    ]  # fmt: skip
+    assert "Accuracy per stage" not in html and Page(html).open == []
 
 
 def test_scores_come_back_as_they_were_written(run):
@@ -308,6 +355,9 @@ def plan_with(**changes):
         ("summary.json", stage_with(accuracy_std=-1), "at least 0, or null"),
         ("summary.json", stage_with(macs=1.5), '"macs" must be a positive whole number, not 1.5'),
         ("summary.json", json.dumps({"stages": STAGES, "checks": {"a": "b"}}), '"checks" must be an object of numbers'),
+        ("summary.json", json.dumps({"stages": STAGES, "costs": {"s": {"a": -1}}}), '"costs" must be positive numbers'),
+        ("summary.json", json.dumps({"stages": STAGES, "costs": {"s": 3}}), '"costs" must be an object of objects'),
+        ("summary.json", stage_with(curve=3), '"curve" must be the name of a curve'),
         ("plan.json", "{}", 'no object "keep"'),
         ("plan.json", plan_with(keep={"params/a/kernel": [4]}), "params/a/kernel must keep indices from 0 to 3"),
         ("plan.json", plan_with(keep={"params/a/kernel": [1, 1]}), "an index twice"),
