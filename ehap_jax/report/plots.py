@@ -234,9 +234,9 @@ def accuracy_against_cost(runs: Mapping[str, Sequence[Mapping[str, Any]]], cost:
     """Test accuracy against size or work for several runs, each relative to its own dense network.
 
     Args:
-        runs: name -> its stages, as in ``summary.json``. One colour and marker per run, joined in the order of
-            the costs, mean ± standard deviation. Stages more than ten points below the dense network are left out and
-            counted.
+        runs: name -> its stages, as in ``summary.json``. One colour and marker per run, or per curve of a run
+            whose stages lie on curves, joined in the order of the costs, mean ± standard deviation. Stages more than
+            ten points below the dense network are left out and counted.
         cost: "params", "macs" or "bytes".
 
     Raises:
@@ -244,12 +244,20 @@ def accuracy_against_cost(runs: Mapping[str, Sequence[Mapping[str, Any]]], cost:
     """
     _nonempty(list(runs), "the comparison")
     costs = _cost_name(cost)
-    figure = _figure(7.4, 4.0 + 0.22 * max(len(runs) - 4, 0))
+    left_out = 0
+    series = [
+        (
+            name if curve is None else f"{name}: {curve}",
+            dense_stage(stages),
+            [s for s in stages if s.get("curve") == curve],
+        )
+        for name, stages in runs.items()
+        for curve in dict.fromkeys(stage.get("curve") for stage in stages)
+    ]
+    figure = _figure(7.4, 4.0 + 0.22 * max(len(series) - 4, 0))
     axes = figure.add_subplot()
     _plain_axes(axes)
-    left_out = 0
-    for number, (name, stages) in enumerate(runs.items()):
-        dense = dense_stage(stages)
+    for number, (name, dense, stages) in enumerate(series):
         near = [s for s in stages if s["accuracy"] >= dense["accuracy"] - FOCUS]
         left_out += len(stages) - len(near)
         near.sort(key=lambda stage: stage[cost])

@@ -274,6 +274,8 @@ def test_comparison_plot_is_relative_to_each_runs_dense():
     np.testing.assert_allclose(lines["a"], [[100, 0]])
     np.testing.assert_allclose(lines["b"], [[25, -0.5], [100, 0]], atol=1e-9)
     assert "1 stage more than 10 points below dense not shown" in [t.get_text() for t in axes.texts]
+    (axes,) = accuracy_against_cost({"sweep": sweep_stages()}, "macs").axes
+    assert [c.get_label() for c in axes.containers] == ["sweep: dense", "sweep: hessian", "sweep: random"]
     (axes,) = accuracy_against_cost({"b": small}, "macs").axes
     np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata()[:, 0], [100, 100])
     with pytest.raises(ValueError, match="not 'watts'"):
