@@ -152,8 +152,8 @@ def train(
             on_epoch=on_epoch,
             deadline=lab.deadline,
         )
-    # Batches that several devices shared leave the variables on all of them; what follows runs on one.
-    found = jax.device_put(state.averaged, jax.devices()[0])
+    # Training binds the variables to its devices; what follows runs on any.
+    found = jax.tree.map(jnp.asarray, jax.device_get(state.averaged))
     check_finite(found, f"training {stage} diverged")
     return found
 

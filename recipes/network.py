@@ -41,8 +41,16 @@ class Architecture:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        """The Linen module."""
-        return make_model(self.model, self.num_classes, **self.options)
+        """The Linen module.
+
+        Raises:
+            ValueError: no such model, or one that lacks an option.
+        """
+        try:
+            return make_model(self.model, self.num_classes, **self.options)
+        except TypeError as error:
+            given = ", ".join(f"--{name}" for name in self.options)
+            raise ValueError(f"{self.model} does not take {given} ({error}); --shortcut None --widths None") from error
 
     def initialise(self, seed: int) -> dict[str, Any]:
         """Fresh variables."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ehap_jax.data.augment import augment, normalise
 from ehap_jax.data.dataset import Dataset
@@ -219,18 +219,26 @@ def make_epoch(
         if average is not None and not jax.tree.leaves(state.average):
             raise ValueError("the state has no average to follow; create it with create_train_state(…, average=True)")
         teaching = None if teacher is None else teacher.variables
-        if mesh is not None:
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            state, images, labels, teaching = jax.device_put((state, images, labels, teaching), everywhere)
+        totals, place = _zero_totals(), _place(state) if mesh is None else NamedSharding(mesh, PartitionSpec())
+        if place is not None:
+            # Arrays that are bound to a device and arrays that are not make programs of their own in every mixture.
+            state, totals, images, labels, teaching = jax.device_put((state, totals, images, labels, teaching), place)
         if loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu"):
             state, totals = jitted_scan(state, images, labels, teaching)
         else:
-            order, totals = jitted_shuffle(state), _zero_totals()
+            order = jitted_shuffle(state)
             for _ in range(steps):
                 state, totals = jitted_step(state, totals, order, images, labels, teaching)
         return state, EpochMetrics(totals.loss / steps, totals.correct / (steps * batch_size))
 
     return epoch
+
+
+def _place(state: TrainState) -> Sharding | None:
+    """The device of the state; None where it is spread over several, and stays as its owner spread it."""
+    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    bound = [array.sharding for array in arrays if array.committed] or [state.step.sharding]
+    return bound[0] if all(isinstance(sharding, SingleDeviceSharding) for sharding in bound) else None
 
 
 def _follow(average: Any, variables: Any, decay: float, step: jax.Array) -> Any:

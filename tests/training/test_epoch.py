@@ -141,6 +141,25 @@ def test_seeds_differ_and_share_one_compilation(network):
     assert traced == {"scan": 1, "step": 1}
 
 
+@pytest.mark.parametrize("loop", ["scan", "step"])
+def test_one_program_whatever_is_bound_to_a_device(problem, loop, caplog):
+    """Weights of an earlier training, or of a checkpoint, are bound to their device; a new optimizer's are not."""
+    optimizer = sgd_cosine(0.1, total_steps=10)
+    epoch = make_epoch(
+        frozen_forward(linear), optimizer, to_float, batch_size=BATCH, num_examples=N, loop=loop, average=0.9
+    )
+    free = create_train_state(problem.variables, optimizer, jax.random.key(0), average=True)
+    bound = free._replace(params=jax.device_put(free.params, jax.devices()[0]))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for state in (free, bound, jax.device_put(free, jax.devices()[0])):
+            for _ in range(2):
+                state, _ = epoch(state, problem.images, problem.labels)
+    names = [
+        record.getMessage().split("Finished XLA compilation of ")[-1].split(" in ")[0] for record in caplog.records
+    ]
+    assert names.count("jit(step)" if loop == "step" else "jit(scanned)") == 1
+
+
 def test_epochs_are_shuffled_afresh(problem):
     firsts = []
 
