@@ -219,10 +219,12 @@ def make_epoch(
         if average is not None and not jax.tree.leaves(state.average):
             raise ValueError("the state has no average to follow; create it with create_train_state(…, average=True)")
         teaching = None if teacher is None else teacher.variables
-        totals, place = _zero_totals(), _place(state) if mesh is None else NamedSharding(mesh, PartitionSpec())
+        totals = _zero_totals()
+        everything = (state, totals, images, labels, teaching)
+        place = _bound_to(everything) if mesh is None else NamedSharding(mesh, PartitionSpec())
         if place is not None:
-            # Arrays that are bound to a device and arrays that are not make programs of their own in every mixture.
-            state, totals, images, labels, teaching = jax.device_put((state, totals, images, labels, teaching), place)
+            # Every mixture of arrays that are bound to a device and arrays that are not is compiled anew.
+            state, totals, images, labels, teaching = jax.device_put(everything, place)
         if loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu"):
             state, totals = jitted_scan(state, images, labels, teaching)
         else:
@@ -234,11 +236,11 @@ def make_epoch(
     return epoch
 
 
-def _place(state: TrainState) -> Sharding | None:
-    """The device of the state; None where it is spread over several, and stays as its owner spread it."""
-    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
-    bound = [array.sharding for array in arrays if array.committed] or [state.step.sharding]
-    return bound[0] if all(isinstance(sharding, SingleDeviceSharding) for sharding in bound) else None
+def _bound_to(tree: Any) -> Sharding | None:
+    """The one device that arrays are bound to; None where none are, or where their owner spread them over several."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and leaf.committed]
+    single = [array.sharding for array in arrays if isinstance(array.sharding, SingleDeviceSharding)]
+    return single[0] if single and len(single) == len(arrays) else None
 
 
 def _follow(average: Any, variables: Any, decay: float, step: jax.Array) -> Any:
