@@ -39,14 +39,14 @@ def summarise(
     stages = []
     for name in seeds[0]:
         accuracies = [stages_of_seed[name].accuracy for stages_of_seed in seeds]
-        costs = [stages_of_seed[name].cost for stages_of_seed in seeds]
+        networks = [stages_of_seed[name].cost for stages_of_seed in seeds]
         stages.append(
             {
                 "stage": name,
                 "accuracy": mean(accuracies),
                 "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
                 "accuracies": accuracies,
-                **{field: round(mean(getattr(cost, field) for cost in costs)) for field in Cost._fields},
+                **{field: round(mean(getattr(cost, field) for cost in networks)) for field in Cost._fields},
             }
         )
     return {"stages": stages, "seeds": list(range(len(seeds))), "seconds": dict(seconds), "checks": dict(checks)} | (
