@@ -19,7 +19,7 @@ from recipes.criteria import Criterion
 from recipes.int8 import train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases
 from recipes.network import Network, load_network
-from recipes.pruned import PruneConfig, finetune, prune_network
+from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
 
 DENSE = "dense"
 """The criterion of the cell that prunes nothing and is fine-tuned like all others: what they are compared with."""
@@ -100,6 +100,9 @@ def compare_cells(
     dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
     dataset = limit_training(dataset, config.train_images)
     check_phases(dataset, cells_finetune=config.cells.finetune, cells_int8=config.cells.int8)
+    graph = network.graph()
+    for keep in config.cells.keeps:
+        check_pruning(dataset, graph, replace(config.cells.prune, keep=keep), *config.cells.criteria)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))

@@ -22,12 +22,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 
 from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import Cost, Graph, count_cost
-from ehap_jax.pruning import PruningPlan, hessian_scores, random_scores
+from ehap_jax.pruning import PruningPlan, hessian_scores
 from ehap_jax.report import write_report
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.cells import aligned, percent, spread
@@ -35,7 +34,7 @@ from recipes.command import RunOptions, run_command
 from recipes.criteria import Compute, Course, ScoreConfig, probe_bytes, probed_trace
 from recipes.lab import Lab, Phase, accuracy, check_phases, training_batch
 from recipes.network import Network, load_network, save_plan
-from recipes.pruned import PruneConfig, finetune, plan_of, shrink_network
+from recipes.pruned import PruneConfig, check_pruning, finetune, plan_of, shrink_network
 from recipes.ranking import kept_overlap, spearman
 from recipes.summary import Stage, probe_costs, summarise, write_scores
 
@@ -110,7 +109,7 @@ def main(config: Config, options: RunOptions) -> None:
     dataset = limit_training(dataset, config.train_images)
     check_phases(dataset, finetune=config.finetune)
     graph = network.graph()
-    plan_of(graph, random_scores(graph, key=jax.random.key(0)), config.prune)
+    check_pruning(dataset, graph, config.prune, "hessian")
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))

@@ -18,6 +18,7 @@ from ehap_jax.curvature import (
     piecewise_linear_kernels,
     product_memory,
 )
+from ehap_jax.data import Dataset
 from ehap_jax.graph import Graph
 from ehap_jax.pruning import (
     Scores,
@@ -47,6 +48,21 @@ class ScoreConfig:
     """Precision of the Hessian traces."""
     microbatch: int | None = 128
     """Images that are differentiated at a time; all of them where it is None."""
+
+
+def check_scores(dataset: Dataset, config: ScoreConfig, option: str) -> None:
+    """Everything that can be wrong with the settings, before any work starts; `option` begins the names of theirs.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    total = len(dataset.x_train)
+    if not 1 <= config.examples <= total:
+        raise ValueError(f"{option}.examples: {config.examples} images are not between 1 and the {total} for training")
+    if config.probes < 1:
+        raise ValueError(f"{option}.probes must be at least 1, got {config.probes}")
+    if config.microbatch is not None and config.microbatch < 1:
+        raise ValueError(f"{option}.microbatch must be at least 1, or None, got {config.microbatch}")
 
 
 def channel_scores(

@@ -21,11 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import count_cost
-from ehap_jax.pruning import random_scores
 from ehap_jax.report import stage_table, write_report
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions, run_command
@@ -33,7 +30,7 @@ from recipes.criteria import ScoreConfig
 from recipes.int8 import train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases, train
 from recipes.network import Architecture, Network, load_network, new_network, save_network, save_plan
-from recipes.pruned import PruneConfig, Pruned, finetune, plan_of, prune_network
+from recipes.pruned import PruneConfig, Pruned, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise, write_scores
 
 
@@ -133,9 +130,7 @@ def main(config: Config, options: RunOptions) -> None:
         normalisation = (dataset.mean, dataset.std)
         shape = dataset.image_shape
         network = new_network(Architecture(config.model, dataset.num_classes, shape, normalisation, model_options), 0)
-    # Any scores allow the same range, so a target that is out of reach shows at once.
-    graph = network.graph()
-    plan_of(graph, random_scores(graph, key=jax.random.key(0)), config.prune)
+    check_pruning(dataset, network.graph(), config.prune)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))

@@ -21,18 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 
 from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import count_cost
-from ehap_jax.pruning import random_scores
 from ehap_jax.report import stage_table, write_report
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions, run_command
 from recipes.lab import Lab, Phase, accuracy, check_phases
 from recipes.network import load_network, save_network
-from recipes.pruned import PruneConfig, finetune, fractions_of, plan_of, prune_network
+from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise, write_scores
 
 
@@ -73,10 +71,8 @@ def main(config: Config, options: RunOptions) -> None:
     dataset = load_dataset(config.data, normalisation=dense.architecture.normalisation)
     dataset = limit_training(dataset, config.train_images)
     check_phases(dataset, finetune=config.finetune, prune_between=config.prune.between)
-    fractions_of(config.prune)
     graph = dense.graph()
-    # Any scores allow the same range, so a target that is out of reach shows at once.
-    plan_of(graph, random_scores(graph, key=jax.random.key(0)), config.prune)
+    check_pruning(dataset, graph, config.prune)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import jax
+
+from ehap_jax.data import Dataset
 from ehap_jax.graph import Graph
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.pruning import (
@@ -16,10 +19,11 @@ from ehap_jax.pruning import (
     kept_fractions,
     linear,
     prune_iteratively,
+    random_scores,
     shrink,
     shrink_variables,
 )
-from recipes.criteria import Criterion, ScoreConfig, channel_scores
+from recipes.criteria import Criterion, ScoreConfig, channel_scores, check_scores
 from recipes.lab import Lab, Phase, compare_masked, train
 from recipes.network import Network
 
@@ -69,6 +73,19 @@ def plan_of(graph: Graph, scores: Scores, config: PruneConfig) -> PruningPlan:
 
 def _limits(config: PruneConfig) -> dict[str, Any]:
     return {"coupling": config.coupling, "max_layer_ratio": config.max_layer_ratio, "round_to": config.round_to}
+
+
+def check_pruning(dataset: Dataset, graph: Graph, config: PruneConfig, *criteria: Criterion) -> None:
+    """Everything that can be wrong with a pruning, before any work starts; by other criteria where some are given.
+
+    Raises:
+        ValueError: naming the option, or the target that is out of reach.
+    """
+    fractions_of(config)
+    if not {*(criteria or (config.criterion,))} <= {"magnitude", "random"}:
+        check_scores(dataset, config.scores, "--prune.scores")
+    # Any scores allow the same range, so a target that is out of reach shows at once.
+    plan_of(graph, random_scores(graph, key=jax.random.key(0)), config)
 
 
 def fractions_of(config: PruneConfig) -> tuple[float, ...]:

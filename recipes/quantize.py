@@ -32,7 +32,6 @@ import tyro
 from ehap_jax import INT8, fake_quant
 from ehap_jax.data import limit_training, load_dataset, normalise
 from ehap_jax.graph import Cost, count_cost
-from ehap_jax.pruning import random_scores
 from ehap_jax.quant import IntegerNetwork, rounded_activations, save_onnx, to_integer, to_onnx
 from ehap_jax.report import stage_table, write_report
 from ehap_jax.training import Deadline, Progress, RunDirectory
@@ -40,7 +39,7 @@ from recipes.command import RunOptions, run_command
 from recipes.int8 import Int8Network, calibrate, int8_network, train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases
 from recipes.network import Network, load_network, save_network
-from recipes.pruned import PruneConfig, finetune, fractions_of, plan_of, prune_network
+from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise
 
 POINTS = 0.3
@@ -225,12 +224,10 @@ def main(config: Config, options: RunOptions) -> None:
     check_phases(dataset, finetune=config.finetune, qat=config.qat)
     check_config(config, len(dataset.x_train))
     if config.prune.keep != 1 and dense.plan is None:
-        fractions_of(config.prune)
-        graph = dense.graph()
-        plan_of(graph, random_scores(graph, key=jax.random.key(0)), config.prune)
+        check_pruning(dataset, dense.graph(), config.prune)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline)
+        lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         results = [run_seed(lab, seed, dense, config) for seed in range(config.seeds)]
         lost = {
             stage: mean(abs(r.stages[stage].accuracy - r.stages["float"].accuracy) for r in results) * 100

@@ -20,13 +20,15 @@ from typing import Annotated, Any
 
 import tyro
 
+from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.report import write_comparison
 from ehap_jax.training import Deadline, RunDirectory
 from recipes import compare_criteria, compare_precision, pretrain
 from recipes.cells import CellsConfig
 from recipes.command import RunOptions, run_command
 from recipes.criteria import ScoreConfig
-from recipes.lab import Phase
+from recipes.lab import Phase, check_phases
+from recipes.network import load_network
 from recipes.pruned import PruneConfig
 
 PARTS = {
@@ -80,6 +82,10 @@ VARIANTS = {
 
 def main(config: Config, options: RunOptions) -> None:
     deadline = Deadline(options.max_minutes)
+    # What every part would find missing in the end is found missing here, before a directory is made.
+    network = None if config.dense is None else load_network(config.dense)
+    dataset = load_dataset(config.data, normalisation=network and network.architecture.normalisation)
+    check_phases(limit_training(dataset, config.train_images), cells_finetune=config.cells.finetune)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
 
     def part(name: str, recipe: Callable[[Any, RunOptions], None], settings: Any) -> None:

@@ -3,6 +3,7 @@
     python -m recipes.reproduction results/reproduction_*.json --published results/compare_torch_*.json \
         --output results/REPRODUCTION.md
 
+Writes the table, and beside it one picture per run, accuracy against multiply-accumulates, named after its JSON file.
 Reads ``reproduction.json`` of `recipes.reproduce` and ``comparison.json`` of `recipes.compare_torch` (the trace as
 EHAP's released code computes it beside the fixed one). Every row says whether it ran, ran shortened (and how), or did
 not run.
@@ -19,9 +20,10 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from ehap_jax.report import accuracy_curves
 from ehap_jax.report.tables import markdown_table
 from ehap_jax.training.run_directory import write_atomically
-from recipes.cells import percent
+from recipes.cells import percent, stages_of
 
 PAPER_EPOCHS, PAPER_INT8_EPOCHS, PAPER_SEEDS, PAPER_PROBES, PAPER_EXAMPLES = 300, 30, 3, 300, 512
 
@@ -218,8 +220,16 @@ def never_run() -> list[Row]:
     ]
 
 
-def document(runs: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]]) -> str:
-    """The page."""
+def draw(run: dict[str, Any], path: Path) -> bool:
+    """The Pareto plot of the criteria of a run, where it has compared any."""
+    if not run.get("criteria", {}).get("result", {}).get("statistics"):
+        return False
+    accuracy_curves(stages_of(run["criteria"]["result"]["statistics"]), "macs").savefig(path, dpi=120)
+    return True
+
+
+def document(runs: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]], pictures: Sequence[str] = ()) -> str:
+    """The page; `pictures` are files beside it."""
     rows = [row for run in runs for row in rows_of(run)]
     rows += [row for comparison in published for row in published_rows(comparison)]
     rows += never_run()
@@ -229,7 +239,8 @@ def document(runs: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]]
         "Made by `python -m recipes.reproduction` from the JSON files in this folder. Accuracies are in per cent of\n"
         "the test split, after the last epoch, ± standard deviation over seeds where there are several; differences\n"
         "are paired by seed; `dense` is the unpruned network, fine-tuned like the others. A shortened run has not\n"
-        "recovered from pruning: it shows what happens, not how good the method is in the end.\n\n" + table + "\n"
+        "recovered from pruning: it shows what happens, not how good the method is in the end.\n\n"
+        + "\n".join([table, *(f"![Accuracy against multiply-accumulates]({name})\n" for name in pictures)])
     )
 
 
@@ -244,8 +255,10 @@ def command(arguments: Sequence[str] | None = None) -> int:
         if not given.runs:
             raise ValueError("name at least one reproduction.json")
         runs, published = ([_read(path) for path in paths] for paths in (given.runs, given.published))
-        write_atomically(given.output, document(runs, published))
-    except (KeyError, ValueError, OSError) as error:
+        files = [given.output.with_name(f"{path.stem}.png") for path in given.runs]
+        pictures = [file.name for run, file in zip(runs, files, strict=True) if draw(run, file)]
+        write_atomically(given.output, document(runs, published, pictures))
+    except (KeyError, ValueError, OSError, ImportError) as error:
         print(f"reproduction: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -29,7 +29,16 @@ from ehap_jax.pruning import hessian_scores
 from ehap_jax.report import write_report
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions, run_command
-from recipes.criteria import Compute, Course, ScoreConfig, hessian_trace, is_proven, probe_bytes, probed_trace
+from recipes.criteria import (
+    Compute,
+    Course,
+    ScoreConfig,
+    check_scores,
+    hessian_trace,
+    is_proven,
+    probe_bytes,
+    probed_trace,
+)
 from recipes.lab import Lab, accuracy, training_batch
 from recipes.network import load_network
 from recipes.ranking import spearman
@@ -63,6 +72,7 @@ def main(config: Config, options: RunOptions) -> None:
         raise ValueError(f"--computes must be different precisions, at least one; got {config.computes}")
     network = load_network(config.dense)
     dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
+    check_scores(dataset, config.scores, "--scores")
     batch = training_batch(dataset, config.scores.examples, config.seed)
     run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
     with Progress() as progress:

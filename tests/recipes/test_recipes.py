@@ -187,13 +187,17 @@ def test_ehap_from_a_trained_network(dense, tmp_path):
             ["short", "DENSE", "--train-images", "512", "--finetune.batch-size", "5000"],
             "--finetune.batch-size 5000",
         ),
+        (prune, ["short", "DENSE", "--prune.scores.probes", "0", "--train-images", "512"], "--prune.scores.probes"),
         (prune, ["short", "nowhere"], "no checkpoint or run directory nowhere"),
+        (reproduce, ["cpu", "nowhere"], "no checkpoint or run directory nowhere"),
         (trace, ["short", "DENSE", "--scores.examples", "100000"], "100000 images"),
         (compare_criteria, ["short", "DENSE", "--cells.keeps", "1.5"], "--keeps are fractions"),
         (compare_criteria, ["short", "DENSE", "--cells.seeds", "0"], "--seeds"),
         (compare_precision, ["short", "DENSE", "--computes", "float32", "float32"], "--computes"),
         (sweep, ["short", "DENSE", "--max-minutes", "0"], "positive number of minutes"),
+        (sweep, ["short", "DENSE", "--train-images", "512", "--cells.keeps", "0.001"], "out of reach"),
         (ehap, ["digits", "--model", "alexnet"], "unknown model 'alexnet'"),
+        (pretrain, ["digits", "--model", "vgg11"], "vgg11 does not take --shortcut"),
         (pretrain, ["digits", "--train-images", "9999"], "cannot take 9999"),
         (pretrain, ["digits", "--phase.label-smoothing", "1"], "--phase.label-smoothing"),
         (pretrain, ["digits", "--phase.average", "1.5"], "--phase.average"),
@@ -243,6 +247,8 @@ def test_reproduce_and_the_table_of_claims(dense, tmp_path):
     table = tmp_path / "REPRODUCTION.md"
     assert reproduction.command([str(tmp_path / "run" / "reproduction.json"), "--output", str(table)]) == 0
     text = table.read_text()
+    assert "![Accuracy against multiply-accumulates](reproduction.png)" in text
+    assert (tmp_path / "reproduction.png").stat().st_size > 10_000
     gap = found["criteria"]["result"]["differences"][0]["difference"]["mean"]
     assert f"magnitude − random {100 * gap:.2f}" in text
     assert "ran shortened: 1 of 300 epochs of fine-tuning, 1 of 30 of INT8, 256 training images, 1 of 3 seeds" in text
