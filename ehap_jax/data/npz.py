@@ -27,9 +27,7 @@ def read_npz(path: str | Path) -> Source:
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded.items()) if isinstance(loaded, np.lib.npyio.NpzFile) else None
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a readable .npz archive of plain arrays; expected one with {', '.join(_KEYS)}"
-        ) from error
+        raise ValueError(f"{path} is not a readable .npz archive of plain arrays: {error}") from error
     if arrays is None:
         raise ValueError(f"{path} holds a single array; expected an .npz archive with {', '.join(_KEYS)}")
     missing = [key for key in _KEYS if key not in arrays]
