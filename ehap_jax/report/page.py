@@ -130,12 +130,18 @@ def _figures(data: RunData) -> Iterator[tuple[Figure, str]]:
 def _describe(data: RunData) -> str:
     device, packages, git = (_dictionary(data.versions.get(name)) for name in ("device", "packages", "git"))
     parts = [
-        f"{data.config.get('model', 'model')} on {data.config.get('data', 'data')}",
+        f"{_network(data.config)} on {data.config.get('data', 'data')}",
         f"JAX {packages['jax']}" if packages.get("jax") else "",
         str(device.get("kind", "")),
         f"commit {str(git['commit'])[:10]}{' (modified)' if git.get('modified') else ''}" if "commit" in git else "",
     ]
     return " · ".join(part for part in parts if part)
+
+
+def _network(config: dict[str, Any]) -> str:
+    """The model, or the name of what the run started from."""
+    source = config.get("dense") or config.get("network")
+    return str(config.get("model") or (Path(source).name if isinstance(source, str) else "network"))
 
 
 def _dictionary(value: Any) -> dict[str, Any]:

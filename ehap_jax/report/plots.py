@@ -261,6 +261,8 @@ def accuracy_against_cost(runs: Mapping[str, Sequence[Mapping[str, Any]]], cost:
         near = [s for s in stages if s["accuracy"] >= dense["accuracy"] - FOCUS]
         left_out += len(stages) - len(near)
         near.sort(key=lambda stage: stage[cost])
+        if not near:
+            continue
         axes.errorbar(
             [100 * s[cost] / dense[cost] for s in near],
             [100 * (s["accuracy"] - dense["accuracy"]) for s in near],
@@ -428,7 +430,7 @@ def _draw_accuracies(axes: Axes, stages: Sequence[Mapping[str, Any]], floor: flo
 
 def _series(number: int) -> dict[str, Any]:
     """How the so-many-th series of a plot looks."""
-    color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+    color, marker = SERIES[number % len(SERIES)], MARKERS[(number + number // len(SERIES)) % len(MARKERS)]
     return {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.2, "elinewidth": 1}
 
 
