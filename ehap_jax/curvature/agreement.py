@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.stats import rankdata
 
 from ehap_jax.curvature.estimate import TraceEstimate
 from ehap_jax.curvature.problem import path_name
@@ -84,6 +83,8 @@ def agreement_of_scores(scores: np.ndarray, sems: np.ndarray, count: int, *, pru
       count: the number of probes; with few, the standard errors themselves are uncertain (Student's t).
       prune: the fraction with the lowest scores.
     """
+    from scipy.stats import rankdata  # importing it takes longer than importing all of ehap_jax
+
     if not 0 < prune < 1:
         raise ValueError(f"prune is a fraction between 0 and 1; got {prune}")
     noisy = sems > 0

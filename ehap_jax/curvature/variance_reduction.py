@@ -30,7 +30,9 @@ def variance_reduction(
     """By which factor the Gauss-Newton control variate lowers the variance of one probe, per layer.
 
     The sample variances of `channel_trace` by ``method="hutchinson"`` and ``method="control_variate"``, each summed
-    over the channels of a layer, from the same probes; infinite where nothing is left to estimate.
+    over the channels of a layer, from the same probes; infinite where nothing is left to estimate. Below 1 where the
+    blocks of H - G between layers disturb a layer more than its own block of H did (``b`` below); ``method="auto"``
+    probes the layers that are not proven alone.
 
     Args:
       num_probes: at least 2; a handful tells whether it is worth its while. options: of `channel_trace`.
@@ -44,7 +46,7 @@ def variance_reduction(
     >>> p = {"a": jnp.eye(3), "b": jnp.ones((3, 2)).at[0, 0].set(3.0)}
     >>> batch = (jnp.eye(3), jnp.zeros(3, jnp.int32))
     >>> found = variance_reduction(loss, p, batch, model=model, key=jax.random.key(0), num_probes=8)
-    >>> found["a"] > 1, found["b"] > 1e6
+    >>> found["a"] > 1, found["b"] < 1
     (True, True)
     """
     if num_probes < 2:
