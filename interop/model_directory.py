@@ -4,6 +4,7 @@
       config.json         what the network is: widths, tensors with shapes and dtypes, your configuration and metadata
       model.safetensors   the weights under PyTorch's names; config and plan once more in the file's own metadata
       plan.json           what was pruned, where it was
+      model.onnx          the INT8 or float network for ONNX Runtime, where one was given
       README.md           the model card, written from the above
 
 `model.safetensors` alone is a checkpoint, too: `from_torch("model/model.safetensors")`, or in PyTorch
@@ -12,6 +13,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +28,7 @@ import numpy as np
 
 from ehap_jax.pruning import PruningPlan
 from ehap_jax.pruning.plan import check_fits
+from ehap_jax.quant import save_onnx
 from interop.forms import FORMS, INDEX_BUFFERS, CheckpointError, Form
 from interop.from_torch import CheckpointInfo, from_torch
 from interop.layouts import written_layout
@@ -34,8 +37,9 @@ from interop.spec import Spec, read_spec
 from interop.to_torch import form_of, named_arrays, residual_indices, to_torch
 
 FORMAT = "ehap_jax.model"
-VERSION = 1
+VERSION = 2
 CONFIG, WEIGHTS, PLAN, CARD = "config.json", "model.safetensors", "plan.json", "README.md"
+ONNX = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class SavedModel:
         variables: {"params": …, "batch_stats": …}, bit for bit as they were saved.
         plan: the plan that shrunk them, or None.
         config, metadata: as they were given to `save_model`.
+        onnx: the path of model.onnx, unchanged since it was saved, or None.
         info: widths, index buffers and normalisation; the last is `config["normalisation"]` where that was given.
     """
 
@@ -56,6 +61,7 @@ class SavedModel:
     config: dict[str, Any]
     metadata: dict[str, Any]
     info: CheckpointInfo
+    onnx: Path | None = None
 
 
 def save_model(
@@ -66,6 +72,7 @@ def save_model(
     config: Mapping[str, Any],
     metadata: Mapping[str, Any],
     indices: Mapping[str, np.ndarray] | None = None,
+    onnx: Any = None,
 ) -> Path:
     """Write a network as one directory, whole or not at all.
 
@@ -79,6 +86,7 @@ def save_model(
         metadata: numbers and strings worth telling (accuracies, data set, seed), in JSON's types; the model card
             lists them.
         indices: `info.indices` of a network that was pruned elsewhere; not with a plan.
+        onnx: the same network as an `onnx.ModelProto` (`ehap_jax.to_onnx`), float or INT8; written to model.onnx.
 
     Returns:
         The directory.
@@ -122,14 +130,18 @@ def save_model(
             for name, tensor in tensors.items()
         },
         "pruned": plan is not None,
+        "onnx": {},
         "config": dict(config),
         "metadata": dict(metadata),
     }
-    text = _json(document, "config and metadata")
+    _json(document, "config and metadata")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        (temporary / CONFIG).write_text(text, encoding="utf-8")
+        if onnx is not None:
+            save_onnx(onnx, temporary / ONNX)
+            document["onnx"] = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        (temporary / CONFIG).write_text(_json(document, "config and metadata"), encoding="utf-8")
         inside = {"format": "pt", CONFIG: json.dumps(document)}
         if plan is not None:
             inside[PLAN] = json.dumps(json.loads(plan.save(temporary / PLAN).read_text()))
@@ -185,9 +197,11 @@ def load_model(directory: str | os.PathLike[str]) -> SavedModel:
         raise CheckpointError(f"{source / CONFIG}: network is {document['network']}, the tensors are {info.spec}")
     if plan is not None:
         _check_plan(variables, info, plan, source)
+    _check_onnx(source, document["onnx"])
     normalisation = _normalisation(document["config"])
     info = replace(info, metadata=document["metadata"], normalisation=normalisation or info.normalisation)
-    return SavedModel(apply, variables, plan, document["config"], document["metadata"], info)
+    onnx = source / ONNX if document["onnx"] else None
+    return SavedModel(apply, variables, plan, document["config"], document["metadata"], info, onnx)
 
 
 def model_card(name: str, document: Mapping[str, Any], plan: PruningPlan | None = None) -> str:
@@ -215,7 +229,8 @@ def model_card(name: str, document: Mapping[str, Any], plan: PruningPlan | None 
         expects = f"images in [0, 1], minus {list(normalisation[0])}, divided by {list(normalisation[1])} (RGB)"
     facts.append(("input", expects))
     plan_file = [f"`{PLAN}` (which channels were kept)"] if plan is not None else []
-    files = ", ".join([f"`{CONFIG}`", f"`{WEIGHTS}` (PyTorch's names)", *plan_file])
+    onnx_file = [f"`{ONNX}` (for ONNX Runtime)"] if document["onnx"] else []
+    files = ", ".join([f"`{CONFIG}`", f"`{WEIGHTS}` (PyTorch's names)", *plan_file, *onnx_file])
     parts = [
         f"---\nlibrary_name: ehap-jax\ntags: [image-classification{', pruned' if plan is not None else ''}]\n---",
         f"# {name}",
@@ -276,7 +291,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f'{path} is not of a saved model: "format" is not {FORMAT!r}')
     if document.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {document.get('version')!r}; this library reads {VERSION}")
-    fields = {"network": dict, "tensors": dict, "pruned": bool, "config": dict, "metadata": dict}
+    fields = {"network": dict, "tensors": dict, "pruned": bool, "onnx": dict, "config": dict, "metadata": dict}
     for name, kind in fields.items():
         if not isinstance(document.get(name), kind):
             raise CheckpointError(f"{path}: {name!r} must be a {kind.__name__}, found {document.get(name)!r}")
@@ -284,6 +299,23 @@ def _read_config(path: Path) -> dict[str, Any]:
         if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list) or "dtype" not in entry:
             raise CheckpointError(f"{path}: tensors[{name!r}] must have a shape and a dtype, found {entry!r}")
     return document
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_onnx(source: Path, recorded: Mapping[str, Any]) -> None:
+    for name, digest in recorded.items():
+        if Path(name).name != name or not name.startswith(ONNX):
+            raise CheckpointError(f"{source / CONFIG}: {name!r} is no name of an ONNX file in this directory")
+        if not (source / name).is_file():
+            raise FileNotFoundError(f"{source} is recorded to have {name} and has none")
+        if _sha256(source / name) != digest:
+            raise CheckpointError(f"{source / name} is not the file that was saved: its sha256 is another")
+    if not recorded and (source / ONNX).exists():
+        raise CheckpointError(f"{source} has a {ONNX} that {CONFIG} knows nothing of")
 
 
 def _check_copy(inside: Mapping[str, str], name: str, document: Any, source: Path) -> None:

@@ -4,12 +4,13 @@
 
 Takes any checkpoint that `interop.from_torch` reads and answers, JAX beside PyTorch: are logits, gradient,
 Hessian-vector product and channel traces the same numbers; do the scores rank and prune the same channels; how
-accurate is the pruned network in both; how long does a probe take and how much memory. Then it repeats the schedule of
+accurate is the pruned network in both; are the integers of the INT8 network the same; how long does a probe take and
+how much memory. Then it repeats the schedule of
 EHAP's released mixed-precision code (arXiv 2306.07030), whose probe i carries the weight 2^(16 - 8i), and says what
 that does to the ranking. Writes a table, `comparison.json` and two plots to a run directory, and exits with status 1
 where a figure is beyond its limit.
 
-JAX runs on its default device, PyTorch on the CPU.
+JAX runs on its default device, PyTorch on the CPU; time and memory of PyTorch are measured on a GPU where it sees one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -38,7 +40,16 @@ from ehap_jax.curvature import channel_trace, gauss_newton_trace, is_kernel, rad
 from ehap_jax.data import load_dataset
 from ehap_jax.graph import Graph, trace_graph
 from ehap_jax.graph.structure import Coupling
-from ehap_jax.pruning import PruningPlan, Scores, allocate, hessian_scores, mask_variables, shrink_variables
+from ehap_jax.pruning import (
+    PruningPlan,
+    Scores,
+    allocate,
+    hessian_scores,
+    mask_variables,
+    shrink,
+    shrink_variables,
+)
+from ehap_jax.quant import INT8, fake_quant, to_integer
 from ehap_jax.report import score_scatter
 from ehap_jax.training import Progress, RunDirectory
 from interop.compare import LIMITS
@@ -85,9 +96,11 @@ MEANING = {
     "probes: many equally weighted probes, drawn independently of those compared.",
     "pruned": "Test accuracy right after pruning, without fine-tuning, per criterion and kept fraction of channels. "
     "JAX runs the masked network, PyTorch the shrunk one; logits_max_abs is the largest difference between the two.",
+    "int8": "The dense network and the one pruned most, in INT8 with ranges from the training images, no training: "
+    "every quantised activation of the compared test images as `to_integer` and `interop.torch_integer` compute it.",
     "cost": "Each framework in a process of its own, the same images: first_call_seconds compiles, the others are from "
     "the second call. On a machine that others use (load_average above the number of cores) compare the CPU seconds. "
-    "Memory in MiB of resident memory (on a GPU, of its memory, for JAX); memory_before has both frameworks imported.",
+    "Memory in MiB of resident memory (on a GPU, of its memory); memory_before has both frameworks imported.",
 }
 
 
@@ -116,6 +129,8 @@ class Config:
     """What rankings are compared with; "auto" is exact where that is proven to be the Hessian."""
     reference_probes: int = 1000
     """Probes of the reference where it is not exact."""
+    int8_images: int = 32
+    """Test images on which every INT8 integer is compared."""
     cost: bool = True
     """Measure time and memory, too."""
     seed: int = 0
@@ -152,7 +167,8 @@ def prepare(config: Config, progress: Progress) -> Job:
     if config.same_probes < 1 or config.reference_probes < 2:
         raise ValueError("--same-probes must be at least 1, --reference-probes at least 2")
     dataset = load_dataset(config.data)
-    for name, count in (("images", len(dataset.x_train)), ("test_images", len(dataset.x_test))):
+    counts = {"images": len(dataset.x_train), "test_images": len(dataset.x_test), "int8_images": config.test_images}
+    for name, count in counts.items():
         if not 1 <= getattr(config, name) <= count:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(config, name)} is not between 1 and the {count} there are")
@@ -324,6 +340,42 @@ def pruned_accuracies(job: Job, criteria: Mapping[str, Scores]) -> list[dict[str
     return rows
 
 
+def compare_int8(job: Job, scores: Scores) -> list[dict[str, Any]]:
+    """Do both run the same integers? The dense network, and the one that keeps the least."""
+    from interop.torch_integer import IntegerModule
+
+    nets, images = job.nets, job.test[: job.config.int8_images]
+    ratio = min(job.config.ratios)
+    plan = plan_of(job, scores, ratio)
+    networks = {1.0: (nets.apply, nets.variables)}
+    networks[ratio] = (shrink(nets.apply, plan), shrink_variables(nets.variables, plan))
+    rows = []
+    with job.progress.stage("INT8 integers", len(networks)) as advance:
+        for kept, (apply, variables) in networks.items():
+            quantized = fake_quant(apply, rules=INT8)
+            observe = jax.jit(partial(quantized.apply, update=True))
+            _, ranges = observe(variables, quantized.init(variables, job.train[:1]), job.train)
+            integers = to_integer(quantized, variables, ranges, example=images)
+            module = IntegerModule(integers, images.shape[1:])
+            ours, logits = jax.device_get(
+                jax.jit(lambda network, x: (network.tensors(x), network(x)))(integers, images)
+            )
+            theirs = {name: value.numpy() for name, value in module.tensors(torch_images(images)).items()}
+            torch_logits, truth = module(torch_images(images)).numpy(), job.truth[: len(images)]
+            rows.append(
+                {
+                    "kept_channels": kept,
+                    "integers": int(sum(value.size for value in ours.values())),
+                    "integers_that_differ": int(sum(np.sum(ours[name] != theirs[name]) for name in ours)),
+                    "logits_that_differ": int(np.sum(logits != torch_logits)),
+                    "accuracy_jax": float(np.mean(logits.argmax(axis=1) == truth)),
+                    "accuracy_torch": float(np.mean(torch_logits.argmax(axis=1) == truth)),
+                }
+            )
+            advance()
+    return rows
+
+
 def _torch_logits(module: Any, images: np.ndarray) -> np.ndarray:
     import torch
 
@@ -331,7 +383,7 @@ def _torch_logits(module: Any, images: np.ndarray) -> np.ndarray:
         return module(torch_images(images)).numpy()
 
 
-def measure(framework: str, checkpoint: Path, layout: str, images, labels, probes: int) -> dict[str, float]:
+def measure(framework: str, checkpoint: Path, layout: str, images, labels, probes: int) -> dict[str, Any]:
     """Time and memory of a trace; meant for a process of its own. Memory in MiB."""
     nets = pair(checkpoint, layout)
     before = _memory()["now"]
@@ -347,11 +399,13 @@ def measure(framework: str, checkpoint: Path, layout: str, images, labels, probe
 
         from interop.reference.trace import fixed_trace, rademacher_probes
 
-        drawn = list(rademacher_probes(nets.module, probes, seed=0))
-        x, y = torch_images(images), torch.from_numpy(labels.astype(np.int64))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        module = nets.module.to(device)
+        drawn = list(rademacher_probes(module, probes, seed=0))
+        x, y = torch_images(images).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
 
         def trace() -> None:
-            fixed_trace(nets.module, x, y, drawn)
+            fixed_trace(module, x, y, drawn)  # checks its products, and so waits for them
 
     seconds, cpu_seconds = [], []
     for _ in range(2):
@@ -359,16 +413,29 @@ def measure(framework: str, checkpoint: Path, layout: str, images, labels, probe
         trace()
         seconds.append(time.perf_counter() - started)
         cpu_seconds.append(time.process_time() - cpu_started)
-    on_device = (jax.devices()[0].memory_stats() or {}) if framework == "JAX" else {}
-    peak = on_device["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in on_device else _memory()["peak"]
+    where, on_device = _device_peak(framework)
     return {
+        "device": where,
         "first_call_seconds": seconds[0],
         "seconds_per_probe": seconds[1] / probes,
         "cpu_seconds_per_probe": cpu_seconds[1] / probes,
         "memory_before": before,
-        "peak_memory": peak,
+        "peak_memory": _memory()["peak"] if on_device is None else on_device,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
     }
+
+
+def _device_peak(framework: str) -> tuple[str, float | None]:
+    """The device that was measured, and the most memory it had in use, in MiB; None on a CPU."""
+    if framework == "JAX":
+        device = jax.devices()[0]
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        return str(device.device_kind), None if peak is None else peak / 2**20
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu", None
+    return torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
 
 
 def _memory() -> dict[str, float]:
@@ -428,12 +495,14 @@ def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
             "channels_scored": int(sum(len(values) for values in reference.values.values())),
         },
         "identity": identity,
-        "limits": {name: LIMITS[name] for name in SAME} | {"pruned_logits_max_abs": LIMITS["logits_max_abs"]},
+        "limits": {name: LIMITS[name] for name in SAME}
+        | {"pruned_logits_max_abs": LIMITS["logits_max_abs"], "int8_integers_that_differ": 0},
         "scores": agreement(job, both["JAX"], both["PyTorch"]),
         "reference": how,
         "schedule": schedule,
         "weight_of_the_first_published_probe": first_weight,
         "pruned": pruned_accuracies(job, criteria),
+        "int8": compare_int8(job, reference),
         "cost": compare_cost(job) if config.cost else {},
         "meaning": MEANING,
     }
@@ -443,8 +512,16 @@ def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
 def beyond_limits(document: Mapping[str, Any]) -> list[str]:
     """The names of the figures that are beyond their limits (NaN included)."""
     found = {name: document["identity"][name] for name in SAME}
-    found["pruned_logits_max_abs"] = max(row["logits_max_abs"] for row in document["pruned"])
+    found |= _worst(document)
     return [name for name, value in found.items() if not value <= document["limits"][name]]
+
+
+def _worst(document: Mapping[str, Any]) -> dict[str, float]:
+    """The limited figures that several rows have."""
+    return {
+        "pruned_logits_max_abs": max(row["logits_max_abs"] for row in document["pruned"]),
+        "int8_integers_that_differ": sum(row["integers_that_differ"] for row in document["int8"]),
+    }
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
@@ -452,9 +529,9 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
     beyond, limits = beyond_limits(document), document["limits"]
     name = document["checkpoint"]["file"]
     same = Table("JAX against PyTorch", "found", "at most", title=f"{name}: the same numbers?", title_justify="left")
-    pruned_worst = max(row["logits_max_abs"] for row in document["pruned"])
+    found = document["identity"] | _worst(document)
     for figure, limit in limits.items():
-        value = document["identity"].get(figure, pruned_worst)
+        value = found[figure]
         same.add_row(figure.replace("_", " "), f"{value:.3g}{' !' if figure in beyond else ''}", f"{limit:g}")
     identity, scores = document["identity"], document["scores"]
     same.add_row("accuracy", f"{identity['accuracy_jax']:.2%} | {identity['accuracy_torch']:.2%}", "")
@@ -478,7 +555,14 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
         accuracies = (f"{row[f'accuracy_{framework}']:.2%}" for framework in ("jax", "torch"))
         pruned.add_row(f"{row['kept_channels']:g}", row["criterion"], *accuracies)
 
+    int8 = Table("kept channels", "integers", "differ", "accuracy, JAX", "PyTorch", title="INT8, not trained")
+    int8.title_justify = "left"
+    for row in document["int8"]:
+        accuracies = (f"{row[f'accuracy_{framework}']:.2%}" for framework in ("jax", "torch"))
+        int8.add_row(f"{row['kept_channels']:g}", f"{row['integers']:,}", str(row["integers_that_differ"]), *accuracies)
+
     cost = Table("", *document["cost"], title="Cost of a trace, each in a process of its own", title_justify="left")
+    cost.add_row("device", *[measured["device"] for measured in document["cost"].values()])
     for key, what in (
         ("seconds_per_probe", "seconds per probe"),
         ("cpu_seconds_per_probe", "CPU seconds per probe"),
@@ -488,7 +572,7 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
         ("load_average", "load average meanwhile"),
     ):
         cost.add_row(what, *[f"{measured[key]:.4g}" for measured in document["cost"].values()])
-    return [same, ranking, pruned, *([cost] if document["cost"] else [])]
+    return [same, ranking, pruned, int8, *([cost] if document["cost"] else [])]
 
 
 def schedule_figure(document: Mapping[str, Any]) -> Figure:

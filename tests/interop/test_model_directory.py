@@ -10,6 +10,7 @@ import pytest
 
 from ehap_jax.graph import trace_graph
 from ehap_jax.pruning import allocate, random_scores, shrink, shrink_variables
+from ehap_jax.quant import to_onnx
 from interop import CheckpointError, from_torch, to_torch
 from tests.interop.conftest import lively, torch_logits
 
@@ -143,6 +144,14 @@ def edit(path, change):
     path.write_text(json.dumps(document))
 
 
+def both(folder, change):
+    """Change config.json and its copy inside the weights."""
+    edit(folder / "config.json", change)
+    with safetensors.safe_open(folder / "model.safetensors", framework="numpy") as file:
+        inside = file.metadata() | {"config.json": (folder / "config.json").read_text()}
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata=inside)
+
+
 def reweigh(folder, change):
     """Change the tensors and keep the metadata."""
     with safetensors.safe_open(folder / "model.safetensors", framework="numpy") as file:
@@ -155,8 +164,9 @@ def reweigh(folder, change):
 TAMPERED = {
     "config": (lambda f: edit(f / "config.json", lambda d: d["metadata"].update(accuracy=1)), "not the one inside"),
     "plan": (lambda f: edit(f / "plan.json", lambda d: d["provenance"].update(x=1)), "not the one inside"),
-    "version": (lambda f: edit(f / "config.json", lambda d: d.update(version=2)), "version 2"),
+    "version": (lambda f: edit(f / "config.json", lambda d: d.update(version=1)), "version 1"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "not a JSON file"),
+    "form": (lambda f: both(f, lambda d: d["network"].update(form="mlp")), "network.form is 'mlp'; known: resnet"),
     "no tensors": (lambda f: edit(f / "config.json", lambda d: d.pop("tensors")), "'tensors' must be a dict"),
     "shape": (
         lambda f: reweigh(f, lambda t: t.update({"linear.bias": torch.zeros(4)})),
@@ -202,6 +212,38 @@ def test_positions_in_residual_sums_must_be_the_plans(shrunk, tmp_path):
 
     reweigh(saved, reverse)
     with pytest.raises(CheckpointError, match="other positions"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("make", [lambda: torch_models.wide_resnet(10, 1, stem=4), lambda: torch_models.preresnet(11)])
+def test_other_forms_come_back(make, images, tmp_path):
+    apply, variables, _ = from_torch(lively(make()).state_dict())
+    found = load_model(save_model(tmp_path / "model", variables, config={}, metadata={}))
+    assert same_bits(found.variables, variables)
+    np.testing.assert_array_equal(found.apply(found.variables, images), apply(variables, images))
+
+
+def test_onnx_file_goes_along_and_may_not_change(loaded, shrunk, images, tmp_path):
+    pytest.importorskip("onnx", reason="ONNX is an optional extra: pip install 'ehap-jax[onnx]'")
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX is an optional extra: pip install 'ehap-jax[onnx]'")
+    plan, small = shrunk["group"]
+    model = to_onnx(shrink(loaded[0], plan), small, example=images)
+    there = save_model(tmp_path / "model", small, plan, config=CONFIG, metadata=METADATA, onnx=model)
+    found = load_model(there)
+    assert found.onnx == there / "model.onnx" and "`model.onnx`" in (there / "README.md").read_text()
+    (logits,) = runtime.InferenceSession(found.onnx.read_bytes()).run(None, {"x": images})
+    np.testing.assert_allclose(logits, found.apply(found.variables, images), atol=1e-4)
+    found.onnx.write_bytes(found.onnx.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="sha256"):
+        load_model(there)
+    found.onnx.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.onnx"):
+        load_model(there)
+
+
+def test_onnx_file_from_elsewhere_is_refused(saved):
+    (saved / "model.onnx").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="knows nothing of"):
         load_model(saved)
 
 

@@ -14,7 +14,7 @@ from tests.interop.conftest import lively  # noqa: E402
 
 TINY = [
     "--images", "8", "--test-images", "16", "--same-probes", "2", "--probes", "1", "2",
-    "--ratios", "0.8", "0.5", "--no-cost",
+    "--ratios", "0.8", "0.5", "--int8-images", "4", "--no-cost",
 ]  # fmt: skip
 
 
@@ -51,6 +51,14 @@ def test_both_frameworks_agree(finished):
     rows = found["pruned"]
     assert len(rows) == 2 * 3 and all(row["accuracy_jax"] == row["accuracy_torch"] for row in rows)
     assert compare_torch.beyond_limits(found) == []
+
+
+def test_int8_integers_are_the_same(finished):
+    dense, pruned = json.loads((finished / "comparison.json").read_text())["int8"]
+    assert (dense["kept_channels"], pruned["kept_channels"]) == (1.0, 0.5)
+    assert dense["integers"] > pruned["integers"] > 1000
+    assert dense["integers_that_differ"] == pruned["logits_that_differ"] == pruned["integers_that_differ"] == 0
+    assert dense["accuracy_jax"] == dense["accuracy_torch"]
 
 
 def test_published_schedule_is_its_first_probe(finished):
@@ -97,7 +105,9 @@ def test_figures_beyond_their_limits_are_named(finished):
     found = json.loads((finished / "comparison.json").read_text())
     found["identity"]["gradient_relative"] = float("nan")
     found["pruned"][0]["logits_max_abs"] = 1.0
-    assert compare_torch.beyond_limits(found) == ["gradient_relative", "pruned_logits_max_abs"]
+    found["int8"][1]["integers_that_differ"] = 1
+    beyond = ["gradient_relative", "pruned_logits_max_abs", "int8_integers_that_differ"]
+    assert compare_torch.beyond_limits(found) == beyond
 
 
 @pytest.mark.parametrize(
@@ -105,6 +115,7 @@ def test_figures_beyond_their_limits_are_named(finished):
     [
         (["--images", "31"], "--images 31 is not between 1 and the 2\\d there are"),
         (["--test-images", "0"], "--test-images 0"),
+        (["--int8-images", "17"], "--int8-images 17 is not between 1 and the 16"),
         (["--probes", "0", "10"], "--probes"),
         (["--ratios", "1.5"], "--ratios"),
         (["--data", "npz:nowhere.npz"], "nowhere.npz"),
