@@ -3,13 +3,13 @@
 import importlib.metadata
 import os
 
-FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Tests compile thousands of tiny programs and run them once; most of that time is here. The flag ended with 0.10.
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+# Tests compile thousands of tiny programs and run each once. The last flag ended with jaxlib 0.10.
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
+    + [os.environ.get("XLA_FLAGS", "")]
+)
 
 import jax
 
