@@ -13,7 +13,6 @@ import numpy as np
 
 from ehap_jax.quant import IntegerNetwork
 from ehap_jax.quant import integer_arithmetic as arithmetic
-from ehap_jax.quant.integer import integers_made
 from ehap_jax.quant.program import (
     AddStep,
     ClipStep,
@@ -98,6 +97,7 @@ class IntegerModule(nn.Module):
         if len(program.inputs) != 1 or len(program.outputs) != 1 or not isinstance(program.outputs[0], str):
             raise NotImplementedError("only networks from one image tensor to one tensor of logits are converted")
         self.steps, self.input, self.output = program.steps, program.inputs[0], program.outputs[0]
+        self.integers = program.integers
         self.layers = nn.ModuleDict()
         for step in self.steps:
             _check(step)
@@ -117,7 +117,7 @@ class IntegerModule(nn.Module):
     def tensors(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every quantised activation by name, as int32 integers of its grid, channels last as in JAX."""
         found = self._run(x)
-        return {out.name: found[out.name] for step in self.steps if (out := integers_made(step)) is not None}
+        return {name: found[out.name] for name, out in self.integers.items()}
 
     def _run(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         tensors = {self.input: x.permute(0, 2, 3, 1)}
