@@ -110,11 +110,11 @@ def fixed_trace(
     """
     params = kernels(model)
     chunks: list[dict[str, torch.Tensor]] = []
-    with _eval_mode(model):
-        gradients = _gradients(model, images, labels, params)
+    with eval_mode(model):
+        gradients = gradients_of(model, images, labels, params)
         for group in _grouped(probes, probes_per_step):
             for probe in group:
-                _check_probe(probe, params)
+                check_probe(probe, params)
             stacked = {name: torch.stack([probe[name] for probe in group]) for name in params}
             Hv = _products(gradients, params, stacked)
             chunks.append({name: (stacked[name] * Hv[name]).flatten(2).sum(dim=2) for name in params})
@@ -149,10 +149,11 @@ def published_trace(
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in params}
     scales: list[torch.Tensor] = []
     scale = torch.tensor(FIRST_SCALE, dtype=torch.float32, device=images.device)
-    with _eval_mode(model):
-        gradients = _gradients(model, images, labels, params, autocast=autocast, scale=scale)
+    half = torch.float16 if autocast else None
+    with eval_mode(model):
+        gradients = gradients_of(model, images, labels, params, autocast=half, scale=scale)
         for probe in probes:
-            _check_probe(probe, params)
+            check_probe(probe, params)
             scale = scale / DECAY
             scaled = [gradient * scale.to(gradient.dtype) for gradient in gradients]
             Hv = torch.autograd.grad(scaled, list(params.values()), [probe[name] for name in params], retain_graph=True)
@@ -164,7 +165,7 @@ def published_trace(
     return ReferenceTrace({name: torch.stack(values) for name, values in rows.items()}, torch.stack(scales))
 
 
-class _eval_mode:
+class eval_mode:
     """Eval mode inside, what it was before outside."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -178,16 +179,17 @@ class _eval_mode:
         self.model.train(self.before)
 
 
-def _gradients(
+def gradients_of(
     model: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
     params: Mapping[str, nn.Parameter],
     *,
-    autocast: bool = False,
+    autocast: torch.dtype | None = None,
     scale: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    with torch.autocast(images.device.type, dtype=torch.float16, enabled=autocast):
+    """The gradient in `params`, differentiable; the loss is multiplied by `scale` and the gradient divided by it."""
+    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
         loss = F.cross_entropy(model(images), labels)
     factor = torch.ones((), dtype=loss.dtype, device=loss.device) if scale is None else scale.to(loss.dtype)
     found = torch.autograd.grad(loss * factor, list(params.values()), create_graph=True)
@@ -216,7 +218,8 @@ def _grouped(probes: Iterable[Probe], size: int) -> Iterator[list[Probe]]:
         yield group
 
 
-def _check_probe(probe: Probe, params: Mapping[str, nn.Parameter]) -> None:
+def check_probe(probe: Probe, params: Mapping[str, nn.Parameter]) -> None:
+    """Raise a ValueError unless the probe has a tensor of the right shape for every kernel."""
     if probe.keys() != params.keys():
         odd = sorted(probe.keys() ^ params.keys())
         raise ValueError(f"the probe must have one tensor per kernel; {odd[0]!r} is in only one of them")
