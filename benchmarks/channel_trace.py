@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import fresh_process, peak_memory, provenance, read_results, write_results
+from benchmarks.measure import fresh_process, least, peak_memory, provenance, read_results, write_results
 from benchmarks.trained import mean_loss
 from ehap_jax.curvature import Policy, channel_trace, product_memory
 from ehap_jax.graph import count_cost, trace_graph
@@ -265,9 +265,9 @@ def measure_peak(row: Row, seconds: float, _: int) -> dict[str, Any]:
     small = row.side < 32
     sizes = (64,) if small else (1024, 2048) if on_cpu else (4096, 8192)
     shapes = ((2, 8),) if small else ((16, 64), (16, 256)) if on_cpu else ((256, 128), (256, 256), (256, 512))
-    matmul = {f"{n}x{n}": 2 * n**3 / least_seconds(run("matmul", n, n), seconds) for n in sizes}
+    matmul = {f"{n}x{n}": 2 * n**3 / least(run("matmul", n, n), seconds / 10)["seconds"] for n in sizes}
     conv = {
-        f"{batch}x{row.side}x{row.side}x{c}": 2 * batch * row.side**2 * 9 * c * c / least_seconds(call, seconds)
+        f"{batch}x{row.side}x{row.side}x{c}": 2 * batch * row.side**2 * 9 * c * c / least(call, seconds / 10)["seconds"]
         for batch, c in shapes
         for call in [run("conv", batch, c, row.side)]
     }
@@ -278,17 +278,6 @@ def measure_peak(row: Row, seconds: float, _: int) -> dict[str, Any]:
         "conv_flops": max(conv.values()),
         **about,
     }
-
-
-def least_seconds(call: Callable[[], Any], seconds: float) -> float:
-    """Of repeated calls for about a tenth of ``seconds``, after one that does not count."""
-    call()
-    taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < seconds / 10:
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
 
 
 def jax_operations(precision: str) -> tuple[Callable[..., Callable[[], Any]], dict[str, Any]]:
