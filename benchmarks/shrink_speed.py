@@ -1,7 +1,8 @@
 """How fast the structure engine is, and what its networks run at.
 
     python -m benchmarks.shrink_speed                      # everything, then results/shrink_speed.json
-    python -m benchmarks.shrink_speed --only tracing       # or plain, coupling, latency
+    python -m benchmarks.shrink_speed --only plain         # or tracing, coupling, latency
+    python -m benchmarks.shrink_speed --max-minutes 8      # fewer repeats where time runs out, and parts left for later
     python -m benchmarks.shrink_speed --quick              # small networks, few repeats: does it run?
 
 Four parts. `tracing`: seconds to trace and to group ResNet-110 and a Vision Transformer of 12 layers. `plain`: compile
@@ -12,14 +13,14 @@ latencies is measured on this device (kept beside the results), and the networks
 `allocate(macs=...)` make of it are timed end to end against the dense one.
 
 Times are the median and the least over repeats, in seconds, networks taken in turns so that a change of the machine's
-load meets all alike. Weights are random: speed does not depend on them.
+load meets all alike. Weights are random: speed does not depend on them. With `--max-minutes` rounds end when the time
+is over, after three at least, and no further part is begun (exit status 3); `--resume` does the parts that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -31,11 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from benchmarks.measure import provenance
+from benchmarks.measure import provenance, read_results, write_results
 from ehap_jax.graph import channel_groups, count_cost, trace_graph
 from ehap_jax.models import ResNet, eval_apply, init_variables, make_model, train_apply
 from ehap_jax.models.layers import batch_norm, classifier_head, convolution
 from ehap_jax.pruning import PruningPlan, allocate, magnitude_scores, measure_latency, shrink, shrink_variables
+from ehap_jax.training.deadline import Deadline, OutOfTime
 
 PARTS = ("tracing", "plain", "coupling", "latency")
 
@@ -97,15 +99,17 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median and least seconds of every call; one round of all of them after another."""
+def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, deadline: Deadline) -> dict[str, dict[str, float]]:
+    """Median and least seconds of every call; one round of all of them after another, three rounds at least."""
     for call in calls.values():
         seconds(call)
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    for done in range(repeats):
+        if done >= 3 and deadline.passed:
+            break
         for name, call in calls.items():
             taken[name].append(seconds(call))
-    return {name: {"median": float(np.median(t)), "least": min(t)} for name, t in taken.items()}
+    return {name: {"median": float(np.median(t)), "least": min(t), "rounds": len(t)} for name, t in taken.items()}
 
 
 def compiled(function: Callable, *args) -> tuple[Callable, dict[str, float]]:
@@ -172,7 +176,7 @@ def widths(plan: PruningPlan, path: str) -> int:
     return plan.shrunk_shape(path)[plan.axes[path]]
 
 
-def measure_plain(quick: bool, batch: int, repeats: int) -> dict[str, Any]:
+def measure_plain(quick: bool, batch: int, repeats: int, deadline: Deadline) -> dict[str, Any]:
     depth = 8 if quick else 56
     model, variables, graph = resnet(depth)
     plan = even_plan(graph, 0.4)
@@ -199,7 +203,7 @@ def measure_plain(quick: bool, batch: int, repeats: int) -> dict[str, Any]:
             runs = [compiled(make(side[position]), *args) for _ in range(1 if quick else 3)]
             calls[name] = partial(runs[-1][0], *args)
             compile_times[name] = {k: min(run[1][k] for run in runs) for k in runs[0][1]}
-        times = in_turns(calls, repeats)
+        times = in_turns(calls, repeats, deadline)
         found[what] = {
             "seconds": times,
             "compile": compile_times,
@@ -209,7 +213,7 @@ def measure_plain(quick: bool, batch: int, repeats: int) -> dict[str, Any]:
     return found
 
 
-def time_plans(model, variables, plans: Mapping[str, PruningPlan], batch: int, repeats: int) -> dict[str, Any]:
+def time_plans(model, variables, plans: Mapping[str, PruningPlan], batch: int, repeats: int, deadline: Deadline):
     """Seconds of an evaluation of the dense network and of what every plan leaves of it."""
     x = images(batch)
     dense, _ = compiled(eval_apply(model), variables, x)
@@ -218,11 +222,11 @@ def time_plans(model, variables, plans: Mapping[str, PruningPlan], batch: int, r
         small = shrink_variables(variables, plan)
         run, _ = compiled(shrink(eval_apply(model), plan), small, x)
         calls[name] = partial(run, small, x)
-    times = in_turns(calls, repeats)
+    times = in_turns(calls, repeats, deadline)
     return {name: {**t, "over_dense": t["median"] / times["dense"]["median"]} for name, t in times.items()}
 
 
-def measure_coupling(quick: bool, batch: int, repeats: int) -> dict[str, Any]:
+def measure_coupling(quick: bool, batch: int, repeats: int, deadline: Deadline) -> dict[str, Any]:
     model, variables, graph = resnet(8 if quick else 56)
     scores = magnitude_scores(graph, variables)
     found = {}
@@ -232,11 +236,12 @@ def measure_coupling(quick: bool, batch: int, repeats: int) -> dict[str, Any]:
             for coupling in ("group", "union")
         }
         costs = {name: count_cost(graph, plan)._asdict() for name, plan in plans.items()}
-        found[f"macs={fraction:g}"] = {"seconds": time_plans(model, variables, plans, batch, repeats), "cost": costs}
+        timed = time_plans(model, variables, plans, batch, repeats, deadline)
+        found[f"macs={fraction:g}"] = {"seconds": timed, "cost": costs}
     return {"network": f"resnet{model.depth}", "batch": batch, "full_cost": count_cost(graph)._asdict(), "plans": found}
 
 
-def measure_budget(quick: bool, batch: int, repeats: int, cache: Path) -> dict[str, Any]:
+def measure_budget(quick: bool, batch: int, repeats: int, cache: Path, deadline: Deadline) -> dict[str, Any]:
     model, variables, _ = resnet(8 if quick else 20)
     graph = trace_graph(eval_apply(model))(variables, images(batch))
     table = measure_latency(
@@ -248,13 +253,18 @@ def measure_budget(quick: bool, batch: int, repeats: int, cache: Path) -> dict[s
     )
     scores = magnitude_scores(graph, variables)
     fractions = (0.7, 0.4)
-    plans = {f"latency={f:g}": allocate(graph, scores, latency=f, latency_table=table) for f in fractions}
-    plans |= {f"macs={f:g}": allocate(graph, scores, macs=f) for f in fractions}
+    plans, unreachable = {f"macs={f:g}": allocate(graph, scores, macs=f) for f in fractions}, {}
+    for fraction in fractions:
+        try:
+            plans[f"latency={fraction:g}"] = allocate(graph, scores, latency=fraction, latency_table=table)
+        except ValueError as error:  # small layers may take as long with fewer channels
+            unreachable[f"latency={fraction:g}"] = str(error)
     return {
         "network": f"resnet{model.depth}",
         "batch": batch,
         "device": table.device,
-        "seconds": time_plans(model, variables, plans, batch, repeats),
+        "unreachable": unreachable,
+        "seconds": time_plans(model, variables, plans, batch, repeats, deadline),
         "macs": {name: count_cost(graph, plan).macs / count_cost(graph).macs for name, plan in plans.items()},
     }
 
@@ -262,14 +272,14 @@ def measure_budget(quick: bool, batch: int, repeats: int, cache: Path) -> dict[s
 def table(results: Mapping[str, Any]) -> str:
     lines = []
     for name, row in results.get("tracing", {}).items():
-        if isinstance(row, dict):
+        if name in ("resnet110", "vit-12"):
             lines.append(
                 f"{name:10} trace {row['trace']:6.2f} s  group {row['group']:6.2f} s  union {row['union']:6.2f} s  "
                 f"({row['nodes']} nodes, {row['groups']} groups)"
             )
     for what in ("evaluation", "training"):
         row = results.get("plain", {}).get(what)
-        if row:
+        if row is not None:
             times, built = row["seconds"], row["compile"]
             lines.append(
                 f"{what:10} shrunk {times['shrunk']['median']:.4f} s  plain {times['plain']['median']:.4f} s  ratio "
@@ -293,23 +303,29 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="small networks, for a look at whether it runs")
+    parser.add_argument("--max-minutes", type=float)
+    parser.add_argument("--resume", action="store_true", help="leave out the parts that --out has")
     options = parser.parse_args()
-    quick, batch, repeats = options.quick, options.batch, options.repeats
+    quick, batch, repeats, deadline = options.quick, options.batch, options.repeats, Deadline(options.max_minutes)
     if quick and options.out == Path("results/shrink_speed.json"):
         parser.error("--quick needs an --out of its own: its numbers are no results")
     measure: dict[str, Callable[[], dict[str, Any]]] = {
         "tracing": lambda: measure_tracing(quick),
-        "plain": lambda: measure_plain(quick, batch, repeats),
-        "coupling": lambda: measure_coupling(quick, batch, repeats),
-        "latency": lambda: measure_budget(quick, batch, repeats, options.out.with_suffix(".layers.json")),
+        "plain": lambda: measure_plain(quick, batch, repeats, deadline),
+        "coupling": lambda: measure_coupling(quick, batch, repeats, deadline),
+        "latency": lambda: measure_budget(quick, batch, repeats, options.out.with_suffix(".layers.json"), deadline),
     }
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for part in PARTS if options.only is None else (options.only,):
-        results[part] = {**measure[part](), "load_average": os.getloadavg()[0], **provenance()}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = options.out.with_suffix(".partial")
-        partial_file.write_text(json.dumps(results, indent=1) + "\n")
-        partial_file.replace(options.out)
+    results = read_results(options.out)
+    wanted = PARTS if options.only is None else (options.only,)
+    try:
+        for part in (p for p in wanted if not (options.resume and p in results)):
+            deadline.check(f"{', '.join(results) or 'no part'} measured; go on with --resume")
+            results[part] = {**measure[part](), **provenance()}
+            write_results(options.out, results)
+    except OutOfTime as stopped:
+        print(table(results))
+        print(stopped, file=sys.stderr)
+        sys.exit(3)
     print(table(results))
 
 

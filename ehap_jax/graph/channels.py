@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +126,31 @@ def channel_structure(graph: Graph, coupling: Coupling = "group") -> ChannelStru
 
 
 def _label(graph: Graph) -> tuple[dict[Value, Labels], Structure]:
-    """Labels of every value of ``graph`` and the constraints between them."""
-    structure = Structure()
+    """Labels of every value of ``graph`` and the constraints between them.
+
+    Where an axis is split (``qkv.reshape(..., 3, heads, features)``) one factor keeps the labels: the first, or another
+    where the first cannot shrink. Any choice is right; one that leaves more channels free is better. Splits of one kind
+    (source line and shapes) take the same factor; all kinds are tried together first, then one by one.
+    """
+    factors: dict[Hashable, int] = {}
+    found = _label_with(graph, factors)
+    while True:
+        solution = found[1].solve("group")
+        blocked = solution.blocked_splits()
+        options = range(1, max(blocked.values(), default=1))
+        together = [{kind: o for kind, n in blocked.items() if o < n} for o in options]
+        alone = [{kind: o} for kind, n in blocked.items() for o in range(1, n)]
+        for trial in together + [one for one in alone if one not in together]:
+            other = _label_with(graph, {**factors, **trial})
+            if other[1].solve("group").free() > solution.free():
+                factors, found = {**factors, **trial}, other
+                break
+        else:
+            return found
+
+
+def _label_with(graph: Graph, factors: Mapping[Hashable, int]) -> tuple[dict[Value, Labels], Structure]:
+    structure = Structure(factors)
     labels: dict[Value, Labels] = {}
     for path, value in graph.leaves.items():
         labels[value] = structure.leaf(path, value.shape)
@@ -160,6 +183,7 @@ def channel_groups(graph: Graph, *, coupling: Coupling = "group") -> tuple[Chann
 
 
 def _propagate(structure: Structure, body: Body, labels: dict[Value, Labels], on_unknown: str) -> None:
+    structure.constants.update(body.constants)
     for value, array in body.constants.items():
         axes = tuple((structure.fresh(size),) for size in value.shape)
         labels[value] = Labels(axes, frozenset(_zero_axes(array)), True)

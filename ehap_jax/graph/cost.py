@@ -118,5 +118,5 @@ def _cost(graph: Graph, shape: Shape, implants: Mapping[str, int]) -> Cost:
     return Cost(
         params=sum(sizes[path] for path in graph.parameters),
         macs=sum(count for _, count in implanted_macs(graph, shape, implants)),
-        bytes=sum(sizes[path] * np.dtype(value.dtype).itemsize for path, value in graph.leaves.items()),
+        bytes=sum(sizes[path] * value.dtype.itemsize for path, value in graph.leaves.items()),
     )

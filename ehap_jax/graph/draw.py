@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from html import escape
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from ehap_jax.graph.interpret import RULES
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.graph.trace import Body, Graph, Operand, Value
 
-BOX, COLUMN, ROW = (250, 26), 276, 52
+HEIGHT, GAP, TRACK, CHARACTER = 26, 26, 7, 7.2  # of boxes, between them, between lines beside them, of text: pixels
 JOINS = {"add": "+", "sub": "−", "mul": "×", "div": "÷", "concatenate": "concat", "max": "max", "dot_general": "·"}
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#9c755f", "#e15759", "#76b7b2", "#d4a800", "#ff9da7", "#86bc5a")
 
@@ -44,18 +45,31 @@ def draw_groups(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = 
     held: dict[Operand, int] = {value: -1 for value in graph.arguments}
     _collect(structure, graph.body, held, vertices)
     depth, lane = _layout(vertices)
-    width = 70 + COLUMN * (1 + max(lane, default=0))
-    height = 40 + ROW * (1 + max(depth, default=0))
-    places = [(45 + BOX[0] // 2 + COLUMN * x, 30 + ROW * y) for x, y in zip(lane, depth, strict=True)]
+    routes = _routes(vertices, depth, lane)
+    boxes = {index: box for index, box in enumerate(_boxes(structure, plan, vertices)) if box is not None}
+    wide = round(24 + CHARACTER * max((len(box.text) for box in boxes.values()), default=0))
+    beside = TRACK * (1 + max((track for *_, track in routes), default=0))
+    column = wide + beside + GAP
+    places = [
+        (GAP + beside + wide // 2 + column * x, 30 + (HEIGHT + GAP) * y) for x, y in zip(lane, depth, strict=True)
+    ]
+    width, height = GAP + column * (1 + max(lane, default=0)), 60 + (HEIGHT + GAP) * max(depth, default=0)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12">',
         "<style>:root{color:#222}@media(prefers-color-scheme:dark){:root{color:#ddd}}"
-        "text{fill:currentColor}path{stroke:currentColor;stroke-opacity:.45;fill:none}</style>",
+        "text{fill:currentColor;text-anchor:middle}path{stroke:currentColor;stroke-opacity:.45;fill:none}</style>",
+        *(_edge(places[source], places[target], wide, track) for source, target, track in routes),
     ]
-    for index, vertex in enumerate(vertices):
-        lines += [_edge(places[source], places[index]) for source in vertex.sources if source >= 0]
-    lines += _boxes(structure, plan, vertices, places)
+    for index, (x, y) in enumerate(places):
+        if index in boxes:
+            lines.append(boxes[index].drawn(x, y, wide))
+        else:
+            label = escape(vertices[index].label)
+            lines.append(
+                f'<ellipse cx="{x}" cy="{y}" rx="{max(13, 6 + 4 * len(label))}" ry="13" fill="none" '
+                f'stroke="currentColor"/><text x="{x}" y="{y + 4}">{label}</text>'
+            )
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
@@ -96,38 +110,69 @@ def _layout(vertices: list[_Vertex]) -> tuple[list[int], list[int]]:
     return depth, lane
 
 
-def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
-    """Straight down, or around what lies between: a curve that bulges to the side."""
+def _routes(vertices: list[_Vertex], depth: list[int], lane: list[int]) -> list[tuple[int, int, int]]:
+    """(source, reader, track): 0 for a line straight down, else the how-manieth line beside its column is free."""
+    taken = set(zip(lane, depth, strict=True))
+    busy: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    routes = []
+    for index, vertex in enumerate(vertices):
+        for source in (s for s in vertex.sources if s >= 0):
+            column, span = lane[source], (depth[source], depth[index])
+            track = 0
+            if any((column, row) in taken for row in range(span[0] + 1, span[1])):
+                track = 1
+                while any(a < span[1] and span[0] < b for a, b in busy.get((column, track), [])):
+                    track += 1
+                busy.setdefault((column, track), []).append(span)
+            routes.append((source, index, track))
+    return routes
+
+
+def _edge(start: tuple[int, int], end: tuple[int, int], wide: int, track: int) -> str:
+    """Down its own column, or beside it; to the side only in the gaps between rows."""
     (x, y), (u, v) = start, end
-    y, v = y + BOX[1] // 2, v - BOX[1] // 2
-    far = v - y > ROW
-    bulge = 190 if far and x == u else 0  # the curve reaches three quarters of it, beside the boxes
-    middle = (v - y) / 2
-    return f'<path d="M{x} {y}C{x - bulge} {y + middle:.0f} {u - bulge} {v - middle:.0f} {u} {v}"/>'
+    y, v = y + HEIGHT // 2, v - HEIGHT // 2
+    half, path = GAP // 2, f"M{x} {y}"
+    if track:
+        side = x - wide // 2 - TRACK * track
+        path += f"C{x} {y + half} {side} {y + half} {side} {y + GAP}"
+        x = side
+    return f'<path d="{path}V{v - GAP}C{x} {v - half} {u} {v - half} {u} {v}"/>'
 
 
-def _boxes(structure: ChannelStructure, plan: Plan | None, vertices, places) -> list[str]:
+class _Box(NamedTuple):
+    """A kernel: its label, what it says when pointed at, its colour, and whether it is fixed."""
+
+    text: str
+    title: str
+    colour: str
+    fixed: bool
+
+    def drawn(self, x: int, y: int, wide: int) -> str:
+        style = 'stroke-dasharray="4 3"' if self.fixed else ""
+        return (
+            f'<g><title>{escape(self.title)}</title><rect x="{x - wide // 2}" y="{y - HEIGHT // 2}" width="{wide}" '
+            f'height="{HEIGHT}" rx="5" fill="{self.colour}" fill-opacity=".22" stroke="{self.colour}" {style}/>'
+            f'<text x="{x}" y="{y + 4}">{escape(self.text)}</text></g>'
+        )
+
+
+def _boxes(structure: ChannelStructure, plan: Plan | None, vertices: list[_Vertex]) -> Iterator[_Box | None]:
+    """A box per vertex that is a kernel, None for the others."""
     graph, sets = structure.graph, coupled_sets(structure)
     shape = kept_shape(structure, structure.alive({} if plan is None else plan.keep))
     implants = {} if plan is None else implant_counts(plan)
-    lines = []
-    for vertex, (x, y) in zip(vertices, places, strict=True):
-        if vertex.kernel is None:
-            lines.append(f'<circle cx="{x}" cy="{y}" r="11" fill="none" stroke="currentColor"/>')
-            lines.append(f'<text x="{x}" y="{y + 4}" text-anchor="middle">{escape(vertex.label)}</text>')
+    for path in (vertex.kernel for vertex in vertices):
+        if path is None:
+            yield None
             continue
-        path, axis = vertex.kernel, structure.kernel_axes[vertex.kernel]
+        axis, number = structure.kernel_axes[path], sets.get(path)
         kept, full = shape(graph.leaves[path])[axis], graph.leaves[path].shape[axis]
-        number = sets.get(path)
-        colour = "#888" if number is None else COLOURS[(number - 1) % len(COLOURS)]
-        fixed = structure.why_fixed(path) if number is None else f"set {number}"
-        style = 'stroke-dasharray="4 3"' if number is None else ""
         share = f", {implants[path]} 1×1" if path in implants else ""
         name = path.removeprefix("params/").removesuffix("/kernel")
-        text = f"{name}  {kept}/{full}{share}" + (f"  #{number}" if number is not None else "")
-        lines.append(
-            f'<g><title>{escape(f"{path}: {fixed}")}</title><rect x="{x - BOX[0] // 2}" y="{y - BOX[1] // 2}" '
-            f'width="{BOX[0]}" height="{BOX[1]}" rx="5" fill="{colour}" fill-opacity=".22" stroke="{colour}" {style}/>'
-            f'<text x="{x}" y="{y + 4}" text-anchor="middle">{escape(text)}</text></g>'
+        yield _Box(
+            text=f"{name}  {kept}/{full}{share}" + (f"  #{number}" if number is not None else ""),
+            title=f"{path}: {structure.why_fixed(path) if number is None else f'set {number}'}",
+            colour="#888" if number is None else COLOURS[(number - 1) % len(COLOURS)],
+            fixed=number is None,
         )
-    return lines

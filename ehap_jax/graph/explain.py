@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from ehap_jax.graph.channels import ChannelStructure, channel_structure
-from ehap_jax.graph.cost import Plan, implant_counts, implanted_macs, kept_shape, leaf_sizes
+from ehap_jax.graph.cost import Plan, implant_counts, implanted_macs, kept_shape, leaf_sizes, node_macs
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.graph.trace import Graph, Node, Value
 
@@ -13,7 +13,7 @@ HEADER = ("kernel", "shape", "set", "kept", "params", "MACs", "fixed because")
 
 
 def explain(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = "group") -> str:
-    """One line per conv or dense kernel, in the order of the variables.
+    """One line per conv or dense kernel, in the order in which the network applies them.
 
     shape: of the full kernel. set: kernels with the same number lose channels together ("-": fixed). kept: output
     channels kept under ``plan`` / in full, and how many of them are 1×1 implants. params and MACs: of the kernel itself
@@ -40,7 +40,7 @@ def explain(graph: Graph, plan: Plan | None = None, *, coupling: Coupling = "gro
         macs[kernel_of(structure, node)] += count
     sets = coupled_sets(structure)
     rows: list[tuple[str, ...]] = [HEADER]
-    for path in (p for p in graph.leaves if p in structure.kernel_axes):
+    for path in kernels_in_order(structure):
         axis, full = structure.kernel_axes[path], graph.leaves[path].shape
         kept = shape(graph.leaves[path])
         rows.append(
@@ -70,10 +70,17 @@ def coupled_sets(structure: ChannelStructure) -> dict[str, int]:
         for path in joined:
             members[path] = joined
     numbers: dict[str, int] = {}
-    for path in (p for p in structure.graph.leaves if p in members):
-        if path not in numbers:
+    for path in kernels_in_order(structure):
+        if path in members and path not in numbers:
             numbers.update(dict.fromkeys(members[path], len(set(numbers.values())) + 1))
     return numbers
+
+
+def kernels_in_order(structure: ChannelStructure) -> list[str]:
+    """Paths of the kernels in the order in which the network first applies them."""
+    nodes = (node for node, _ in node_macs(structure.graph.body, lambda operand: operand.shape))
+    applied = dict.fromkeys(kernel_of(structure, node) for node in nodes)
+    return [path for path in dict.fromkeys((*applied, *structure.kernel_axes)) if path is not None]
 
 
 def kernel_of(structure: ChannelStructure, node: Node) -> str | None:

@@ -16,9 +16,10 @@ Label 0 is the index that never goes.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -63,8 +64,16 @@ class Leaf:
 
 @dataclass
 class Structure:
-    """The constraints collected from one graph."""
+    """The constraints collected from one graph.
 
+    factors: kind of split -> which of the factors that the labels vary along keeps them (elsewhere the first).
+    splits: the same kinds -> labels that were kept, and how many factors could have kept them.
+    constants: arrays that the network closed over.
+    """
+
+    factors: Mapping[Hashable, int] = field(default_factory=dict)
+    splits: dict[Hashable, list[tuple[np.ndarray, int]]] = field(default_factory=lambda: defaultdict(list))
+    constants: dict[Any, Any] = field(default_factory=dict)
     leaves: list[Leaf] = field(default_factory=list)
     frozen: list[tuple[np.ndarray, str]] = field(default_factory=list)
     _count: int = 1
@@ -101,10 +110,10 @@ class Structure:
         if not a or not b:
             self.freeze(a or b, why)
             return ()
-        if len(a) != len(b):
-            self.freeze(a, why)
-            self.freeze(b, why)
-            return ()
+        if len(a) != len(b):  # heads x features against one merged axis: whole heads go, as where an axis is split
+            longer, shorter = (a, b) if len(a) > len(b) else (b, a)
+            self.freeze(longer[len(shorter) :], why)
+            return self.equal(longer[: len(shorter)], shorter, why)
         for x, y in zip(a, b, strict=True):
             if x is not y:
                 self._equal.append((x, y))
@@ -141,6 +150,20 @@ class Structure:
         for labels in axis:
             self.frozen.append((labels, why))
             self._equal.append((labels, np.zeros_like(labels)))
+
+    def split(self, kind: Hashable, grid: np.ndarray, why: str) -> tuple[int, np.ndarray]:
+        """(axis, labels along it) of labels laid out over the factors of an axis; they vary along one at least.
+
+        One factor keeps the labels, the indices of the others live and die together: whole heads, whole groups.
+        """
+        varies = [axis for axis in range(grid.ndim) if (grid != grid.take([0], axis)).any()]
+        axis = varies[min(self.factors.get(kind, 0), len(varies) - 1)]
+        lines = np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)
+        own = lines[:, 0].copy()
+        if len(varies) > 1:
+            self.equal((lines.ravel(),), (np.repeat(own, lines.shape[1]),), why)
+            self.splits[kind].append((own, len(varies)))
+        return axis, own
 
     def produce(self, axis: Axis) -> None:
         """State that these are the output channels of a conv or dense kernel."""
@@ -239,6 +262,19 @@ class Solution:
             np.logical_or.at(alive, result, alive[a] | alive[b])
             if np.array_equal(before, alive):
                 return alive
+
+    def free(self) -> int:
+        """How many output channels of kernels are not frozen."""
+        return int((self.classes[self.structure.produced()] != self.frozen_class).sum())
+
+    def blocked_splits(self) -> dict[Hashable, int]:
+        """Kinds of split whose labels are frozen, and how many factors could keep them."""
+        blocked = {}
+        for kind, found in self.structure.splits.items():
+            for own, options in found:
+                if (self.classes[own] == self.frozen_class).all():
+                    blocked[kind] = options
+        return blocked
 
     def kept(self, axis: Axis, alive: np.ndarray) -> np.ndarray | None:
         """The kept indices of an axis, or None where all are."""

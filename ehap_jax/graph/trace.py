@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any, Literal
 
 import jax
@@ -24,6 +25,7 @@ INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_lin"})
 CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 SCAN = "scan"
+MOST_INDICES = 2**16  # of a gather that are computed while tracing
 
 
 def path_name(path) -> str:
@@ -208,23 +210,26 @@ def _read(jaxpr: _compat.Jaxpr, consts) -> Body:
     return Body(inputs, constants, tuple(nodes), tuple(_operand(env, v) for v in jaxpr.outvars))
 
 
-def _inline(jaxpr: _compat.Jaxpr, consts, env, constants: dict[Value, Any], nodes: list[Node]) -> None:
+def _inline(jaxpr: _compat.Jaxpr, consts, env, constants: dict[Value, Any], nodes: list[Node], caller="") -> None:
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         env[var] = Constant(const) if np.ndim(const) == 0 and _is_concrete(const) else _value(var)
         if isinstance(env[var], Value):
             constants[env[var]] = const
     for eqn in jaxpr.eqns:
+        source = _compat.source_line(eqn) or caller  # JAX's own jitted functions may have no line of the user's inside
         inputs = tuple(_operand(env, v) for v in eqn.invars)
         if eqn.primitive.name in INLINED:
             inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
             inner, inner_consts = _open(inner)
             inner_env = dict(zip(inner.invars, inputs, strict=True))
-            _inline(inner, inner_consts, inner_env, constants, nodes)
+            _inline(inner, inner_consts, inner_env, constants, nodes, source)
             env.update(zip(eqn.outvars, (_operand(inner_env, v) for v in inner.outvars), strict=True))
             continue
         if eqn.primitive.name == "convert_element_type" and isinstance(inputs[0], Constant):
             env[eqn.outvars[0]] = Constant(np.asarray(inputs[0].value).astype(eqn.params["new_dtype"]))
             continue
+        if eqn.primitive.name == "gather":
+            inputs = (inputs[0], _computed_now(inputs[1], constants, nodes))
         outputs = tuple(_value(var) for var in eqn.outvars)
         env.update(zip(eqn.outvars, outputs, strict=True))
         nodes.append(
@@ -233,10 +238,36 @@ def _inline(jaxpr: _compat.Jaxpr, consts, env, constants: dict[Value, Any], node
                 params=eqn.params,
                 inputs=inputs,
                 outputs=outputs,
-                source=_compat.source_line(eqn),
+                source=source,
                 body=_call_body(eqn),
             )
         )
+
+
+def _computed_now(indices: Operand, constants: dict[Value, Any], nodes: list[Node]) -> Operand:
+    """Indices that depend on nothing but constants as a constant array, so that it is known which ones are read."""
+    makers = {value: node for node in nodes for value in node.outputs}
+
+    def compute(operand: Operand):
+        if isinstance(operand, Constant):
+            return operand.value if _is_concrete(operand.value) else None
+        if operand in constants:
+            return constants[operand] if _is_concrete(constants[operand]) else None
+        node = makers.get(operand)
+        if node is None or node.body is not None or len(node.outputs) != 1 or prod(operand.shape) > MOST_INDICES:
+            return None
+        args = [compute(value) for value in node.inputs]
+        return None if any(a is None for a in args) else _compat.bind(node.primitive, args, node.params)[0]
+
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        return indices
+    with jax.ensure_compile_time_eval():
+        found = compute(indices)
+    if found is None:
+        return indices
+    known = Value(tuple(indices.shape), indices.dtype)
+    constants[known] = np.asarray(found)
+    return known
 
 
 def _call_body(eqn: _compat.JaxprEqn) -> Body | None:

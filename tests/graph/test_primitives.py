@@ -11,6 +11,7 @@ from ehap_jax.pruning import PruningPlan, mask_variables, shrink, shrink_variabl
 from tests.pruning.invariant import close, jit, normal
 
 ROWS, WIDTH = 4, 6
+EXPERTS = normal(2, WIDTH, WIDTH, seed=4)
 
 
 def dense_rows(h):
@@ -57,6 +58,10 @@ PASS = {
     "cumsum": lambda h: jnp.cumsum(h, axis=0),
     "cumprod cummax": lambda h: jnp.cumprod(h, axis=0) + lax.cummax(h, axis=0),
     "gather": lambda h: h[jnp.array([2, 0, 0, 3])],
+    "gather sin": lambda h: jnp.sin(h[:, jnp.array([3, -1, 2, 0, 0, 1])]),
+    "gather iota": lambda h: h[:, 5 - jnp.arange(6)],
+    "gather sub": lambda h: jnp.take(h, np.array([5, 1, 7, 0, 1, 6]), axis=1, mode="fill", fill_value=0) - h[:, ::-1],
+    "gather div": lambda h: jnp.take(h.T, np.array([5, 9, 0]), axis=0, mode="clip").repeat(2, axis=0).T / 2.0,
     "scatter-add": lambda h: jnp.zeros_like(h).at[jnp.array([1, 1, 0, 3])].add(h),
     "iota eq select_n": lambda h: jnp.where(lax.broadcasted_iota(jnp.int32, h.shape, 0) == 1, h, 2.0 * h),
     "convert_element_type": lambda h: h.astype(jnp.float16).astype(jnp.float32),
@@ -72,9 +77,27 @@ PASS = {
     "checkpoint": jax.checkpoint(lambda h: jnp.sin(jnp.sin(h))),
     "scan": lambda h: lax.scan(lambda c, x: (c + x, c * x), jnp.zeros_like(h), jnp.stack([h, h]))[1].sum(0),
     "dot_general": lambda h: jnp.einsum("rc,sc->rs", h, h) @ h,
+    "ragged_dot_general": lambda h: lax.ragged_dot(h, EXPERTS, jnp.array([1, 3], jnp.int32)),
     "stop_gradient optimization_barrier": lambda h: lax.optimization_barrier(lax.stop_gradient(h)) + h,
     "stack unstack": lambda h: sum(jnp.unstack(jnp.stack([h, jnp.sin(h)], axis=1), axis=1)),
     "top_k": lambda h: lax.top_k(h, 1, axis=0)[0] * h,
+    "complex": lambda h: lax.real(lax.complex(h, jnp.sin(h)) ** 2),
+    "scatter-mul scatter-min scatter-max": lambda h: (
+        h.at[jnp.array([0, 2])].multiply(2.0).at[jnp.array([1])].min(h[:1]).at[jnp.array([3])].max(h[:1])
+    ),
+    "reduce": lambda h: h * lax.reduce(h, 0.0, lambda a, b: a + jnp.sin(b), (0,))[None],
+    "reduce_window": lambda h: (
+        h
+        * lax.reduce_window(
+            dense_rows(lax.stop_gradient(h)), 0.0, lambda a, b: a + jnp.sin(b), (1, 2, 1, 1), (1, 1, 1, 1), "SAME"
+        ).reshape(ROWS, WIDTH)
+    ),
+    "debug_callback": lambda h: (jax.debug.callback(lambda seen: None, h), h)[1],
+    "select_and_scatter_add": jax.grad(
+        lambda h: jnp.square(
+            lax.reduce_window(dense_rows(h), -jnp.inf, lax.max, (1, 1, 2, 1), (1, 1, 2, 1), "VALID")
+        ).sum()
+    ),
     "tile": lambda h: jnp.tile(h, (1, 2))[:, :WIDTH],
 }
 # Primitives that read across the channel axis, or are not followed: the axis stays whole, and it is said why.
@@ -88,6 +111,7 @@ STAY = {
     "dynamic_slice": lambda h: lax.dynamic_slice(h, (0, jnp.argmax(h[0])), (ROWS, 2)),
     "sort": lambda h: jnp.sort(h, axis=1),
     "top_k": lambda h: lax.top_k(h, 2)[0],
+    "reduce": lambda h: h * lax.reduce(h, 0.0, lambda a, b: a + jnp.sin(b), (1,))[:, None],
     "unstack": lambda h: jnp.unstack(h, axis=1)[0][:, None] * h,
     "scan": lambda h: lax.scan(lambda c, x: (c + x, c * x), jnp.zeros(ROWS), h.T)[1].T,
     "while": lambda h: lax.while_loop(lambda c: c.sum() < 10.0, lambda c: jnp.abs(c) + 1.0, h),

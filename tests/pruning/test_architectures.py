@@ -198,15 +198,16 @@ class NNXNetwork(nnx.Module):
         self.stem = nnx.Conv(3, 5, (3, 3), rngs=rngs)
         self.norm = nnx.BatchNorm(5, rngs=rngs)
         self.body = nnx.Conv(5, 5, (3, 3), rngs=rngs)
+        self.noise = nnx.Dropout(0.3, rngs=rngs)
         self.head = nnx.Linear(5, 3, rngs=rngs)
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.stem(x)))
-        return self.head(nnx.relu(x + self.body(x)).mean((1, 2)))
+        return self.head(nnx.relu(x + self.noise(self.body(x))).mean((1, 2)))
 
 
 def test_nnx_through_split():
-    """The state of ``nnx.split`` is a pytree like any other, and running statistics come back as part of it."""
+    """The state of ``nnx.split``, random keys in it, is a pytree like any other; new statistics come back with it."""
     graphdef, state = nnx.split(NNXNetwork(nnx.Rngs(0)))
     variables = randomise(nnx.to_pure_dict(state))
 

@@ -33,6 +33,18 @@ def attention(u, v, n, param):
     return jnp.einsum("hij,jhd->ihd", p, heads[2]).reshape(ROWS, 4)
 
 
+def unpacked(u, v, n, param):
+    """One kernel for several values, along any factor of its output axis."""
+    h = (u @ param(u.shape[1], 12)).reshape(ROWS, *((3, 2, 2), (2, 3, 2), (2, 2, 3))[n % 3])
+    a, b, c = jnp.moveaxis(h, 1 + n % 3, 0)
+    return (a * jax.nn.sigmoid(b) + c).reshape(ROWS, 4)
+
+
+def shuffle(u, v, n, param):
+    even = u[:, : u.shape[1] // 2 * 2]
+    return even.reshape(ROWS, 2, -1).swapaxes(1, 2).reshape(even.shape) if even.size else u
+
+
 def scan(u, v, n, param):
     w, b = param(u.shape[1], u.shape[1]), param(2, u.shape[1])
     return jax.lax.scan(lambda h, c: (jnp.tanh(h @ w + c[None]), None), u, b)[0]
@@ -70,6 +82,12 @@ OPERATIONS = {
     "scan": scan,
     "remat": lambda u, v, n, param: jax.checkpoint(lambda u, w: jax.nn.silu(u @ w))(u, param(u.shape[1], 3)),
     "mean of rows": lambda u, v, n, param: u.mean(0, keepdims=True) + u,
+    "outer": lambda u, v, n, param: (u[:, :, None] * v[:, None, :]).reshape(ROWS, -1)[:, : 6 + n],
+    "unpacked": unpacked,
+    "shuffle": shuffle,
+    "maximum of pairs": lambda u, v, n, param: (
+        (u @ param(u.shape[1], 6)).reshape(ROWS, *((2, 3)[:: 1 - n % 2 * 2])).max(1)
+    ),
     "sum of channels": lambda u, v, n, param: u.sum(1, keepdims=True) * v,
 }
 step = st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 5), st.integers(0, 5), st.integers(0, 4))

@@ -283,12 +283,19 @@ def test_functions_that_close_over_tracers(plan):
     close(jit(jax.vmap(run, (0, None)))(jnp.array([1.0, 3.0]), channel), jnp.stack(expected))
 
 
-def test_shrunk_networks_shrink_again(plan):
-    """shrink returns a pure function, so it can be traced, grouped and shrunk like any other."""
-    small, v, x = shrink(apply, plan), shrink_variables(variables(), plan), images()
-    graph = trace_graph(small)(v, x)
-    again = PruningPlan.from_keep(graph, {"stem": [0, 2], "a2": [0, 2], "a1": [1]})
-    assert_invariant(small, v, x, plan=again)
+@pytest.mark.parametrize("kind", ["group", "union", "implants"])
+def test_shrunk_networks_shrink_again(plan, kind):
+    """shrink returns a pure function, so it can be traced, grouped and shrunk like any other, its gathers included."""
+    full, x, again = trace_graph(apply)(variables(), images()), images(), {"stem": [0, 2], "a2": [0, 2], "a1": [1]}
+    if (
+        kind == "union"
+    ):  # stem and a2 share channels 0 and 5: their streams keep [0, 2, 5] and [0, 1, 5] of [0, 1, 2, 5]
+        plan = PruningPlan.from_keep(full, {**KEEP, "a2": [0, 1, 5]}, coupling="union")
+    elif kind == "implants":
+        plan = PruningPlan.from_keep(full, {**KEEP, "a1": [1, 3, 4]}, implants={"a1": [3]})
+        again = {"stem": [0, 2], "a2": [0, 2], "a1/spatial": [1]}
+    small, v = shrink(apply, plan), shrink_variables(variables(), plan)
+    assert_invariant(small, v, x, plan=PruningPlan.from_keep(trace_graph(small)(v, x), again))
 
 
 def test_nothing_pruned_is_the_same_function():

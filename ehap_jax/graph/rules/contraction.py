@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from math import prod
 
+import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax._compat import bind
 from ehap_jax.graph.interpret import register
+from ehap_jax.graph.rules.shape import sizes
 from ehap_jax.graph.structure import Axis, Labels, Structure
 from ehap_jax.graph.trace import Node
 
@@ -32,7 +34,34 @@ def dot_macs(node: Node, inputs, outputs) -> int:
 @register("dot_general", macs=dot_macs)
 def dot_general(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     lhs, rhs = inputs
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = node.params["dimension_numbers"]
+    return [_product(structure, node, lhs, rhs, node.params["dimension_numbers"])]
+
+
+def ragged_dot_macs(node: Node, inputs, outputs) -> int:
+    (contracting, _), _ = node.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    return prod(outputs[0]) * prod(inputs[0][i] for i in contracting)
+
+
+@register("ragged_dot_general", macs=ragged_dot_macs)
+def ragged_dot_general(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """One kernel per group of rows (experts); groups and rows stay."""
+    lhs, rhs, _ = inputs
+    numbers = node.params["ragged_dot_dimension_numbers"]
+    why = f"rows of groups at {node.source}"
+    for axis in numbers.lhs_ragged_dimensions:
+        structure.freeze(lhs.axes[axis], why)
+    if len(numbers.rhs_group_dimensions) == 1:
+        (group,) = numbers.rhs_group_dimensions
+        structure.freeze(rhs.axes[group], why)
+        return [_product(structure, node, lhs, rhs, numbers.dot_dimension_numbers, (group,))]
+    for axis in (*lhs.axes, *rhs.axes):  # its derivatives: rows are contracted
+        structure.freeze(axis, why)
+    return [Labels(((),) * len(node.outputs[0].shape), frozenset(), all(v.from_variables for v in inputs))]
+
+
+def _product(structure: Structure, node: Node, lhs: Labels, rhs: Labels, dimensions, absent: tuple[int, ...] = ()):
+    """The labels of a product; axes ``absent`` of the right operand are not in the result."""
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimensions
     for i, j in zip(lhs_contract, rhs_contract, strict=True):
         contract(structure, node, lhs, i, rhs, j)
     axes: list[Axis] = []
@@ -44,7 +73,7 @@ def dot_general(structure: Structure, node: Node, inputs: list[Labels]) -> list[
         axes.append(structure.equal(lhs.axes[i], rhs.axes[j], why))
     for operand, other, used in (
         (lhs, rhs, {*lhs_contract, *lhs_batch}),
-        (rhs, lhs, {*rhs_contract, *rhs_batch}),
+        (rhs, lhs, {*rhs_contract, *rhs_batch, *absent}),
     ):
         for i, axis in enumerate(operand.axes):
             if i in used:
@@ -53,7 +82,7 @@ def dot_general(structure: Structure, node: Node, inputs: list[Labels]) -> list[
                 zero.add(len(axes))
             produce(structure, operand, other, axis)
             axes.append(axis)
-    return [Labels(tuple(axes), frozenset(zero), lhs.from_variables and rhs.from_variables)]
+    return Labels(tuple(axes), frozenset(zero), lhs.from_variables and rhs.from_variables)
 
 
 def conv_macs(node: Node, inputs, outputs) -> int:
@@ -62,9 +91,11 @@ def conv_macs(node: Node, inputs, outputs) -> int:
 
 
 def resize_conv(node: Node, args, kept_inputs, kept_outputs):
-    """Grouped convolutions lose whole groups, so the group count follows from the shapes."""
+    """Grouped convolutions lose whole groups, so the group count follows from the shapes. No channels give zero."""
     lhs, rhs = args
     dims = node.params["dimension_numbers"]
+    if lhs.shape[dims.lhs_spec[1]] == 0:
+        return [jnp.zeros(sizes(node, kept_outputs), node.outputs[0].dtype)]
     groups = lhs.shape[dims.lhs_spec[1]] // max(rhs.shape[dims.rhs_spec[1]], 1)
     return bind(node.primitive, args, {**node.params, "feature_group_count": groups})
 

@@ -64,7 +64,7 @@ NOT_ZERO_KEEPING = [
 SINGULAR_AT_ZERO = ("acosh", "digamma", "lgamma", "log", "rsqrt")
 # Zero at 0, but with an infinite derivative there: the gradient of a masked channel would be 0 · ∞, which is NaN.
 SLOPE_SINGULAR_AT_ZERO = ("cbrt", "sqrt")
-ZERO_IF_BOTH = ["or", "xor", "add_any"]
+ZERO_IF_BOTH = ["or", "xor", "add_any", "complex"]
 SHIFTS = ["shift_left", "shift_right_arithmetic", "shift_right_logical"]
 COMPARISONS = ["eq", "ne", "lt", "le", "gt", "ge"]
 

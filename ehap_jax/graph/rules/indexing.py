@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -102,6 +103,15 @@ def _pad_source(size: int, low: int, high: int, interior: int) -> np.ndarray:
     return source
 
 
+def _placed(structure: Structure, axis: Axis, source: np.ndarray) -> Axis:
+    """The labels of an axis whose indices come from ``source`` of another one, or (-1) are zero whatever is pruned."""
+    if (source >= 0).all():
+        return tuple(labels[source] for labels in axis)
+    labels = structure.fresh(len(source))
+    labels[source >= 0] = axis[0][source[source >= 0]]
+    return (labels,)
+
+
 def resize_pad(node: Node, args, kept_inputs, kept_outputs):
     array, value = args
     config = list(node.params["padding_config"])
@@ -140,13 +150,19 @@ def pad(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
             structure.freeze(axis, f"padding along the axis at {node.source}")
             axes.append(())
         else:
-            source = _pad_source(shape[i], *config)
-            labels = structure.fresh(len(source))
-            labels[source >= 0] = axis[0][source[source >= 0]]
-            axes.append((labels,))
+            axes.append(_placed(structure, axis, _pad_source(shape[i], *config)))
             if i in value.zero:
                 zero.add(i)
     return [Labels(tuple(axes), frozenset(zero), value.from_variables)]
+
+
+def _take(structure: Structure, value: Labels, axis: int, out: int, source: np.ndarray) -> Labels:
+    axes = [a for i, a in enumerate(value.axes) if i != axis]
+    axes.insert(out, _placed(structure, value.axes[axis], source))
+    rest = [i for i in range(len(axes)) if i != axis]
+    rest.insert(out, axis)
+    zero = frozenset(new for new, old in enumerate(rest) if old in value.zero)
+    return Labels(tuple(axes), zero | (value.zero & {-1}), value.from_variables)
 
 
 def _whole(structure: Structure, node: Node, value: Labels, whole: list[bool]) -> None:
@@ -168,7 +184,34 @@ def dynamic_slice(structure: Structure, node: Node, inputs: list[Labels]) -> lis
     return [Labels(axes, value.zero, all(v.from_variables for v in inputs))]
 
 
+def _taken(node: Node, indices) -> tuple[int, int, np.ndarray] | None:
+    """(operand axis, output axis, operand index or -1 per output index) where known indices of one axis are taken.
+
+    -1 stands for zero, which indices out of bounds may be filled with. None for any other gather.
+    """
+    dims, size = node.params["dimension_numbers"], node.inputs[0].shape
+    if not isinstance(indices, np.ndarray) or indices.shape[1:] != (1,) or len(dims.start_index_map) != 1:
+        return None
+    (axis,) = dims.start_index_map
+    whole = (*size[:axis], 1, *size[axis + 1 :])
+    if dims.collapsed_slice_dims != (axis,) or tuple(node.params["slice_sizes"]) != whole:
+        return None
+    (out,) = set(range(len(size))) - set(dims.offset_dims)
+    source, mode = indices[:, 0].astype(int), node.params["mode"]
+    inside = (source >= 0) & (source < size[axis])
+    if mode == lax.GatherScatterMode.CLIP:
+        return axis, out, source.clip(0, size[axis] - 1)
+    filled_with_zero = mode == lax.GatherScatterMode.FILL_OR_DROP and node.params["fill_value"] == 0
+    return (axis, out, np.where(inside, source, -1)) if inside.all() or filled_with_zero else None
+
+
 def resize_gather(node: Node, args, kept_inputs, kept_outputs):
+    taken = _taken(node, args[1])
+    if taken is not None:
+        axis, out, source = taken
+        source = source if kept_outputs[0][out] is None else source[kept_outputs[0][out]]
+        read = _place(args[0], axis, source, kept_inputs[0][axis], node.inputs[0].shape[axis])
+        return [jnp.moveaxis(read, axis, out)]
     slice_sizes = list(node.params["slice_sizes"])
     for axis, kept in enumerate(kept_inputs[0]):
         if kept is not None:
@@ -178,8 +221,11 @@ def resize_gather(node: Node, args, kept_inputs, kept_outputs):
 
 @register("gather", resize=resize_gather)
 def gather(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
-    """Operand axes that are read whole pass; those that are indexed cannot shrink (embedding tables, takes)."""
+    """Operand axes that are read whole pass, and one of which known indices are taken; others cannot shrink."""
     value, indices = inputs
+    taken = _taken(node, structure.constants.get(node.inputs[1]))
+    if taken is not None and (len(value.axes[taken[0]]) == 1 or (taken[2] >= 0).all()):
+        return [_take(structure, value, *taken)]
     dims, shape = node.params["dimension_numbers"], node.inputs[0].shape
     batching = getattr(dims, "operand_batching_dims", ())
     gone = {*dims.collapsed_slice_dims, *batching}
@@ -200,7 +246,7 @@ def gather(structure: Structure, node: Node, inputs: list[Labels]) -> list[Label
     return [Labels(tuple(axes), frozenset(zero), value.from_variables and indices.from_variables)]
 
 
-@register("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter_sub")
+@register("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
 def scatter(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     """Operand axes that are written whole pass, tied to those of the update; the others cannot shrink."""
     operand, indices, updates = inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ehap_jax.graph.interpret import register
-from ehap_jax.graph.structure import Labels, Structure
+from ehap_jax.graph.structure import Axis, Labels, Structure
 from ehap_jax.graph.trace import Node
 
 
@@ -32,19 +32,58 @@ def reduce_other(structure: Structure, node: Node, inputs: list[Labels]) -> list
     return found if keeps_zero else [Labels(v.axes, frozenset(), v.from_variables) for v in found]
 
 
-@register("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def reduce_window(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
-    """Pooling: axes with a window of one pass, the others are read through the window."""
-    value, axes = inputs[0], []
-    params = node.params
-    for i, axis in enumerate(value.axes):
-        through = params["window_dimensions"][i] == params["window_strides"][i] == params["base_dilation"][
-            i
-        ] == 1 and tuple(params["padding"][i]) == (0, 0)
+@register("reduce")
+def reduce_by_function(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """One or several arrays, then as many initial values, reduced together by a function of the user's."""
+    arrays, gone = inputs[: len(node.outputs)], set(node.params["dimensions"])
+    why = f"reduced by a function over the axis at {node.source}"
+    axes = list(arrays[0].axes)
+    for other in arrays[1:]:
+        axes = [structure.equal(a, b, why) for a, b in zip(axes, other.axes, strict=True)]
+    for axis in gone:
+        structure.freeze(axes[axis], why)
+    rest = tuple(axis for i, axis in enumerate(axes) if i not in gone)
+    return [Labels(rest, frozenset(), all(v.from_variables for v in inputs)) for _ in node.outputs]
+
+
+def _pooled(structure: Structure, node: Node, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """Axes with a window of one pass, the others are read through the window."""
+    params, passed = node.params, []
+    for i, axis in enumerate(axes):
+        sizes = [params[name][i] for name in ("window_dimensions", "window_strides", "base_dilation") if name in params]
+        through = set(sizes) == {1} and tuple(params["padding"][i]) == (0, 0)
         if not through:
             structure.freeze(axis, f"{node.name} along the axis at {node.source}")
-        axes.append(axis if through else ())
-    return [Labels(tuple(axes), value.zero, value.from_variables)]
+        passed.append(axis if through else ())
+    return tuple(passed)
+
+
+@register("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+def reduce_window(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """Pooling."""
+    (value,) = inputs
+    return [Labels(_pooled(structure, node, value.axes), value.zero, value.from_variables)]
+
+
+@register("reduce_window")
+def reduce_window_by_function(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    arrays = inputs[: len(node.outputs)]
+    axes = arrays[0].axes
+    for other in arrays[1:]:
+        why = f"pooled with a value that cannot shrink at {node.source}"
+        axes = tuple(structure.equal(a, b, why) for a, b in zip(axes, other.axes, strict=True))
+    passed = _pooled(structure, node, axes)
+    return [Labels(passed, frozenset(), all(v.from_variables for v in inputs)) for _ in node.outputs]
+
+
+@register("select_and_scatter_add")
+def unpooled(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
+    """The gradient of maximum pooling: what a window passes goes back to where its maximum stood."""
+    source, operand = inputs
+    why = f"maximum pooling of a value that cannot shrink at {node.source}"
+    pairs = zip(_pooled(structure, node, source.axes), _pooled(structure, node, operand.axes), strict=True)
+    axes = tuple(structure.equal(a, b, why) if a and b else () for a, b in pairs)
+    return [Labels(axes, source.zero, all(v.from_variables for v in inputs))]
 
 
 @register("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")

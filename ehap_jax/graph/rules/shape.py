@@ -88,7 +88,7 @@ def resize_reshape(node: Node, args, kept_inputs, kept_outputs):
 def reshape(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
     """Axes are products of factors: merged ones carry the labels of both, split ones pass them to their factor.
 
-    Labels that vary along several factors of a split stay with the first (whole heads, whole normalisation groups).
+    Labels that vary along several factors of a split stay with one of them (:meth:`Structure.split`).
     """
     value, old, new = inputs[0], node.inputs[0].shape, node.outputs[0].shape
     axes: list[Axis] = [()] * len(new)
@@ -100,10 +100,12 @@ def reshape(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labe
                 spread = [1] * len(old_run)
                 spread[position] = old_run[position]
                 grid = np.broadcast_to(labels.reshape(spread), old_run).reshape(new_run)
-                target = _assign(structure, grid, f"split of an axis at {node.source}")
-                if target is not None:
-                    axis, own = target
-                    axes[new_axes[axis]] = (*axes[new_axes[axis]], own)
+                why = f"split of an axis at {node.source}"
+                if (grid == grid.ravel()[:1]).all():
+                    structure.freeze((np.unique(grid),), why)
+                    continue
+                axis, own = structure.split((node.source, old, new, i), grid, why)
+                axes[new_axes[axis]] = (*axes[new_axes[axis]], own)
         for i in new_axes:
             axes[i] = _without_copies(structure, axes[i], f"copies merged with an axis at {node.source}")
         # Any pruned factor makes the whole product index zero only if every labelled factor does.
@@ -116,7 +118,10 @@ def reshape(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labe
 
 
 def _matching_runs(old: tuple[int, ...], new: tuple[int, ...]):
-    """The shortest consecutive runs of old and new axes with equal products; size-one axes pair up or stand alone."""
+    """The shortest consecutive runs of old and new axes with equal products; size-one axes pair up or stand alone.
+
+    New ones that stand alone are left out; of old ones nothing remains, so that they cannot go.
+    """
     runs, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         a, b = [], []
@@ -134,22 +139,7 @@ def _matching_runs(old: tuple[int, ...], new: tuple[int, ...]):
                 b.append(j)
                 j += 1
         runs.append((a, b))
-    return [(a, b) for a, b in runs if a and b]
-
-
-def _assign(structure: Structure, grid: np.ndarray, why: str):
-    """(axis, labels along it) for labels laid out over the new axes of a run."""
-    varies = [axis for axis in range(grid.ndim) if (grid != grid.take([0], axis)).any()]
-    if not varies:
-        if grid.size:
-            structure.freeze((np.unique(grid),), why)
-        return None
-    axis = varies[0]
-    lines = np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)
-    own = lines[:, 0].copy()
-    if len(varies) > 1:
-        structure.equal((lines.ravel(),), (np.repeat(own, lines.shape[1]),), why)
-    return axis, own
+    return [(a, b) for a, b in runs if a]
 
 
 def _without_copies(structure: Structure, axis: Axis, why: str) -> Axis:
