@@ -25,9 +25,7 @@ def test_examples(name):
     assert not result.failed, f"{result.failed} of {result.attempted} examples of {name} failed"
 
 
-def test_page(monkeypatch):
-    monkeypatch.setattr(doctest, "ELLIPSIS_MARKER", "…")
-    monkeypatch.setattr(doctest, "ELLIPSIS_MARKER", "…")
+def test_page():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         result = doctest.testfile(str(PAGE), module_relative=False, optionflags=FLAGS, encoding="utf-8")
     assert result.attempted > 15 and not result.failed
