@@ -23,7 +23,7 @@ from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import Layout, batch_size, layout_of
 from ehap_jax.curvature.saved_trace import fingerprint
 from ehap_jax.curvature.tapped_model import require_proven, tapped_model
-from ehap_jax.curvature.taps import Taps
+from ehap_jax.curvature.taps import Site, Taps
 
 __all__ = ["gauss_newton_trace"]
 
@@ -220,9 +220,43 @@ def _cotangents(plan: _Plan, logits, targets, example, key, start):
     return jnp.tensordot(1 - 2 * flips.astype(root.dtype), root, 1), inside
 
 
-@partial(jax.jit, static_argnames="plan")
 def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale):
-    """Sums of squared channel gradients of a chunk: ``{path: (columns, channels)}``, and the logits (n, ...)."""
+    """Sums of squared channel gradients of a chunk: ``{path: (columns, channels)}``, and the logits (n, ...).
+
+    Several compiled functions, for CPUs: in one, XLA works on all kernels side by side, beyond the caches, and slower.
+    """
+    taps, layout = plan.taps, plan.layout
+    logits, read, deltas, own, counts = _passes(plan, leaves, x, targets, examples, weights, key, start, scale)
+    axes = dict(zip(layout.paths, layout.axes, strict=True))
+    found: dict[str, jax.Array] = {}
+    others: list[int] = []
+    for i, site in enumerate(taps.sites):
+        (path, *_) = site.reads
+        alone = site.direct and all(len(taps.sites_of(path)) == 1 for path in site.reads)
+        if alone and site.sums_to(axes[path]):
+            found[path] = _squares(site, axes[path], layout.policy.sums, read[i], deltas[i], counts)
+        else:
+            others.append(i)
+    if others or own:
+        found |= _added_squares(
+            plan, tuple(others), leaves, [read[i] for i in others], [deltas[i] for i in others], own, counts
+        )
+    for path, index, axis in zip(layout.paths, layout.places, layout.axes, strict=True):
+        if path not in found:  # used nowhere
+            found[path] = jnp.zeros((plan.columns, leaves[index].shape[axis]), layout.policy.sums)
+    return found, logits
+
+
+_whole_chunk = jax.jit(_chunk, static_argnames="plan")
+
+
+@partial(jax.jit, static_argnames="plan")
+def _passes(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale):
+    """One pass forward and one backward of all columns.
+
+    Returns the logits, what every site reads, the cotangents of what it writes, the gradients of untapped kernels, and
+    with what each squared gradient counts, (columns, n).
+    """
     taps, layout = plan.taps, plan.layout
     sums = jnp.dtype(layout.policy.sums)
     inputs = jax.tree.leaves(jax.tree.map(lambda leaf: leaf[:, None], x))
@@ -235,28 +269,34 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
     unscale = jnp.ldexp(jnp.ones((), sums), exponent.reshape(signs.shape)) / scale
     counts = signs * unscale * unscale * weights[None, :]
     deltas, own = pull(columns.astype(logits.dtype))
-    deltas = [site.cotangents(d) for site, d in zip(taps.sites, deltas, strict=True)]
-    read = [site.inputs(h) for site, h in zip(taps.sites, read, strict=True)]
-    found: dict[str, jax.Array] = {}
-    gradients = {path: g.astype(sums) for path, g in own.items()}
+    return logits, read, deltas, own, counts
+
+
+@partial(jax.jit, static_argnames=("site", "axis", "sums"))
+def _squares(site: Site, axis: int, sums: str, read, delta, counts):
+    """Of a kernel that is used once, at ``site``: (columns, channels)."""
+    squares = site.squares(site.inputs(read), site.cotangents(delta), axis, jnp.dtype(sums))
+    return jnp.einsum("rnc,rn->rc", squares, counts)
+
+
+@partial(jax.jit, static_argnames=("plan", "sites"))
+def _added_squares(plan: _Plan, sites: tuple[int, ...], leaves, read, deltas, own, counts):
+    """Of kernels whose gradients are put together of several uses before they are squared, by path."""
+    taps, layout = plan.taps, plan.layout
+    sums = jnp.dtype(layout.policy.sums)
     axes = dict(zip(layout.paths, layout.axes, strict=True))
-    for i, site in enumerate(taps.sites):
-        alone = site.direct and all(len(taps.sites_of(path)) == 1 for path in site.reads)
-        (path, *_) = site.reads
-        if alone and site.sums_to(axes[path]):
-            squares = site.squares(read[i], deltas[i], axes[path], sums)
-            found[path] = jnp.einsum("rnc,rn->rc", squares, counts)
-            continue
-        for path, g in taps.pull_to_leaves(site, site.gradients(read[i], deltas[i], sums), leaves).items():
+    gradients = {path: g.astype(sums) for path, g in own.items()}
+    for i, h, d in zip(sites, read, deltas, strict=True):
+        site = taps.sites[i]
+        g = site.gradients(site.inputs(h), site.cotangents(d), sums)
+        for path, part in taps.pull_to_leaves(site, g, leaves).items():
             if path not in taps.untapped:
-                gradients[path] = gradients[path] + g if path in gradients else g
+                gradients[path] = gradients[path] + part if path in gradients else part
+    found = {}
     for path, g in gradients.items():
         others = tuple(2 + a for a in range(g.ndim - 2) if a != axes[path])
         found[path] = jnp.einsum("rnc,rn->rc", (g * g).sum(others), counts)
-    for path, index, axis in zip(layout.paths, layout.places, layout.axes, strict=True):
-        if path not in found:  # used nowhere
-            found[path] = jnp.zeros((plan.columns, leaves[index].shape[axis]), sums)
-    return found, logits
+    return found
 
 
 def _roots(model, head: Head, policy: Policy, params, batch):
@@ -273,11 +313,12 @@ def _add_chunk(
     examples = np.minimum(np.asarray(chunk), size - 1).astype(np.int32)
     weights = (np.asarray(chunk) < size).astype(plan.layout.policy.sums) / np.asarray(size, plan.layout.policy.sums)
     inputs, outputs = jax.tree.map(lambda leaf: leaf[examples], (x, targets))
+    chunk_of: Callable = _chunk if _on_cpu(leaves) else _whole_chunk
     here = place(mesh, (inputs, outputs, jnp.asarray(examples), jnp.asarray(weights)), EXAMPLES)
     for start in range(0, columns, plan.columns):
         while True:
             scale = jnp.asarray(sums.scale, policy.sums)
-            squares, logits = _chunk(plan, leaves, *here, key, jnp.int32(start), scale)
+            squares, logits = chunk_of(plan, leaves, *here, key, jnp.int32(start), scale)
             squares = {path: np.asarray(s, np.float64) for path, s in jax.device_get(squares).items()}
             bad = [path for path, s in squares.items() if not np.isfinite(s).all()]
             if not bad:
@@ -328,8 +369,11 @@ def _affordable(plan: _Plan, leaves, budget: int) -> int:
     leaf_sizes = dict(zip(plan.taps.graph.leaves, (leaf.size for leaf in leaves), strict=True))
     copies = sum(leaf_sizes[path] for path in plan.taps.untapped) * (plan.columns + 1) * item
     affordable = max(1, int(budget // max(forward + backward + largest + copies, 1)))
-    platform = next(iter(leaves[0].devices())).platform
-    return min(affordable, CPU_EXAMPLES) if platform == "cpu" else affordable
+    return min(affordable, CPU_EXAMPLES) if _on_cpu(leaves) else affordable
+
+
+def _on_cpu(leaves) -> bool:
+    return next(iter(leaves[0].devices())).platform == "cpu"
 
 
 def _estimate(layout: Layout, by_column: dict, random: bool, columns: int, rejected: int, key) -> TraceEstimate:
