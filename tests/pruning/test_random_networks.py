@@ -69,6 +69,7 @@ OPERATIONS = {
     "bias": lambda u, v, n, param: u + param(u.shape[1])[None],
     "constant": lambda u, v, n, param: u * jnp.linspace(0.5, 1.5, u.shape[1])[None],
     "reverse": lambda u, v, n, param: u[:, ::-1],
+    "permute": lambda u, v, n, param: u[:, np.random.default_rng(n).permutation(u.shape[1])],
     "roll": lambda u, v, n, param: jnp.roll(u, 1, axis=1),
     "take": lambda u, v, n, param: u[:, : max(1, u.shape[1] - n)],
     "stride": lambda u, v, n, param: u[:, ::2],
