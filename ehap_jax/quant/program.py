@@ -296,7 +296,7 @@ class _Lowering:
             return operand(clip[0])
         if node is not None and node.name in REARRANGEMENTS | JOINS:
             data = {i: v for i, v in enumerate(node.inputs) if isinstance(v, Value) and v not in network.sites.sources}
-            if all(self.is_tainted(v) for v in data.values()) and (len(data) == 1 or node.name in JOINS):
+            if any(self.is_tainted(v) for v in data.values()) and (len(data) == 1 or node.name in JOINS):
                 operands = {i: operand(v, f"{name}/{node.name}{i if len(data) > 1 else ''}") for i, v in data.items()}
                 return self.move(node, value, operands, name)
         if value in self.alias:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Node, Operand, Value
 from ehap_jax.quant.fold import Site, Sites
 
+SUMS = frozenset({"add", "sub", "add_any"})
+
 
 @dataclass(frozen=True, eq=False)
 class Branch:
@@ -42,27 +44,33 @@ def _in_body(body: Body, results: dict[Value, Site | None], folded: set[Node], s
     for node in body.nodes:
         if node.name in REMAT and node.body is not None:
             yield from _in_body(node.body, results, folded, sites)
-        if node.name not in ("add", "sub", "add_any") or node in folded or node in sites.variable_nodes:
+        if node.name not in SUMS or node in folded or node in sites.variable_nodes:
             continue
         operands = [v for v in node.inputs if isinstance(v, Value) and v not in sites.sources]
         if len(operands) < 2:
             continue
         ends = [_layer_at_the_end(v, results, made_by, sites) for v in operands]
+        inside = None
+        if ends == [None, None]:  # a sum of sums follows the rule of a layer inside
+            found = (_layer_at_the_end(v, results, made_by, sites, through_sums=True) for v in operands)
+            inside = next((site for site in found if site is not None), None)
         for position, site in enumerate(ends):
-            rule_of = site or ends[1 - position]
+            rule_of = site or ends[1 - position] or inside
             if rule_of is not None:
                 yield Branch(node, position, rule_of, "out" if site else "shortcut")
 
 
-def _layer_at_the_end(value: Operand, results, made_by, sites: Sites) -> Site | None:
+def _layer_at_the_end(value: Operand, results, made_by, sites: Sites, through_sums: bool = False) -> Site | None:
     while value not in results:
         node = made_by.get(value)
         if node is None or (node.body is not None and node.name not in CUSTOM_RULE):
             return None
         data = [v for v in node.inputs if isinstance(v, Value) and v not in sites.sources]
-        if len(data) > 1 and node.name == "concatenate":
-            ends = [_layer_at_the_end(v, results, made_by, sites) for v in data]
-            return None if None in ends else ends[0]
+        if len(data) > 1 and (node.name == "concatenate" or (through_sums and node.name in SUMS)):
+            ends = [_layer_at_the_end(v, results, made_by, sites, through_sums) for v in data]
+            if node.name == "concatenate" and None in ends:
+                return None
+            return next((site for site in ends if site is not None), None)
         if len(data) != 1:
             return None
         value = data[0]

@@ -277,12 +277,12 @@ class _Search:
         return Pool(reduce, divide, count) if abs(by - count) < 1e-6 * count else None
 
     def scale(self, value: Value) -> Scale | None:
-        """The chain of affine per-channel operations that ends in ``value``."""
+        """The chain of affine per-channel operations that ends in ``value``, up to a layer or a mean."""
         nodes: list[Node] = []
         assert isinstance(value, Value), "what a quantised layer reads depends on the data"
         while value not in self.results and (node := self.made_by.get(value)) is not None and node.name in AFFINE:
             data = [v for v in node.inputs if self._data(v)]
-            if len(data) != 1 or data[0].shape != node.outputs[0].shape:
+            if len(data) != 1 or data[0].shape != node.outputs[0].shape or self.pool(value) is not None:
                 break
             nodes.append(node)
             (value,) = data

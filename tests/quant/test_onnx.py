@@ -175,6 +175,19 @@ def test_dense_layers_of_any_rank(tmp_path):
     np.testing.assert_allclose(outputs(model, TOKENS)["y"], tokens(HEADS, TOKENS), atol=1e-5)
 
 
+def test_sums_of_sums_and_a_mean_that_is_scaled(tmp_path):
+    def function(v, x):
+        y = jnp.einsum("btf,fo->bto", x, v["a"])
+        y = (y + jax.nn.relu(y)) - (jax.nn.relu6(y) + y[:, ::-1])
+        return (3.0 - y.mean(axis=1, keepdims=True)) @ v["b"]
+
+    variables = {"a": HEADS["a"], "b": HEADS["b"][:, 0]}
+    quantized, qstate = calibrate(function, variables, TOKENS)
+    counts = assert_parity(quantized, variables, qstate, TOKENS, tmp_path)
+    # Three sums, and two changes of grid, which are sums with 0.
+    assert (counts["QLinearAdd"], counts["QLinearGlobalAveragePool"], counts["QGemm"]) == (5, 1, 2)
+
+
 def test_a_layer_that_a_rule_skips_stays_in_floating_point(tmp_path):
     """Between quantised ones, too: ONNX Runtime would quantise its weights with a rule of its own."""
     variables = {name: jnp.asarray(RNG.normal(size=(5, 5)), jnp.float32) for name in "abcd"}
