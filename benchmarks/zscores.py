@@ -6,12 +6,13 @@ DIR as for `benchmarks.exact_trace`. For every channel z = (Hutchinson - exact) 
 and the standard error is right, z has mean 0 and standard deviation 1. The standard error of the mean of z itself is
 reported beside it: the channels of one network share their probes, so it comes from the spread between layers. Accuracy
 only: nothing is timed, and it may run beside other work. The probes are kept next to the result, and a run that was
-stopped goes on from them.
+stopped, by hand or by `--max-minutes` (exit status 3), goes on from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from benchmarks.measure import provenance, read_results, write_results
 from benchmarks.trained import CHUNK, WEIGHTS, flat, hap_scores, load, mean_loss, quality
 from ehap_jax.curvature import channel_trace, expected_agreement, gauss_newton_trace
 from ehap_jax.curvature.problem import path_name
-from ehap_jax.training import Progress
+from ehap_jax.training import Deadline, OutOfTime, Progress
 
 
-def z_scores(data: Path, network: str, images: int, probes: int, kept: Path) -> dict[str, Any]:
+def z_scores(data: Path, network: str, images: int, probes: int, kept: Path, deadline: Deadline) -> dict[str, Any]:
+    """Of one network.
+
+    Raises:
+        OutOfTime: the deadline has passed; the probes so far are in the file ``kept``.
+    """
     apply, variables, batch = load(data, network, images)
     exact = gauss_newton_trace(apply, variables, batch)
     with Progress() as progress, progress.stage(f"{network}: probes", probes) as advance:
@@ -46,7 +52,10 @@ def z_scores(data: Path, network: str, images: int, probes: int, kept: Path) -> 
             probes_per_step=5,
             save_to=kept,
             progress=report,
+            until=lambda _: deadline.passed,
         )
+    if found.count < probes:
+        deadline.check(f"{found.count} of {probes} probes of {network}")
     layers = []
     for (path, mean), sem, truth in zip(
         jax.tree_util.tree_leaves_with_path(found.mean),
@@ -81,21 +90,27 @@ def z_scores(data: Path, network: str, images: int, probes: int, kept: Path) -> 
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("results/zscores.json"))
     parser.add_argument("--networks", nargs="+", choices=sorted(WEIGHTS), default=sorted(WEIGHTS))
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--probes", type=int, default=500)
+    parser.add_argument("--max-minutes", type=float)
     options = parser.parse_args()
-    results = read_results(options.out)
+    results, deadline = read_results(options.out), Deadline(options.max_minutes)
     for network in options.networks:
         kept = options.out.with_suffix(f".{network}.npz")
-        results[network] = z_scores(options.data, network, options.images, options.probes, kept)
+        try:
+            results[network] = z_scores(options.data, network, options.images, options.probes, kept, deadline)
+        except OutOfTime as stopped:
+            print(f"{stopped}; run again to go on", file=sys.stderr)
+            return 3
         write_results(options.out, results)
         print({name: value for name, value in results[network].items() if name != "layers"}, flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
