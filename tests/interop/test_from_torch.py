@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from ehap_jax.models import make_model
 from interop import CheckpointError, from_torch, to_torch
 from interop.forms import RESNET
 from interop.layouts import LAYOUTS, layout_for
+from recipes.network import described_model
 from tests.interop.conftest import lively, torch_logits
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
@@ -49,6 +51,8 @@ def test_published_networks_give_pytorchs_logits(published):
     np.testing.assert_allclose(np.asarray(jax.jit(apply)(variables, images)), expected, atol=2e-5)
     assert len(jax.tree.leaves(variables)) + len(info.unread) == len(module.state_dict()), "a tensor was left out"
     if info.model is not None:
+        name, options = described_model(info.model)
+        assert make_model(name, info.num_classes, **options) == info.model
         fresh = jax.eval_shape(info.model.init, jax.random.key(0), images)
         assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, variables)
 
