@@ -130,9 +130,9 @@ def measure_ehap(row: Row, seconds: float, probes: int) -> dict[str, Any]:
     """Probes until there are ``probes`` of them or ``seconds`` have passed, after the first chunk."""
     spent = {"compile": 0.0}
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if "compile" in event and "cache" not in event:
-            spent["compile"] += duration
+            spent["compile"] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     if row.precision == "float32":

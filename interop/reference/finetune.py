@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from interop.reference.union import Kept, norm_after
 
@@ -73,7 +74,7 @@ def _masks(model: nn.Module, kept: Kept) -> list[tuple[nn.Parameter, torch.Tenso
     """The scale and bias of every norm behind a pruned convolution, and 1 where a channel is kept."""
     found = []
     for name, channels in kept.items():
-        norm = model.get_submodule(norm_after(name))
+        norm: Any = model.get_submodule(norm_after(name))
         mask = torch.zeros_like(norm.weight)
         mask[channels] = 1
         found += [(norm.weight, mask), (norm.bias, mask)]

@@ -92,7 +92,7 @@ def functional_products(
         return F.cross_entropy(logits.float() if half else logits, labels) * scale
 
     def products(probe: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        _, Hv = torch.func.jvp(torch.func.grad(loss), (point,), (probe,))
+        Hv = torch.func.jvp(torch.func.grad(loss), (point,), (probe,))[1]
         return {name: value / scale for name, value in _channel_sums(Hv, probe).items()}
 
     run = torch.compile(products) if compiled else products
@@ -106,6 +106,9 @@ def functional_products(
 
 class _Affine(nn.Module):
     """BatchNorm with its running statistics, as one multiplication and one addition."""
+
+    factor: torch.Tensor
+    shift: torch.Tensor
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()

@@ -8,7 +8,9 @@ a sum is added at the places of its channels in that union. The released code en
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 from interop.spec import BlockSpec, ResidualSpec
 from interop.torch_models import Block, ResidualNetwork
@@ -52,14 +54,12 @@ def kept_channels(
 
 def mask_union(model: ResidualNetwork, kept: Kept) -> ResidualNetwork:
     """A copy of full size whose pruned channels contribute exactly zero: their norm's scale and bias are zero."""
-    import copy
-
     masked = copy.deepcopy(model)
     with torch.no_grad():
         for name, channels in kept.items():
-            gone = torch.ones(masked.get_submodule(name).weight.shape[0], dtype=torch.bool)
+            gone = torch.ones(_width(masked, name), dtype=torch.bool)
             gone[channels] = False
-            norm = masked.get_submodule(norm_after(name))
+            norm: Any = masked.get_submodule(norm_after(name))
             norm.weight[gone] = 0
             norm.bias[gone] = 0
     return masked
@@ -79,7 +79,7 @@ def prune_union(model: ResidualNetwork, kept: Kept) -> ResidualNetwork:
         raise ValueError("union pruning is written for post-activation ResNets that were not pruned before")
 
     def stays(name: str) -> torch.Tensor:
-        return kept.get(name, torch.arange(model.get_submodule(name).weight.shape[0]))
+        return kept.get(name, torch.arange(_width(model, name)))
 
     cuts = {"conv1": (stays("conv1"), torch.arange(model.spec.image_channels))}
     stream, places = stays("conv1"), {}
@@ -119,15 +119,22 @@ def norm_after(conv: str) -> str:
     return conv.replace(".shortcut.0", ".shortcut.1").replace("conv", "bn")
 
 
+def _width(model: nn.Module, conv: str) -> int:
+    weight: Any = model.get_submodule(conv).weight
+    return weight.shape[0]
+
+
 def _copy_cut(model: nn.Module, pruned: nn.Module, cuts: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     with torch.no_grad():
         for name, (outputs, inputs) in cuts.items():
-            full, small = model.get_submodule(name), pruned.get_submodule(name)
+            full: Any = model.get_submodule(name)
+            small: Any = pruned.get_submodule(name)
             small.weight.copy_(full.weight[outputs][:, inputs])
             if name == "linear":
                 small.bias.copy_(full.bias)
                 continue
-            old, new = model.get_submodule(norm_after(name)), pruned.get_submodule(norm_after(name))
+            old: Any = model.get_submodule(norm_after(name))
+            new: Any = pruned.get_submodule(norm_after(name))
             for leaf in ("weight", "bias", "running_mean", "running_var"):
                 getattr(new, leaf).copy_(getattr(old, leaf)[outputs])
             new.num_batches_tracked.copy_(old.num_batches_tracked)
