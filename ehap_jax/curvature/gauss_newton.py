@@ -234,7 +234,7 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
         (path, *_) = site.reads
         alone = site.direct and all(len(taps.sites_of(path)) == 1 for path in site.reads)
         if alone and site.sums_to(axes[path]):
-            found[path] = _squares(site, axes[path], layout.policy.sums, read[i], deltas[i], counts)
+            found[path] = _squares(_Kind(site), axes[path], layout.policy.sums, read[i], deltas[i], counts)
         else:
             others.append(i)
     if others or own:
@@ -248,6 +248,11 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
 
 
 _whole_chunk = jax.jit(_chunk, static_argnames="plan")
+
+
+def _chunk_function(leaves) -> Callable:
+    """How a chunk is computed: by several compiled functions on CPU (see `_chunk`), by one elsewhere."""
+    return _chunk if _on_cpu(leaves) else _whole_chunk
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -272,9 +277,23 @@ def _passes(plan: _Plan, leaves, x, targets, examples, weights, key, start, scal
     return logits, read, deltas, own, counts
 
 
-@partial(jax.jit, static_argnames=("site", "axis", "sums"))
-def _squares(site: Site, axis: int, sums: str, read, delta, counts):
-    """Of a kernel that is used once, at ``site``: (columns, channels)."""
+class _Kind:
+    """A site that equals every other one of the same operation: one compiled function serves all of them."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.operation = site, site.operation
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kind) and self.operation == other.operation
+
+    def __hash__(self) -> int:
+        return hash(self.operation)
+
+
+@partial(jax.jit, static_argnames=("kind", "axis", "sums"))
+def _squares(kind: _Kind, axis: int, sums: str, read, delta, counts):
+    """Of a kernel that is used once, at a site of this kind: (columns, channels)."""
+    site = kind.site
     squares = site.squares(site.inputs(read), site.cotangents(delta), axis, jnp.dtype(sums))
     return jnp.einsum("rnc,rn->rc", squares, counts)
 
@@ -313,7 +332,7 @@ def _add_chunk(
     examples = np.minimum(np.asarray(chunk), size - 1).astype(np.int32)
     weights = (np.asarray(chunk) < size).astype(plan.layout.policy.sums) / np.asarray(size, plan.layout.policy.sums)
     inputs, outputs = jax.tree.map(lambda leaf: leaf[examples], (x, targets))
-    chunk_of: Callable = _chunk if _on_cpu(leaves) else _whole_chunk
+    chunk_of = _chunk_function(leaves)
     here = place(mesh, (inputs, outputs, jnp.asarray(examples), jnp.asarray(weights)), EXAMPLES)
     for start in range(0, columns, plan.columns):
         while True:

@@ -8,7 +8,7 @@ one forward and one backward pass over a whole batch: no kernel is differentiate
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -39,6 +39,13 @@ class Site:
     kernel: int
     reads: frozenset[str]
     direct: bool
+
+    @property
+    def operation(self) -> tuple[Hashable, ...]:
+        """Equal for two sites exactly where they compute alike: the operation, its parameters, and all shapes."""
+        node = self.node
+        shapes = tuple(value.shape for value in (*node.inputs, *node.outputs))
+        return node.name, self.kernel, shapes, tuple(sorted(node.params.items()))
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:

@@ -9,12 +9,14 @@ from ehap_jax._compat import enable_x64
 from ehap_jax.curvature import (
     Batches,
     Policy,
+    gauss_newton,
     gauss_newton_trace,
     second_derivative,
     softmax_cross_entropy,
     squared_error,
 )
 from ehap_jax.curvature.problem import path_name
+from ehap_jax.curvature.taps import Site
 
 DOUBLE = Policy("float64")
 
@@ -24,6 +26,12 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(params=["_chunk", "_whole_chunk"])
+def chunk_function(request, monkeypatch):
+    """The way of a CPU, several compiled functions, and that of an accelerator, one."""
+    monkeypatch.setattr(gauss_newton, "_chunk_function", lambda leaves: getattr(gauss_newton, request.param))
 
 
 def conv(x, w, stride=1, padding="SAME", groups=1, dilation=1, lhs_dilation=1):
@@ -215,7 +223,7 @@ def close(trace, truth, rtol=1e-10):
         np.testing.assert_allclose(np.asarray(trace.mean[path]), expected, rtol=rtol, atol=rtol * scale, err_msg=path)
 
 
-def test_equals_the_dense_hessian(case):
+def test_equals_the_dense_hessian(case, chunk_function):
     _, model, params, x, labels, axes, truth = case
     with enable_x64():
         trace = gauss_newton_trace(model, params, (x, labels), policy=DOUBLE, channel_axis=axes)
@@ -379,7 +387,7 @@ def test_precision(dense, compute, tolerance):
     close(trace, {path: np.asarray(exact.mean[path]) for path in ("w", "out")}, tolerance)
 
 
-def test_float16_lowers_its_scale_where_it_overflows(dense):
+def test_float16_lowers_its_scale_where_it_overflows(dense, chunk_function):
     params, x, _, exact = dense
     scales = {"w": 0.01, "b": 0.01, "out": 100.0}
     scaled = {path: np.asarray(leaf) * scales[path] for path, leaf in params.items()}
@@ -456,6 +464,28 @@ def test_compiled_once(dense):
         count = len(traced)
         traced.clear()
     assert count == 0
+
+
+def test_identical_kernels_share_a_compilation(monkeypatch):
+    """Those of one shape, stride and padding; every compilation traces the squares once."""
+    traced, squares = [], Site.squares
+
+    def counted(site, *arguments):
+        traced.append(site.kernel_shape)
+        return squares(site, *arguments)
+
+    monkeypatch.setattr(Site, "squares", counted)
+    rng = np.random.default_rng(12)
+    shapes = {"a": (3, 3, 7, 7), "b": (3, 3, 7, 7), "c": (3, 3, 7, 7), "half": (3, 3, 7, 7), "out": (7, 3)}
+    params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+
+    def model(p, x):
+        for path in "abc":
+            x = jax.nn.relu(conv(x, p[path]))
+        return conv(x, p["half"], stride=2).mean((1, 2)) @ p["out"]
+
+    gauss_newton_trace(model, params, jnp.asarray(rng.normal(size=(2, 4, 4, 7)), jnp.float32))
+    assert sorted(traced) == [(3, 3, 7, 7), (3, 3, 7, 7), (7, 3)]
 
 
 @pytest.mark.parametrize("classes", ["all", 2])
