@@ -1,4 +1,7 @@
-"""What every measurement needs: a fresh process, clocks, where and of what it was taken, and a result file."""
+"""What every measurement needs: a fresh process, clocks, where and of what it was taken, and a result file.
+
+`python -m benchmarks.measure` prints what a measurement would be stamped with here and now.
+"""
 
 from __future__ import annotations
 
@@ -44,20 +47,33 @@ def peak_memory() -> float:
     return (int(own[0].split()[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
 
 
+class ProcessFailed(RuntimeError):
+    """A process ended with another status than 0.
+
+    Attributes:
+      status: minus the number of the signal where one ended it. reason: the last line of its errors; "" for none.
+    """
+
+    def __init__(self, command: Sequence[str], status: int, errors: str) -> None:
+        self.status, self.reason = status, (errors.strip().splitlines() or [""])[-1].strip()
+        super().__init__(f"{' '.join(command)} ended with status {status}: {self.reason}")
+
+
 def fresh_process(
     module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None, seconds: float | None = None
 ) -> dict[str, Any]:
-    """Run ``python -m module arguments`` and read the JSON object in its last line; its errors are shown as they come.
+    """Run ``python -m module arguments`` and read the JSON object in its last line; its errors are shown when it ends.
 
     Raises:
-        RuntimeError: it failed; names the command.
+        ProcessFailed: it failed; names the command and the last line of its errors.
         subprocess.TimeoutExpired: it took more than ``seconds``.
     """
     command = [sys.executable, "-m", module, *arguments]
     given = {**os.environ, **(environment or {})}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=given, timeout=seconds)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=given, timeout=seconds)
+    print(done.stderr, end="", file=sys.stderr, flush=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}")
+        raise ProcessFailed(command, done.returncode, done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -71,7 +87,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """On what, how busy it was, and with which versions."""
+    """On what, how busy it was, with which versions and with which flags of the compiler."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     return {
@@ -79,4 +95,9 @@ def provenance() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "versions": versions(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+if __name__ == "__main__":
+    print(json.dumps(provenance()))

@@ -1,4 +1,4 @@
-"""Three ways to compute `v_c · (H v)_c` per output channel in PyTorch, for comparing what a probe costs.
+"""Four ways to compute `v_c · (H v)_c` per output channel in PyTorch, for comparing what a probe costs.
 
 Each function prepares once and returns `step(probe) -> {parameter name: (channels,) in float32}`, H being the Hessian
 of the mean cross-entropy in eval mode and the probe one tensor per kernel (`interop.reference.trace`):
@@ -6,10 +6,11 @@ of the mean cross-entropy in eval mode and the probe one tensor per kernel (`int
 - `published_products`: the gradient's graph is retained and differentiated again for every probe; Hv is copied to the
   host, and every channel's dot product is read with `.item()` (what EHAP's released code does, arXiv 2306.07030);
 - `vectorised_products`: the same, but the sums stay on the device, one per kernel;
+- `affine_products`: that with BatchNorm in eval mode written as the multiplication and addition that it is;
 - `functional_products`: `torch.func.jvp` of `torch.func.grad`, forward over reverse, through `torch.compile` if asked.
 
-With `half`, a 16-bit dtype, the first two run the forward pass under autocast and the third casts the network, as
-autocast does not work under `torch.func`. The loss is multiplied by `SCALE`, which is divided out in float32. EHAP's
+With `half`, a 16-bit dtype, `functional_products` casts the network, as autocast does not work under `torch.func`; the
+others run the forward pass under autocast. The loss is multiplied by `SCALE`, which is divided out in float32. EHAP's
 code divides its scale by 2⁸ before every probe and ends in subnormal numbers; here it stays: all probes cost the same.
 """
 
@@ -64,6 +65,13 @@ def vectorised_products(
     return lambda probe: _channel_sums(second(probe), probe)
 
 
+def affine_products(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, half: torch.dtype | None = None
+) -> Step:
+    """As `vectorised_products`, with every BatchNorm as the multiplication and addition that it is in eval mode."""
+    return vectorised_products(_without_norms(model), images, labels, half=half)
+
+
 def functional_products(
     model: nn.Module,
     images: torch.Tensor,
@@ -105,7 +113,7 @@ def functional_products(
 
 
 class _Affine(nn.Module):
-    """BatchNorm with its running statistics, as one multiplication and one addition."""
+    """BatchNorm with its running statistics, as one multiplication and one addition in the dtype of what it reads."""
 
     factor: torch.Tensor
     shift: torch.Tensor
@@ -119,7 +127,7 @@ class _Affine(nn.Module):
         self.register_buffer("shift", shift[:, None, None])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.factor + self.shift
+        return x * self.factor.to(x.dtype) + self.shift.to(x.dtype)
 
 
 def _without_norms(model: nn.Module) -> nn.Module:

@@ -8,7 +8,12 @@ from interop.reference import products, trace  # noqa: E402
 from interop.torch_models import cifar_resnet  # noqa: E402
 from tests.interop.conftest import lively  # noqa: E402
 
-WAYS = (products.published_products, products.vectorised_products, products.functional_products)
+WAYS = (
+    products.published_products,
+    products.vectorised_products,
+    products.affine_products,
+    products.functional_products,
+)
 
 
 @pytest.fixture(scope="module")
