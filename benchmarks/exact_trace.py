@@ -13,8 +13,9 @@ Its parts, of which two need a quiet machine:
 `timing` (quiet): the exact trace of 512 images in a fresh process per network, first call (with compilation) and
 second, one ±1 combination, and the peak resident memory of the process.
 
-`costs` (quiet): wall-clock and CPU seconds, without compilation, of every method on every network: of a call, and for
-probes of one probe and of what comes before the first.
+`costs` (quiet): wall-clock and CPU seconds, without compilation, of every method on every network: the median of three
+calls, and for probes that of what three pairs of calls, for one probe and for four, say a probe takes; a median that is
+not positive is refused. What longer estimates take is extrapolated from it, and called so.
 
 `quality` (anywhere): rank correlation of HAP scores with the exact ones, and overlap (intersection over union) of the
 lowest 30 % of channels, after every number of random combinations and of probes. "published" is the ranking by EHAP's
@@ -23,7 +24,9 @@ released half-precision code, which weighs each probe by 2^-8 of the one before,
 the agreement expected from its own standard errors (`expected_agreement`), and `normal_spearman`: the rank correlation
 that normal noise of the measured deviation would leave. The latter also says how many probes reach 0.99.
 
-Table, plot and the verdicts on the goals join them: seconds from `costs`, agreement from `quality`.
+Table, plot and the verdicts on the goals join them: seconds from `costs`, agreement from `quality`. On a CPU seconds
+are those of its own clock, which other programs on the machine disturb less. Every row and cost keeps on what, how busy
+it was, and with which versions it was measured; where earlier rows do not, the `provenance` of their network does.
 """
 
 from __future__ import annotations
@@ -34,13 +37,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from benchmarks.drawn import DRAWN, draw
-from benchmarks.exact_trace_report import describe, draw_plot, goals, table
+from benchmarks.exact_trace_report import describe, draw_plot, goals, require_layout, table
 from benchmarks.measure import fresh_process, peak_memory, provenance, read_results, timed, write_results
 from benchmarks.trained import CHUNK, WEIGHTS, flat, hap_scores, load, mean_loss, quality, spearman
 from ehap_jax.curvature import (
@@ -76,6 +80,7 @@ TIMED_IMAGES = 512
 PROBES = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000)
 PUBLISHED_PROBES = 4
 PROBES_TIMED = 3
+REPEATS = 3
 SEEDS = 5
 HALF = Policy("float16")
 NO_DEADLINE = Deadline()
@@ -107,12 +112,17 @@ class Subject(NamedTuple):
             key=key,
             num_probes=count,
             policy=policy,
-            microbatch=CHUNK,
+            microbatch=together(),
             **options,
         )
 
     def scores(self, channels) -> np.ndarray:
         return hap_scores(flat(channels, self.variables), self.variables)
+
+
+def together() -> int | None:
+    """How many images go through the network at a time for a probe: all of them on an accelerator."""
+    return CHUNK if jax.default_backend() == "cpu" else None
 
 
 def subject(data: Path, network: str, images: int) -> Subject:
@@ -148,17 +158,39 @@ def add_costs(found: Subject, entry: dict[str, Any]) -> Iterator[str]:
     for name, options in {**EXACT, **signs}.items():
         if name not in costs:
             found.exact(**options)
-            costs[name] = {"start": timed(partial(found.exact, **options))[1]}
+            times = [timed(partial(found.exact, **options))[1] for _ in range(REPEATS)]
+            costs[name] = {"start": medians(times), **provenance()}
             yield f"{name}: {costs[name]['start']['seconds']:.2f} s"
     for name, policy in HUTCHINSON.items():
         if name not in costs:
-            call = partial(found.probes, jax.random.key(1), policy)
-            call(1)
-            one, more = (timed(partial(call, n))[1] for n in (1, 1 + PROBES_TIMED))
-            probe = {clock: (more[clock] - one[clock]) / PROBES_TIMED for clock in one}
-            start = {clock: one[clock] - probe[clock] for clock in one}
-            costs[name] = {"start": start, "probe": probe}
-            yield f"{name}: {probe['seconds']:.2f} s a probe after {start['seconds']:.2f} s"
+            costs[name] = {**cost_of_probes(partial(found.probes, jax.random.key(1), policy)), **provenance()}
+            probe, start = (costs[name][part]["seconds"] for part in ("probe", "start"))
+            yield f"{name}: {probe:.2f} s a probe after {start:.2f} s"
+
+
+def medians(times: Sequence[dict[str, float]]) -> dict[str, float]:
+    """By clock."""
+    return {clock: median(one[clock] for one in times) for clock in times[0]}
+
+
+def cost_of_probes(call: Callable[[int], Any]) -> dict[str, Any]:
+    """Seconds of a probe, by clock, and of what ``call`` with a number of probes takes before the first.
+
+    Raises:
+        RuntimeError: more probes did not take longer than one; the machine was too busy to tell.
+    """
+    call(1)
+    call(1 + PROBES_TIMED)
+    pairs = [[timed(partial(call, n))[1] for n in (1, 1 + PROBES_TIMED)] for _ in range(REPEATS)]
+    differences = [{clock: (more[clock] - one[clock]) / PROBES_TIMED for clock in one} for one, more in pairs]
+    probe = medians(differences)
+    if min(probe.values()) <= 0:
+        raise RuntimeError(
+            f"a probe took {probe} by the median of {REPEATS} differences between {1 + PROBES_TIMED} probes and one: "
+            "the machine is too busy to tell. Run again when it is quiet; what is measured is kept"
+        )
+    ones = medians([one for one, _ in pairs])
+    return {"start": {clock: ones[clock] - probe[clock] for clock in ones}, "probe": probe, "differences": differences}
 
 
 def add_quality(found: Subject, entry: dict[str, Any], size: Size, kept: Path, deadline: Deadline) -> Iterator[str]:
@@ -183,18 +215,20 @@ def add_quality(found: Subject, entry: dict[str, Any], size: Size, kept: Path, d
         options = {**EXACT, **SAMPLED}[name] | ({} if seed is None else {"key": jax.random.key(seed)})
         method, samples = samples_of(name)
         agreement = quality(found.scores(found.exact(**options).mean), truth)
-        rows.append({"method": method, "samples": samples, "seed": seed, **agreement})
+        rows.append({"method": method, "samples": samples, "seed": seed, **agreement, **provenance()})
         yield describe(rows[-1])
     if publish:
-        rows.append({"method": "published", "samples": PUBLISHED_PROBES, **quality(published_scores(found), truth)})
+        agreement = quality(published_scores(found), truth)
+        rows.append({"method": "published", "samples": PUBLISHED_PROBES, **agreement, **provenance()})
         yield describe(rows[-1])
     for name in HUTCHINSON:
         file = kept.with_suffix(f".{name.replace(' ', '-')}.npz")
         for estimate in estimates(found, HUTCHINSON[name], counts[name], file, deadline):
-            row = {"method": name, "samples": estimate.count, **quality(found.scores(estimate.mean), truth)}
+            agreement = quality(found.scores(estimate.mean), truth)
+            row = {"method": name, "samples": estimate.count, **agreement, **provenance()}
             if name == "hutchinson":
                 spread = quality(found.scores(estimate.probe_rms()), truth)
-                rows.append({"method": "rms", "samples": estimate.count, **spread})
+                rows.append({"method": "rms", "samples": estimate.count, **spread, **provenance()})
                 if estimate.count > 1:
                     row |= expectations(found, estimate, truth)
                     entry["z_scores"] = z_scores(found, estimate, exact)
@@ -227,7 +261,7 @@ def estimates(
         OutOfTime: the deadline has passed; the probes that are done are in the file.
     """
     key = jax.random.key(100)
-    made_from = fingerprint(found.loss, found.variables, found.batch, key=key, policy=policy, microbatch=CHUNK)
+    made_from = fingerprint(found.loss, found.variables, found.batch, key=key, policy=policy, microbatch=together())
     state = None
     if counts and kept is not None and kept.exists():
         state = load_trace(kept, found.variables, made_from).state
@@ -316,7 +350,6 @@ def run(given: argparse.Namespace, results: dict[str, Any], deadline: Deadline) 
         }
         for part, step in steps.items():
             for what in step if part in given.only else ():
-                entry.setdefault("provenance", {})[part] = provenance()
                 keep(f"{network}: {what}")
                 deadline.check(f"{network}: {what}")
 
@@ -334,6 +367,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(time_exact(given.data, given.one)))
         return 0
     results, stopped = read_results(given.out), None
+    try:
+        require_layout(results)
+    except ValueError as error:
+        parser.error(f"{given.out}: {error}")
     try:
         run(given, results, Deadline(given.max_minutes))
     except OutOfTime as reason:

@@ -14,14 +14,53 @@ IMAGES, CPU_SECONDS, GPU_SECONDS, GIGABYTES = 512, 20.0, 1.0, 2.0
 """For the exact trace of ResNet-32 on two cores, or on a GPU."""
 
 
-def seconds_of(costs: Mapping[str, Any], method: str, samples: float | None, clock: str = "seconds") -> float | None:
-    """What so many samples of a method cost; None where that was not measured. Sampled labels cost what signs do."""
-    if method in ("signs", "labels"):
-        method = f"signs {samples}"
-    cost = costs.get({"rms": "hutchinson", "published": "hutchinson float16"}.get(method, method))
-    if cost is None:
+def require_layout(results: Mapping[str, Any]) -> None:
+    """Refuse what was written by an earlier version of the benchmark.
+
+    Raises:
+        ValueError: something measured does not say with which versions, nor does its network.
+    """
+    found = {"timing": results.get("timing", [])}
+    for network, entry in results.get("networks", {}).items():
+        parts = {"costs": entry.get("costs", {}).values(), "quality": entry.get("rows", [])}
+        own = {part: rows for part, rows in parts.items() if part not in entry.get("provenance", {})}
+        found |= {f"{part} of {network}": rows for part, rows in own.items()}
+    for what, rows in found.items():
+        if any("versions" not in row for row in rows):
+            raise ValueError(
+                f"{what}: rows without `versions`, of an earlier layout; move the file away, or name another with --out"
+            )
+
+
+def clock_of(measured: Mapping[str, Any]) -> str:
+    """On a CPU its own clock, which other programs disturb less than the wall's."""
+    return "cpu_seconds" if measured["versions"]["device"]["backend"] == "cpu" else "seconds"
+
+
+def clock_of_costs(entry: Mapping[str, Any]) -> str:
+    """The one that compares the costs of a network."""
+    clocks = {clock_of({**entry.get("provenance", {}).get("costs", {}), **c}) for c in entry.get("costs", {}).values()}
+    return clocks.pop() if len(clocks) == 1 else "seconds"
+
+
+UNITS = {"cpu_seconds": "CPU s", "seconds": "s"}
+
+
+def seconds_of(costs: Mapping[str, Any], method: str, samples: float | None, clock: str) -> float | None:
+    """What so many samples of a method cost; sampled labels cost what signs do.
+
+    None where that was not measured, or where a probe took no time, which cannot be.
+    """
+    cost = costs.get(cost_name(method, samples))
+    if cost is None or ("probe" in cost and cost["probe"][clock] <= 0):
         return None
     return cost["start"][clock] + (cost["probe"][clock] * samples if "probe" in cost and samples else 0.0)
+
+
+def cost_name(method: str, samples: float | None) -> str:
+    if method in ("signs", "labels"):
+        return f"signs {samples}"
+    return {"rms": "hutchinson", "published": "hutchinson float16"}.get(method, method)
 
 
 def probes_to_goal(entry: Mapping[str, Any]) -> float | None:
@@ -34,41 +73,50 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every goal that can be judged: what was measured, the bound, and whether it is met."""
     found = []
 
-    def judge(goal: str, network: str, measured: float, bound: float, met: bool) -> None:
-        found.append({"goal": goal, "network": network, "measured": measured, "bound": bound, "met": bool(met)})
+    def judge(goal: str, network: str, measured: float, bound: float, met: bool, **about: Any) -> None:
+        verdict = {"measured": measured, "bound": bound, "met": bool(met)}
+        found.append({"goal": goal, "network": network, **verdict, **about})
 
     for network, entry in results.get("networks", {}).items():
-        costs, needed = entry.get("costs", {}), probes_to_goal(entry)
-        exact, one = (seconds_of(costs, method, 1) for method in ("exact", "signs"))
-        many = seconds_of(costs, "hutchinson", PROBES)
-        long = seconds_of(costs, "hutchinson", needed) if needed else None
+        costs, needed, clock = entry.get("costs", {}), probes_to_goal(entry), clock_of_costs(entry)
+        subject = {"images": entry["images"], "weights": entry["weights"]}
+        exact, one = (seconds_of(costs, method, 1, clock) for method in ("exact", "signs"))
+        many = seconds_of(costs, "hutchinson", PROBES, clock)
+        long = seconds_of(costs, "hutchinson", needed, clock) if needed else None
+        about = {**subject, "clock": clock}
         if exact and long:
             ratio = long / exact
-            judge("exact is so many times sooner than probes at 0.99", network, ratio, SOONER, ratio >= SOONER)
+            goal = "extrapolated: exact is so many times sooner than probes at 0.99"
+            judge(goal, network, ratio, SOONER, ratio >= SOONER, probes=needed, **about)
         if one and many:
-            judge("300 probes take so many times one combination", network, many / one, PROBES, many / one >= PROBES)
+            goal = f"extrapolated: {PROBES} probes take so many times one combination"
+            judge(goal, network, many / one, PROBES, many / one >= PROBES, **about)
         ours = [row["spearman"] for row in entry.get("rows", []) if (row["method"], row["samples"]) == ("signs", 1)]
         theirs = [row["spearman"] for row in entry.get("rows", []) if row["method"] == "hutchinson"]
         counts = [row["samples"] for row in entry.get("rows", []) if row["method"] == "hutchinson"]
         if ours and counts and max(counts) >= PROBES:
             best = theirs[counts.index(PROBES)]
-            judge(
-                "the worst single combination ranks better than 300 probes", network, min(ours), best, min(ours) > best
-            )
+            goal = f"the worst single combination ranks better than {PROBES} probes"
+            judge(goal, network, min(ours), best, min(ours) > best, **subject)
     for row in results.get("timing", []):
         if (row["network"], row["images"]) == ("resnet32", IMAGES):
-            gpu = row["versions"]["device"]["backend"] != "cpu"
-            bound, seconds = GPU_SECONDS if gpu else CPU_SECONDS, row["second_call"]["seconds"]
-            judge(f"seconds of the exact trace of {IMAGES} images", "resnet32", seconds, bound, seconds <= bound)
+            clock = clock_of(row)
+            bound, taken = CPU_SECONDS if clock == "cpu_seconds" else GPU_SECONDS, row["second_call"]
+            goal = f"seconds of the exact trace of {IMAGES} images"
+            about = {"clock": clock, "wall_clock": taken["seconds"]}
+            judge(goal, "resnet32", taken[clock], bound, taken[clock] <= bound, **about)
             peak = row["peak_memory_gb"]
             judge("gigabytes of memory for it", "resnet32", peak, GIGABYTES, peak <= GIGABYTES)
     return found
 
 
-def describe(row: Mapping[str, Any], costs: Mapping[str, Any] | None = None) -> str:
-    seconds = seconds_of(costs or {}, row["method"], row["samples"])
+def describe(row: Mapping[str, Any], costs: Mapping[str, Any] | None = None, clock: str = "seconds") -> str:
+    costs = costs or {}
+    seconds = seconds_of(costs, row["method"], row["samples"], clock)
     parts = [f"{row['method']:18} {row['samples'] or '':>5}"]
-    parts += [] if seconds is None else [f"{seconds:9.2f} s"]
+    if seconds is not None:
+        extrapolated = " extrapolated" if "probe" in costs[cost_name(row["method"], row["samples"])] else ""
+        parts.append(f"{seconds:9.2f} {UNITS[clock]}{extrapolated}")
     parts += [f"spearman {row['spearman']:.4f}", f"overlap {row['overlap_30']:.3f}"]
     if "expected_spearman" in row:
         parts.append(f"expected {row['expected_spearman']:.3f}, normal noise {row['normal_spearman']:.3f}")
@@ -78,21 +126,29 @@ def describe(row: Mapping[str, Any], costs: Mapping[str, Any] | None = None) -> 
 def table(results: Mapping[str, Any]) -> str:
     lines = []
     for row in results.get("timing", []):
-        lines.append(
-            f"{row['network']} {row['images']:4d} images  first {row['first_call']['seconds']:6.1f} s  "
-            f"second {row['second_call']['seconds']:6.1f} s ({row['second_call']['cpu_seconds']:.1f} CPU s)  "
-            f"one combination {row['one_combination']['seconds']:.1f} s  peak {row['peak_memory_gb']:.2f} GB"
-        )
+        clock = clock_of(row)
+        times = {what: row[f"{what}_call"][clock] for what in ("first", "second")}
+        times["one combination"] = row["one_combination"][clock]
+        shown = "  ".join(f"{what} {time:6.1f} {UNITS[clock]}" for what, time in times.items())
+        wall = f" (second {row['second_call']['seconds']:.1f} s by the wall clock)" if clock == "cpu_seconds" else ""
+        lines.append(f"{row['network']} {row['images']:4d} images  {shown}{wall}  peak {row['peak_memory_gb']:.2f} GB")
     for network, entry in results.get("networks", {}).items():
-        costs = entry.get("costs", {})
+        costs, clock = entry.get("costs", {}), clock_of_costs(entry)
         lines.append(f"{network}, {entry['images']} images, {entry['weights']}")
-        lines += [f"  exact {seconds_of(costs, 'exact', None):.2f} s"] if "exact" in costs else []
-        lines += [f"  {describe(row, costs)}" for row in entry.get("rows", [])]
+        exact = seconds_of(costs, "exact", None, clock)
+        lines += [] if exact is None else [f"  exact {exact:.2f} {UNITS[clock]}"]
+        lines += [f"  {describe(row, costs, clock)}" for row in entry.get("rows", [])]
         needed = probes_to_goal(entry)
-        lines += [] if needed is None else [f"  0.99 takes about {needed:.0f} probes; z-scores {entry['z_scores']}"]
+        if needed is not None:
+            lines.append(f"  extrapolated: 0.99 takes about {needed:.0f} probes; z-scores {entry['z_scores']}")
     for row in results.get("goals", []):
         verdict = "met" if row["met"] else "NOT met"
-        lines.append(f"{row['network']}: {row['goal']}: {row['measured']:.4g} (goal {row['bound']:.4g}): {verdict}")
+        size = f", {row['images']} images, {row['weights']}" if "images" in row else ""
+        clock = {"cpu_seconds": ", by the CPU clock", "seconds": ", by the wall clock"}.get(row.get("clock", ""), "")
+        if "wall_clock" in row and row["clock"] == "cpu_seconds":
+            clock += f" ({row['wall_clock']:.4g} s by the wall clock)"
+        what = f"{row['network']}{size}: {row['goal']}"
+        lines.append(f"{what}: {row['measured']:.4g} (goal {row['bound']:.4g}){clock}: {verdict}")
     return "\n".join(lines)
 
 
@@ -119,14 +175,14 @@ def draw_plot(results: Mapping[str, Any], path: Path) -> None:
     metrics = {"spearman": "rank correlation with exact", "overlap_30": "overlap (IoU) of the lowest 30 %"}
     panels = figure.subplots(2, len(networks), squeeze=False, sharex="col", sharey="row")
     for column, (network, entry) in enumerate(networks.items()):
-        costs, rows = entry["costs"], [*entry["rows"]]
+        costs, rows, clock = entry["costs"], [*entry["rows"]], clock_of_costs(entry)
         rows.append({"method": "exact", "samples": None, **dict.fromkeys(metrics, 1.0)})
         # The published ranking stays what it is after its first probes, for as long as it goes on.
         rows += [{**row, "samples": PROBES} for row in rows if row["method"] == "published"]
         for axes, (metric, title) in zip(panels[:, column], metrics.items(), strict=True):
             for method, (label, style, colour) in STYLES.items():
                 ours = [row for row in rows if row["method"] == method]
-                times = [seconds_of(costs, method, row["samples"]) for row in ours]
+                times = [seconds_of(costs, method, row["samples"], clock) for row in ours]
                 if ours and None not in times:
                     size = 13 if method == "exact" else 5
                     axes.plot(times, [r[metric] for r in ours], style, color=colour, label=label, markersize=size)
@@ -134,8 +190,9 @@ def draw_plot(results: Mapping[str, Any], path: Path) -> None:
             axes.grid(alpha=0.3)
             if column == 0:
                 axes.set_ylabel(title)
-        drawn = "" if entry["weights"].startswith("trained") else "\n(drawn weights)"
-        panels[0, column].set_title(f"{network}, {entry['images']} images{drawn}", fontsize=10)
-        panels[1, column].set_xlabel("seconds, without compilation")
+        weights = "trained" if entry["weights"].startswith("trained") else "drawn"
+        panels[0, column].set_title(f"{network}, {entry['images']} images\n({weights} weights)", fontsize=10)
+        what = {"cpu_seconds": "CPU seconds", "seconds": "seconds"}[clock]
+        panels[1, column].set_xlabel(f"{what}, without compilation\n(of probes extrapolated)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, dpi=110)

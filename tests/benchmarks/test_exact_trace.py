@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import drawn, exact_trace
-from benchmarks.exact_trace_report import goals, seconds_of, table
+from benchmarks.exact_trace_report import clock_of_costs, goals, seconds_of, table
 from benchmarks.trained import flat, hap_scores, mean_loss
 from ehap_jax.curvature import probe_channel_products
 from ehap_jax.curvature.probes import rademacher
@@ -51,6 +51,7 @@ def test_runs_stops_and_goes_on(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(exact_trace, "SIZES", {"resnet20": exact_trace.Size(12, 100, 2)})
     monkeypatch.setattr(exact_trace, "SAMPLED", {name: exact_trace.SAMPLED[name] for name in ("signs 1", "labels 4")})
     monkeypatch.setattr(exact_trace, "SEEDS", 2)
+    monkeypatch.setattr(exact_trace, "PROBES_TIMED", 50)  # of so small a network, to take longer than the clock errs
     out = tmp_path / "found.json"
     line = ["--data", "none", "--out", str(out), "--networks", "resnet20", "--only", "costs", "quality"]
     assert exact_trace.main([*line, "--max-minutes", "1e-4"]) == 3
@@ -59,6 +60,7 @@ def test_runs_stops_and_goes_on(tiny, monkeypatch, tmp_path, capsys):
     found = json.loads(out.read_text())["networks"]["resnet20"]
     methods = {row["method"] for row in found["rows"]}
     assert methods == {"exact float16", "signs", "labels", "published", "rms", "hutchinson", "hutchinson float16"}
+    assert all("git" in one["versions"] for one in (*found["rows"], *found["costs"].values()))
     last = [row for row in found["rows"] if row["method"] == "hutchinson"][-1]
     assert last["samples"] == 100
     # Fisher's transform gives the correlation over 11 channels a standard error of 1 / sqrt(8).
@@ -94,17 +96,58 @@ def test_probes_to_reach_a_correlation():
     assert np.mean([exact_trace.spearman(z, truth) for z in other]) == pytest.approx(0.99, abs=2e-3)
 
 
+def test_the_cost_of_a_probe_is_the_median_of_differences(monkeypatch):
+    """One pair that other programs delayed, or hurried, changes nothing; what cannot be is refused."""
+    seconds = iter([1.0, 4.0, 9.0, 3.0, 1.5, 6.0])  # for one probe, for four, and again
+
+    def timed(call):
+        return call(), dict.fromkeys(("seconds", "cpu_seconds"), next(seconds))
+
+    monkeypatch.setattr(exact_trace, "timed", timed)
+    asked = []
+    found = exact_trace.cost_of_probes(asked.append)
+    assert asked == [1, 4] * 4  # the first two compile
+    assert found["probe"] == {"seconds": 1.0, "cpu_seconds": 1.0} and found["start"]["seconds"] == 0.5
+    assert [one["seconds"] for one in found["differences"]] == [1.0, -2.0, 1.5]
+    seconds = iter([1.0, 4.0, 1.0, 1.0, 1.0, 0.9])
+    with pytest.raises(RuntimeError, match=r"(?s)took .* by the median of 3 differences .*too busy"):
+        exact_trace.cost_of_probes(asked.append)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"timing": [{"network": "resnet20", "device": "cpu"}]},
+        {"networks": {"resnet20": {"rows": [{"method": "signs"}]}}},
+        {"networks": {"resnet20": {"costs": {"exact": {}}, "provenance": {"quality": {}}}}},
+    ],
+)
+def test_a_file_of_an_earlier_layout_is_refused(document, tmp_path, capsys):
+    out = tmp_path / "found.json"
+    out.write_text(json.dumps(document))
+    with pytest.raises(SystemExit):
+        exact_trace.main(["--data", "none", "--out", str(out)])
+    assert "found.json: " in (said := capsys.readouterr().err) and "rows without `versions`" in said
+    assert json.loads(out.read_text()) == document
+
+
 def test_goals_and_seconds():
-    clocks = {"seconds": 2.0, "cpu_seconds": 3.0}
-    costs = {"exact": {"start": clocks}, "signs 1": {"start": {"seconds": 0.5}}}
-    costs["hutchinson"] = {"start": {"seconds": 10.0}, "probe": {"seconds": 0.5}}
-    assert seconds_of(costs, "exact", None, "cpu_seconds") == 3
-    assert seconds_of(costs, "rms", 20) == 20 and seconds_of(costs, "labels", 1) == 0.5
-    assert seconds_of(costs, "exact float16", None) is None
+    cpu = {"versions": {"device": {"backend": "cpu"}}}
+    clocks = {"seconds": 4.0, "cpu_seconds": 2.0}
+    costs = {"exact": {"start": clocks, **cpu}, "signs 1": {"start": {"seconds": 9.0, "cpu_seconds": 0.5}}}
+    start = dict.fromkeys(clocks, 10.0)
+    costs["hutchinson"] = {"start": start, "probe": {"seconds": 0.0, "cpu_seconds": 0.5}}
+    assert seconds_of(costs, "exact", None, "seconds") == 4
+    assert seconds_of(costs, "rms", 20, "cpu_seconds") == 20 and seconds_of(costs, "labels", 1, "cpu_seconds") == 0.5
+    assert seconds_of(costs, "rms", 20, "seconds") is None  # a probe took no time
+    assert seconds_of(costs, "exact float16", None, "seconds") is None
     rows = [{"method": "signs", "samples": 1, "spearman": s, "overlap_30": 0.5} for s in (0.97, 0.95)]
     probe = {"method": "hutchinson", "samples": 300, "spearman": 0.96, "overlap_30": 0.5}
     rows.append({**probe, "probes_to_goal": 1000.0, "expected_spearman": 0.9, "normal_spearman": 0.9})
     entry = {"images": 4, "weights": "trained", "costs": costs, "rows": rows, "z_scores": {}}
+    entry["provenance"] = {"costs": cpu}  # of those that have none of their own
+    assert clock_of_costs(entry) == "cpu_seconds"
+    assert clock_of_costs({"costs": {"exact": {"versions": {"device": {"backend": "gpu"}}}}}) == "seconds"
     timing = {
         "network": "resnet32",
         "images": 512,
@@ -112,7 +155,7 @@ def test_goals_and_seconds():
         "second_call": clocks,
         "one_combination": clocks,
         "peak_memory_gb": 2.5,
-        "versions": {"device": {"backend": "cpu"}},
+        **cpu,
     }
     results = {"networks": {"resnet20": entry}, "timing": [timing]}
     judged = goals(results)
@@ -123,9 +166,13 @@ def test_goals_and_seconds():
         (2.0, True),
         (2.5, False),
     ]
-    timing["versions"]["device"]["backend"] = "gpu"
-    assert not goals(results)[3]["met"]
-    assert table({**results, "goals": judged}).count("NOT met") == 3
+    assert all((row["images"], row["weights"]) == (4, "trained") for row in judged[:3])
+    assert [row["goal"].startswith("extrapolated") for row in judged[:3]] == [True, True, False]
+    assert judged[3]["clock"] == "cpu_seconds" and judged[3]["wall_clock"] == 4
+    text = table({**results, "goals": judged})
+    assert text.count("NOT met") == 3 and "160.00 CPU s extrapolated" in text and "4 s by the wall clock" in text
+    timing["versions"] = {"device": {"backend": "gpu"}}
+    assert (goals(results)[3]["measured"], goals(results)[3]["met"]) == (4, False)
 
 
 def test_statistics_are_those_of_the_batch():
