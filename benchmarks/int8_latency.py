@@ -10,7 +10,8 @@ fit into `--seconds` (5 at least); the two precisions take turns, so that what e
 runs on all cores of the process, whatever the number of threads of the row, so its times are under `jax` once per
 batch. `bytes` are sizes of ONNX files. `goals` are the ratios that matter, with what is asked of them.
 `convolutions`: a 3x3 convolution of int8 arrays in XLA, with int8 operands and with the same integers in float32, by
-number of input channels: what `ehap_jax.quant.integer_speed` rests on.
+number of input channels: what `ehap_jax.quant.integer_speed` rests on. Every row keeps on what, how busy it was, and
+with which versions it was measured; in earlier files that stands at the top, once, for the rows that do not say it.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def measure_networks(options: argparse.Namespace, document: dict[str, Any], dead
                 continue
             if deadline.passed:
                 return False
-            row: dict[str, Any] = {"width": width, "network": name}
+            row: dict[str, Any] = {"width": width, "network": name, "seconds": options.seconds, **provenance()}
             try:
                 row |= measure(*make(), options.seconds)
             except ValueError as error:  # no such plan: widths cannot be rounded to so large a multiple
@@ -179,7 +180,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def convolutions(seconds: float) -> list[dict[str, float]]:
+def convolutions(seconds: float) -> list[dict[str, Any]]:
     """Milliseconds of a 3x3 convolution on 16 images of 32x32, by input channels."""
     rows = []
     drawn = np.random.default_rng(0)
@@ -202,7 +203,7 @@ def convolutions(seconds: float) -> list[dict[str, float]]:
                 return y.astype(jnp.int32)
 
             calls[name] = lambda run=run, x=x, kernel=kernel: jax.block_until_ready(run(x, kernel))
-        rows.append({"input_channels": channels, **milliseconds(calls, seconds)})
+        rows.append({"input_channels": channels, **milliseconds(calls, seconds), "seconds": seconds, **provenance()})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -217,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("results/int8_latency.json"))
     options = parser.parse_args(arguments)
     deadline = Deadline(options.max_minutes)
-    document = read_results(options.output) | provenance() | {"seconds": options.seconds}
+    document = read_results(options.output)
     finished = options.only == "convolutions" or measure_networks(options, document, deadline)
     if options.only != "networks" and "convolutions" not in document:
         finished = finished and not deadline.passed

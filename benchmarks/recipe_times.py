@@ -5,13 +5,13 @@
     python -m benchmarks.recipe_times --max-minutes 10      # stops between two recipes; the next call goes on
 
 The digits are 8 × 8 pixels and 1,617 training images: these are the times of a first look, not those of CIFAR-10. The
-recipes build on one another: the first trains the network that the others start from.
+recipes build on one another: the first trains the network that the others start from. Every recipe keeps on
+what, how busy it was before, and with which versions it was timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import fresh_process, read_results, write_results
 from ehap_jax.training import Deadline, OutOfTime
-from ehap_jax.training.run_directory import versions, write_atomically
 
 COMMANDS = {
     "pretrain": "digits",
@@ -54,7 +54,8 @@ def measure(recipe: str, runs: Path) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"recipes.{recipe} ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
     minutes = (time.perf_counter() - started) / 60
-    return {"arguments": COMMANDS[recipe], "minutes": minutes, "load_average_before": load}
+    where = fresh_process("benchmarks.measure", [])  # this process leaves the device to the recipes
+    return {"arguments": COMMANDS[recipe], "minutes": minutes, **where, "load_average": load}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("results/recipe_times.json"))
     given = parser.parse_args(arguments)
     deadline = Deadline(given.max_minutes)
-    found = json.loads(given.output.read_text(encoding="utf-8"))["recipes"] if given.output.exists() else {}
+    found = read_results(given.output).get("recipes", {})
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.runs.mkdir(parents=True, exist_ok=True)
     for recipe in given.only or [name for name in COMMANDS if name not in found]:
@@ -75,8 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"recipe_times: {stopped}; call it again to go on", file=sys.stderr)
             return 3
         found[recipe] = measure(recipe, given.runs)
-        document = {"versions": versions(), "cores": os.cpu_count(), "recipes": found}
-        write_atomically(given.output, json.dumps(document, indent=1) + "\n")
+        write_results(given.output, {"recipes": found})
         print(f"{recipe:<20}{found[recipe]['minutes']:6.1f} min", flush=True)
     return 0
 

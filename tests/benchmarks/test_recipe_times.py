@@ -3,10 +3,12 @@
 import importlib
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import recipe_times
+from benchmarks.measure import read_results, write_results
 from recipes.command import parse
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,3 +34,18 @@ def test_a_recipe_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(recipe_times.COMMANDS, "prune", "short nowhere --data digits")
     with pytest.raises(RuntimeError, match=r"recipes\.prune ended with status 2: .*no checkpoint or run directory"):
         recipe_times.measure("prune", tmp_path)
+
+
+def test_every_time_says_on_what_it_was_taken(tmp_path, monkeypatch):
+    """What the file has already stays as it is."""
+    output = tmp_path / "times.json"
+    write_results(output, {"recipes": {"pretrain": {"minutes": 3.0}}})
+    monkeypatch.setattr(recipe_times.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(recipe_times, "fresh_process", lambda *_: {"cores": 2, "load_average": 9.0, "versions": {}})
+    monkeypatch.setattr(recipe_times.os, "getloadavg", lambda: (0.5, 0.4, 0.3))
+    line = ["--only", "trace", "--output", str(output), "--runs", str(tmp_path / "runs")]
+    assert recipe_times.main(line) == 0
+    found = read_results(output)["recipes"]
+    assert found["pretrain"] == {"minutes": 3.0}
+    assert found["trace"].keys() == {"arguments", "minutes", "cores", "load_average", "versions"}
+    assert found["trace"]["load_average"] == 0.5  # before it began
