@@ -15,7 +15,6 @@ seed and precision is kept in ``cells/``.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -76,6 +75,7 @@ def run_pair(lab: Lab, network: Network, graph: Graph, seed: int, compute: Compu
     settings = replace(config.prune.scores, compute=compute)
     batch = training_batch(lab.dataset, settings.examples, seed)
     trace = probed_trace(lab, seed, network.apply, network.variables, batch, settings)
+    course = Course(lab, seed, f"trace_{compute}")
     scores = hessian_scores(graph, network.variables, trace)
     plan = plan_of(graph, scores, config.prune)
     save_plan(plan, lab.run.file(f"seed{seed}/plan_{compute}.json"))
@@ -88,8 +88,9 @@ def run_pair(lab: Lab, network: Network, graph: Graph, seed: int, compute: Compu
     return {
         "seed": seed,
         "compute": compute,
-        "seconds_per_probe": Course(lab, seed, f"trace_{compute}").seconds_per_probe,
-        "machine_shared": os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1),
+        "seconds_per_probe": course.seconds_per_probe,
+        "load_average": course.load_average,
+        "machine_shared": course.machine_shared,
         "probe_bytes": probe_bytes(network.apply, network.variables, batch, settings),
         "trace_total": trace.total(),
         "trace_sem": trace.total_sem(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,7 +170,12 @@ def probe_bytes(apply: Callable, variables: Any, batch: tuple[jax.Array, jax.Arr
 
 
 class Course:
-    """The running estimate of the total trace, in a file of the run that a resumed one goes on with."""
+    """The running estimate of the total trace, in a file of the run that a resumed one goes on with.
+
+    Attributes:
+      seconds_per_probe: None before two points of one process.
+      load_average: of the machine over the minute before that was taken; None without it.
+    """
 
     def __init__(self, lab: Lab, seed: int, trace: str) -> None:
         self._run, self._name = lab.run, f"seed{seed}/{trace}_convergence.json"
@@ -179,6 +185,12 @@ class Course:
         self._points = {count: (mean, float(sem)) for count, mean, sem in found["points"]}
         self._clock: list[tuple[int, float]] = []
         self.seconds_per_probe: float | None = found.get("seconds_per_probe")
+        self.load_average: float | None = found.get("load_average")
+
+    @property
+    def machine_shared(self) -> bool | None:
+        """Whether other programs used the machine when probes were timed; None where that is not known."""
+        return None if self.load_average is None else self.load_average > 1.5 * (os.cpu_count() or 1)
 
     def add(self, now: TraceEstimate) -> None:
         """One more point. Time is counted from the first one of this process, when everything has been compiled."""
@@ -188,8 +200,10 @@ class Course:
         (first, started), (last, ended) = self._clock[0], self._clock[-1]
         if last > first:
             self.seconds_per_probe = (ended - started) / (last - first)
+            self.load_average = os.getloadavg()[0]
         points = [(number, *point) for number, point in sorted(self._points.items())]
-        self._run.write_json(self._name, {"points": points, "seconds_per_probe": self.seconds_per_probe})
+        timed = {"seconds_per_probe": self.seconds_per_probe, "load_average": self.load_average}
+        self._run.write_json(self._name, {"points": points, **timed})
 
     def convergence(self) -> Convergence:
         """For the report."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,10 +12,11 @@ pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
 from ehap_jax.pruning import PruningPlan
 from ehap_jax.report import read_run
-from ehap_jax.training import load_variables
+from ehap_jax.training import RunDirectory, load_variables
 from recipes import (
     compare_criteria,
     compare_precision,
+    criteria,
     ehap,
     pretrain,
     prune,
@@ -263,3 +265,23 @@ def test_a_full_run_is_not_called_shortened():
 def test_a_table_of_nothing_is_an_error(tmp_path, capsys):
     assert reproduction.command(["--output", str(tmp_path / "table.md")]) == 2
     assert "at least one" in capsys.readouterr().err and not (tmp_path / "table.md").exists()
+
+
+def test_the_load_of_the_machine_is_that_of_the_probes(tmp_path, monkeypatch):
+    """Not that of whatever ran between them and the end of the recipe; a trace that is taken up keeps it."""
+    lab = SimpleNamespace(run=RunDirectory.create(tmp_path / "run"))
+
+    def point(count):
+        return SimpleNamespace(count=count, total=lambda: 1.0, total_sem=lambda: 0.5)
+
+    monkeypatch.setattr(criteria.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(criteria.os, "getloadavg", lambda: (7.0, 0.0, 0.0))
+    course = criteria.Course(lab, 0, "trace_float32")
+    course.add(point(1))
+    assert course.seconds_per_probe is course.load_average is course.machine_shared is None
+    course.add(point(3))
+    monkeypatch.setattr(criteria.os, "getloadavg", lambda: (0.1, 0.0, 0.0))
+    again = criteria.Course(lab, 0, "trace_float32")
+    again.add(point(3))
+    assert again.load_average == 7.0 and again.machine_shared
+    assert again.seconds_per_probe == course.seconds_per_probe > 0
