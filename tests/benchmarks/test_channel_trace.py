@@ -240,6 +240,16 @@ def test_a_first_row_that_takes_all_the_time_is_written_as_that(tmp_path, monkey
     assert len(read_results(tmp_path / "a.json")["rows"]) == 1 and not left
 
 
+def test_a_row_runs_in_a_process_of_its_own(tmp_path):
+    out = tmp_path / "trace.json"
+    line = ["--variants", "ehap", "--precisions", "float32", "--probes", "2", "--seconds", "0.5"]
+    bench.main(["--quick", "--out", str(out), *line])
+    (ours,) = read_results(out)["rows"]
+    assert ours["ms"] > 0 and ours["probes"] == 2 and ours["product"] == "linearize" and ours["needed_gb"] > 0
+    assert 0 < ours["compile_seconds"] <= ours["first_seconds"]
+    assert ours["peak_memory_gb"] > ours["memory_before_gb"] > 0
+
+
 @pytest.mark.parametrize(
     "made", [bench.Row("torch-published", "float32", "tiny", 4, 8), bench.Row("peak-torch", "float32", side=8)]
 )

@@ -64,5 +64,5 @@ def test_a_fresh_process_gives_the_object_in_its_last_line(tmp_path, monkeypatch
     (tmp_path / "speaker.py").write_text("import os, json\nprint('hello')\nprint(json.dumps({'x': os.environ['X']}))\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert fresh_process("speaker", [], {"X": "3"}) == {"x": "3"}
-    with pytest.raises(RuntimeError, match="speaker_that_is_not_there ended with status 1: .*No module named"):
+    with pytest.raises(RuntimeError, match=r"speaker_that_is_not_there ended with status 1: .*No module named"):
         fresh_process("speaker_that_is_not_there", [])
