@@ -47,25 +47,24 @@ PLAIN_PRODUCT = (((1,), (0,)), ((), ()))
 
 
 class IntegerLayer(nn.Module):
-    """kernel: int8, (out, in, h, w), (out, in) or (channels,). bias: int32, (out,). multiplier: float32, (out,)."""
+    """kernel: int8, (out, in, h, w), (out, in) or (channels,). bias: int32, (out,)."""
 
     kernel: torch.Tensor
     bias: torch.Tensor
-    multiplier: torch.Tensor
 
-    def __init__(self, kernel: np.ndarray, bias: np.ndarray, multiplier: np.ndarray) -> None:
+    def __init__(self, kernel: np.ndarray, bias: np.ndarray) -> None:
         super().__init__()
         axes = {4: HWIO, 2: (1, 0)}.get(kernel.ndim, tuple(range(kernel.ndim)))
         self.register_buffer("kernel", torch.from_numpy(np.array(kernel.transpose(axes), order="C")))
         self.register_buffer("bias", torch.from_numpy(np.array(bias)))
-        self.register_buffer("multiplier", torch.from_numpy(np.array(multiplier)))
 
 
 class IntegerModule(nn.Module):
     """An `IntegerNetwork` in PyTorch, for any batch size.
 
-    Its state dict holds int8 kernels, int32 biases and float32 multipliers, by layer; the scales and zero points of
-    the activations are fixed when it is made.
+    Its state dict holds int8 kernels and int32 biases ("layers.layer0.kernel", …), and the float32 multipliers from a
+    layer's sums to each tensor that is made of them ("multiplier0", …); `layer_numbers` and `multiplier_numbers` say
+    which is which. The scales and zero points of the activations are fixed when it is made.
 
     Args:
         network: what `to_integer` returned.
@@ -99,16 +98,19 @@ class IntegerModule(nn.Module):
         self.steps, self.input, self.output = program.steps, program.inputs[0], program.outputs[0]
         self.integers = program.integers
         self.layers = nn.ModuleDict()
+        self.layer_numbers: dict[str, int] = {}
+        self.multiplier_numbers: dict[str, int] = {}
         for step in self.steps:
             _check(step)
             if isinstance(step, LayerStep | ScaleStep):
-                name = _layer_name(step)
-                target = step.target if isinstance(step.target, str) else step.target.out.name
-                weights = network.layers[name]
-                kernel, bias = np.asarray(weights.kernel), np.asarray(weights.bias)
-                self.layers[name.replace(".", "_")] = IntegerLayer(
-                    kernel, bias, np.asarray(network.multipliers[target])
-                )
+                name, target = _layer_name(step), _target_name(step)
+                if name not in self.layer_numbers:
+                    weights, number = network.layers[name], len(self.layer_numbers)
+                    self.layer_numbers[name] = number
+                    self.layers[f"layer{number}"] = IntegerLayer(np.asarray(weights.kernel), np.asarray(weights.bias))
+                number = self.multiplier_numbers[target] = len(self.multiplier_numbers)
+                multiplier = np.array(network.multipliers[target])
+                self.register_buffer(f"multiplier{number}", torch.from_numpy(multiplier))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, classes), float32, of normalised images (N, channels, height, width)."""
@@ -160,7 +162,7 @@ class IntegerModule(nn.Module):
                 tensors[out.name] = _move(step, tensors)
 
     def _layer(self, step: LayerStep | ScaleStep) -> IntegerLayer:
-        layer = self.layers[_layer_name(step).replace(".", "_")]
+        layer = self.layers[f"layer{self.layer_numbers[_layer_name(step)]}"]
         assert isinstance(layer, IntegerLayer)
         return layer
 
@@ -168,16 +170,21 @@ class IntegerModule(nn.Module):
         self, step: LayerStep | ScaleStep, total: torch.Tensor, axis: int | None, tensors: dict[str, torch.Tensor]
     ) -> None:
         """Bias, and the scale of the result."""
-        layer, target = self._layer(step), step.target
-        total = (total + _along(layer.bias.double(), axis, total.ndim)).float()
-        steps = total * _along(layer.multiplier, axis, total.ndim)
-        tensors[target if isinstance(target, str) else target.out.name] = (
+        target = step.target
+        multiplier = self.get_buffer(f"multiplier{self.multiplier_numbers[_target_name(step)]}")
+        total = (total + _along(self._layer(step).bias.double(), axis, total.ndim)).float()
+        steps = total * _along(multiplier, axis, total.ndim)
+        tensors[_target_name(step)] = (
             steps if isinstance(target, str) else _round_to(steps, target)
         )
 
 
 def _layer_name(step: LayerStep | ScaleStep) -> str:
     return step.site.name if isinstance(step, LayerStep) else step.name
+
+
+def _target_name(step: LayerStep | ScaleStep) -> str:
+    return step.target if isinstance(step.target, str) else step.target.out.name
 
 
 def _float32(value: Any) -> float:

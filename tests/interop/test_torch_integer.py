@@ -1,13 +1,16 @@
 """The INT8 network in PyTorch: every integer is JAX's, and so is every bit of the logits."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ehap_jax.graph import trace_graph
 from ehap_jax.pruning import allocate, random_scores, shrink, shrink_variables
 from ehap_jax.quant import INT8, QuantRule, fake_quant, to_integer
+from ehap_jax.quant.program import LayerStep
 from interop import from_torch
+from interop.network import convolve
 from tests.interop.conftest import lively
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
@@ -87,3 +90,25 @@ def test_what_is_left_in_floating_point_is_refused():
     network = quantised(apply, variables, images, rules=(QuantRule("*linear*", skip=True), *INT8))
     with pytest.raises(NotImplementedError, match="has no counterpart in the PyTorch module"):
         IntegerModule(network, (8, 8, 3))
+
+
+def test_one_layer_that_is_rounded_to_two_grids():
+    """Its sums have a multiplier for each of them; and layers may be called anything."""
+
+    def apply(w, x):
+        y = convolve(x, w["keys"], 1)
+        both = convolve(jax.nn.relu(y), w["a.b"], 1) + convolve(jnp.clip(y, -1, 1), w["a_b"], 1)
+        return jnp.mean(jax.nn.relu(both), axis=(1, 2)) @ w["d"]
+
+    draw = np.random.default_rng(1).normal
+    variables = {name: jnp.asarray(draw(size=(1, 1, 3, 3)), jnp.float32) for name in ("keys", "a.b", "a_b")}
+    variables["d"] = jnp.asarray(draw(size=(3, 5)), jnp.float32)
+    images = draw(size=(4, 6, 6, 3)).astype(np.float32) * 2
+    network = quantised(apply, variables, images)
+    module = IntegerModule(network, (6, 6, 3))
+    targets = [step.target.out for step in module.steps if isinstance(step, LayerStep) and step.site.name == "keys"]
+    assert len(targets) == 2 and targets[0].grid.scale != targets[1].grid.scale
+    assert module.layer_numbers.keys() == network.layers.keys() == {"keys", "a.b", "a_b", "d"}
+    ours, theirs = network.tensors(images), module.tensors(torch_images(images))
+    assert not any(np.any(theirs[name].numpy() != np.asarray(ours[name])) for name in ours)
+    np.testing.assert_array_equal(module(torch_images(images)).numpy(), np.asarray(network(images)))
