@@ -43,7 +43,8 @@ class CheckpointInfo:
         normalisation: (mean, std) per RGB channel that this family of checkpoints expects, for images in [0, 1].
         metadata: numbers and strings saved beside the weights (accuracy, epoch, …).
         indices: positions of the operands of sums by index ("layer1.0.branch_index" -> positions).
-        unread: tensors that no forward pass reads (`num_batches_tracked`, HAP's `select.indexes`).
+        unread: tensors that no forward pass reads (`num_batches_tracked`, HAP's `select.indexes`, EHAP's indices
+            that no residual sum depends on).
         dtypes: the dtypes in the file, before conversion.
     """
 
@@ -114,7 +115,8 @@ def from_torch(
     form = found.layout.form
     own, unread, original = _rename(found.layout, found.parts, tensors)
     _check_finite(own, original)
-    own |= _published_indices(found.layout, found.parts, tensors)
+    published, idle = _published_indices(found.layout, found.parts, tensors)
+    own, unread = own | published, unread | idle
     spec = read_spec(form, {key: value.shape for key, value in own.items()}, original)
     if num_classes is not None and num_classes != spec.num_classes:
         head = next(role for role in form.names.modules if role.endswith("linear"))
@@ -163,14 +165,22 @@ def _rename(
 
 def _published_indices(
     layout: Layout, parts: Mapping[str, Part], tensors: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The positions in each residual sum that EHAP's released code gives its pruned channels.
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The positions in each residual sum that EHAP's released code gives its pruned channels, and the unread indices.
 
     That code enumerates `list(set(branch + residual))`, whose order is the hash table's and not the sorted one, so at
-    some widths it adds other channels than were meant; weights fine-tuned that way only work that way.
+    some widths it adds other channels than were meant; weights fine-tuned that way only work that way. Unread are
+    the indices that no sum depends on.
     """
     indices: dict[str, np.ndarray] = {}
     kept = {part: tensors[key] for key, part in parts.items() if part.leaf in layout.index_leaves}
+    for part, index in kept.items():
+        axis = 0 if part.leaf == "out_indices" else 1
+        expected = tensors[layout.names.key(part._replace(leaf="weight"))].shape[axis : axis + 1]
+        if index.shape != expected:
+            key = layout.names.key(part)
+            raise CheckpointError(f"{key}: expected an index per channel of the weight, {expected}, found {index.shape}")
+    unread = dict(kept)
     last = f"conv{len(layout.form.kernels)}"
     for part, out in kept.items():
         if part.role != last or part.leaf != "out_indices":
@@ -180,6 +190,7 @@ def _published_indices(
         residual_part = projected if projected in kept else plain
         if residual_part not in kept:
             raise CheckpointError(f"missing tensor {layout.names.key(plain)!r}, which says what the residual holds")
+        del unread[part], unread[residual_part]
         branch = [int(i) for i in out]
         residual = [int(i) for i in kept[residual_part]]
         if len(set(branch)) != len(branch) or len(set(residual)) != len(residual):
@@ -189,11 +200,11 @@ def _published_indices(
             positions = [position for position, index in enumerate(order) if index in members]
             key = layout.form.names.key(Part("add", part.stage, part.block, buffer))
             indices[key] = np.asarray(positions, dtype=np.int64)
-    return indices
+    return indices, {layout.names.key(part): index for part, index in unread.items()}
 
 
 def _check_finite(tensors: Mapping[str, np.ndarray], original: Mapping[str, str]) -> None:
-    bad = {key: int(np.sum(~np.isfinite(v))) for key, v in tensors.items() if np.issubdtype(v.dtype, np.floating)}
+    bad = {key: int(np.sum(~np.isfinite(v))) for key, v in tensors.items() if jnp.issubdtype(v.dtype, jnp.floating)}
     bad = {key: count for key, count in bad.items() if count}
     if bad:
         raise CheckpointError(
@@ -220,7 +231,12 @@ def _convert(key: str, value: np.ndarray, dtype: Any) -> jax.Array:
     if dtype is None:
         keep_double = value.dtype == np.float64 and jax.config.read("jax_enable_x64")
         dtype = jnp.float64 if keep_double else jnp.float32
-    return jnp.asarray(np.ascontiguousarray(to_flax_axes(value)).astype(dtype))
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(to_flax_axes(value)).astype(dtype)
+    beyond = int(np.sum(~np.isfinite(converted)))
+    if beyond:
+        raise CheckpointError(f"{key}: {beyond} of its {value.dtype} weights are beyond the range of {converted.dtype}")
+    return jnp.asarray(converted)
 
 
 def _put(tree: dict[str, Any], path: str, value: jax.Array) -> None:

@@ -160,6 +160,9 @@ def test_pruned_ehap_network(branch, residual, images):
     tensors = ehap_pruned(branch, residual, widths=3)
     apply, variables, info = from_torch(tensors)
     assert (info.layout, info.shortcut) == ("ehap", "indexed")
+    used = {"features.stage1.unit1.body.conv2.conv.out_indices", "features.stage1.unit1.body.conv1.conv.in_indices"}
+    assert info.unread.keys() == {key for key in tensors if key.endswith("_indices")} - used
+    assert len(jax.tree.leaves(variables)) + len(info.unread) + len(used) == len(tensors), "a tensor was left out"
 
     from torch.nn import functional as F
 
@@ -185,6 +188,13 @@ def test_pruned_ehap_network(branch, residual, images):
     np.testing.assert_allclose(torch_logits(load(exported), images), expected.numpy(), atol=1e-5)
     again, same_variables, _ = from_torch(exported)
     np.testing.assert_array_equal(np.asarray(again(same_variables, images)), np.asarray(apply(variables, images)))
+
+
+def test_pruned_ehap_indices_must_fit_their_weights():
+    tensors = ehap_pruned([0, 2], [1, 2], widths=3)
+    tensors["output.in_indices"] = torch.IntTensor([0, 1])
+    with pytest.raises(CheckpointError, match=r"output\.in_indices: expected an index per channel .*\(3,\), found \(2,\)"):
+        from_torch(tensors)
 
 
 def broken(network, **changes):
@@ -246,6 +256,22 @@ def test_non_finite_weights_are_counted(network):
     bad[0, 0, 0, :2] = float("nan")
     with pytest.raises(CheckpointError, match=r"3 weights in 2 tensors .* first is in 'layer1\.0\.conv1\.weight'"):
         from_torch(broken(network, **{"layer1.0.conv1.weight": bad, "linear.bias": torch.tensor([1, 1, np.inf, 0, 0])}))
+
+
+def test_weights_that_are_not_finite_in_bfloat16(network, tmp_path):
+    from safetensors.torch import save_file
+
+    halved = {key: v.bfloat16() if v.is_floating_point() else v for key, v in network.state_dict().items()}
+    halved["linear.bias"][2] = float("nan")
+    save_file(halved, tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 weights in 1 tensors .* first is in 'linear\.bias'"):
+        from_torch(tmp_path / "net.safetensors")
+
+
+def test_weights_beyond_the_range_of_the_variables(network):
+    large = torch.tensor([1e39, 0, 0, -1e39, 0], dtype=torch.float64)
+    with pytest.raises(CheckpointError, match=r"linear\.bias: 2 of its float64 weights are beyond the range of float32"):
+        from_torch(broken(network, **{"linear.bias": large}))
 
 
 class Payload:
@@ -335,3 +361,9 @@ def test_several_state_dicts_are_ambiguous(network):
         from_torch({"state_dict": weights, "model": weights})
     with pytest.raises(CheckpointError, match="none of"):
         from_torch({"epoch": 3})
+
+
+def test_tensors_without_names(tmp_path):
+    torch.save({0: torch.ones(3)}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match="tensors of a state dict have names; one of these has the key 0"):
+        from_torch(tmp_path / "net.pt")
