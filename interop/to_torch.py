@@ -18,7 +18,7 @@ from interop.forms import (
     to_torch_axes,
 )
 from interop.layouts import layout_for
-from interop.spec import read_spec
+from interop.spec import Spec, VGGSpec, read_spec
 
 
 def to_torch(
@@ -36,6 +36,7 @@ def to_torch(
         plan: the `PruningPlan` that shrunk the variables; None for dense and masked ones. With it, residual sums
             whose operands keep different channels get the buffers `branch_index` and `residual_index`.
         indices: index buffers of a network that was pruned elsewhere (`info.indices` of `from_torch`); not with a plan.
+            Given, if only as {}, they say that shortcuts without them are padded by half of the zeros on each side.
         layout: the names to write, one of `interop.layouts.LAYOUTS`; None for those `interop.torch_models` loads
             (akamaster's for CIFAR ResNets), the only ones with a place for index buffers.
 
@@ -43,11 +44,16 @@ def to_torch(
         key -> CPU torch tensor, in module order, bit for bit the values of `variables`. `num_batches_tracked` is not
         written; strict loading fills it in.
 
+    Shrunk variables without their plan are another network: where the channels of a sum lie is not in the shapes. Such
+    are refused where the shapes show it, that is, where a shortcut is padded and the widths are no dense network's
+    (one width per stage, each a whole multiple of the one before). What cannot be detected: option A shrunk to just
+    such widths, and sums whose operands kept as many channels as each other, but not the same ones (union coupling).
+
     Raises:
         KeyError: an unknown layout.
         CheckpointError: variables that are not such a network (lists the paths), a layout without names for it, a plan
-            that does not fit their shapes (path, expected, found) or has implants, or sums by index in a layout that
-            has no place for them.
+            that does not fit their shapes (path, expected, found) or has implants, shrunk variables without their
+            plan, or sums by index in a layout that has no place for them.
         ImportError: PyTorch is not installed.
 
     Example:
@@ -64,7 +70,9 @@ def to_torch(
     if plan is not None and indices:
         raise CheckpointError("pass a plan or indices, not both: each says where the channels of a sum lie")
     arrays |= dict(indices or {}) if plan is None else residual_indices(form, arrays, plan)
-    read_spec(form, {key: value.shape for key, value in arrays.items()})
+    spec = read_spec(form, {key: value.shape for key, value in arrays.items()})
+    if plan is None and indices is None:
+        _check_unpruned(spec)
     try:
         import torch
     except ImportError as error:
@@ -82,6 +90,23 @@ def to_torch(
             raise CheckpointError(f"the layout {layout!r} has no place for {key}; leave layout out to write it")
         state_dict[names.key(part)] = tensor
     return state_dict
+
+
+def _check_unpruned(spec: Spec) -> None:
+    """Refuse a padded shortcut between widths that no dense network has: half on each side would be a guess."""
+    if isinstance(spec, VGGSpec):
+        return
+    padded = [b for stage in spec.blocks for b in stage if b.shortcut is None and b.inputs != b.outputs]
+    for stage in spec.blocks:
+        bottleneck = len(stage[0].widths) > 2
+        inner = stage[0].widths[0] if bottleneck else stage[0].outputs
+        dense = all({*b.widths[:-1]} == {inner} and b.outputs == stage[0].outputs for b in stage)
+        if padded and not (dense and all(b.outputs % b.inputs == 0 for b in padded)):
+            raise CheckpointError(
+                f"zeros are added to a shortcut of {padded[0].inputs} channels to make {padded[0].outputs}, and "
+                "widths such as these come of pruning, so that only the plan knows where: pass the plan that shrunk "
+                "them, to_torch(shrunk, plan), or indices={} where half of the zeros go on each side"
+            )
 
 
 def form_of(variables: Any) -> Form:
