@@ -187,9 +187,9 @@ def load_model(directory: str | os.PathLike[str]) -> SavedModel:
     double = any(entry["dtype"] == "float64" for entry in document["tensors"].values())
     if double and not jax.config.read("jax_enable_x64"):
         raise ValueError(f"{source} has float64 weights; load it under jax_enable_x64, or it would lose bits")
-    form = FORMS.get(document["network"].get("form"))
+    found = document["network"].get("form")
+    form = FORMS.get(found) if isinstance(found, str) else None
     if form is None:
-        found = document["network"].get("form")
         raise CheckpointError(f"{source / CONFIG}: network.form is {found!r}; known: {', '.join(FORMS)}")
     apply, variables, info = from_torch(tensors, written_layout(form))
     variables = _as_saved(form, variables, document["tensors"])
@@ -314,8 +314,10 @@ def _check_onnx(source: Path, recorded: Mapping[str, Any]) -> None:
             raise FileNotFoundError(f"{source} is recorded to have {name} and has none")
         if _sha256(source / name) != digest:
             raise CheckpointError(f"{source / name} is not the file that was saved: its sha256 is another")
-    if not recorded and (source / ONNX).exists():
+    if ONNX not in recorded and (source / ONNX).exists():
         raise CheckpointError(f"{source} has a {ONNX} that {CONFIG} knows nothing of")
+    if recorded and ONNX not in recorded:
+        raise CheckpointError(f"{source / CONFIG} records {sorted(recorded)} without the {ONNX} they belong to")
 
 
 def _check_copy(inside: Mapping[str, str], name: str, document: Any, source: Path) -> None:

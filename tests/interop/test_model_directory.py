@@ -1,5 +1,6 @@
 """A saved model comes back bit for bit, and nothing that was tampered with comes back at all."""
 
+import hashlib
 import json
 import shutil
 
@@ -167,6 +168,7 @@ TAMPERED = {
     "version": (lambda f: edit(f / "config.json", lambda d: d.update(version=1)), "version 1"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "not a JSON file"),
     "form": (lambda f: both(f, lambda d: d["network"].update(form="mlp")), "network.form is 'mlp'; known: resnet"),
+    "form of no kind": (lambda f: both(f, lambda d: d["network"].update(form=[])), r"network\.form is \[\]; known"),
     "no tensors": (lambda f: edit(f / "config.json", lambda d: d.pop("tensors")), "'tensors' must be a dict"),
     "shape": (
         lambda f: reweigh(f, lambda t: t.update({"linear.bias": torch.zeros(4)})),
@@ -242,6 +244,16 @@ def test_onnx_file_goes_along_and_may_not_change(loaded, shrunk, images, tmp_pat
 
 
 def test_onnx_file_from_elsewhere_is_refused(saved):
+    (saved / "model.onnx").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="knows nothing of"):
+        load_model(saved)
+
+
+def test_recorded_data_do_not_admit_an_onnx_file(saved):
+    (saved / "model.onnx.data").write_bytes(b"x")
+    both(saved, lambda d: d.update(onnx={"model.onnx.data": hashlib.sha256(b"x").hexdigest()}))
+    with pytest.raises(CheckpointError, match=r"records \['model\.onnx\.data'\] without the model\.onnx"):
+        load_model(saved)
     (saved / "model.onnx").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="knows nothing of"):
         load_model(saved)
