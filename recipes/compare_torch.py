@@ -53,7 +53,7 @@ from ehap_jax.quant import INT8, fake_quant, to_integer
 from ehap_jax.report import score_scatter
 from ehap_jax.training import Progress, RunDirectory
 from interop.compare import LIMITS
-from interop.forms import to_torch_axes
+from interop.forms import RESNET, to_torch_axes
 from interop.parity import (
     Arrays,
     Pair,
@@ -84,6 +84,9 @@ SAME = (
 VANISHED_AFTER = 20
 """The published scale of probe i is 2^(16 - 8i), which float32 rounds to 0 from i = 21 on."""
 
+PRECISION = "highest"
+"""Of float32 products, in JAX and in PyTorch: the default of an accelerator is coarser than float32."""
+
 MEANING = {
     "identity": "JAX against PyTorch on the same weights, images and probes. relative: ‖JAX - PyTorch‖ / ‖PyTorch‖ "
     "over all elements; max_abs: the largest difference. limits: what is allowed.",
@@ -97,9 +100,13 @@ MEANING = {
     "pruned": "Test accuracy right after pruning, without fine-tuning, per criterion and kept fraction of channels. "
     "JAX runs the masked network, PyTorch the shrunk one; logits_max_abs is the largest difference between the two.",
     "int8": "The dense network and the one pruned most, in INT8 with ranges from the training images, no training: "
-    "every quantised activation of the compared test images as `to_integer` and `interop.torch_integer` compute it.",
-    "cost": "Each framework in a process of its own, the same images: first_call_seconds compiles, the others are from "
-    "the second call. On a machine that others use (load_average above the number of cores) compare the CPU seconds. "
+    "every quantised activation of the compared test images as `to_integer` and `interop.torch_integer` compute it. "
+    "not_comparable: what has no integer form in one of the two.",
+    "method": "Under union coupling of a post-activation ResNet: each framework ranks and prunes by itself, from its "
+    "own scores of the same probes (`interop.reference.union`). channels_that_differ: kept by one of the two only.",
+    "cost": "Each framework in a process of its own, the same images, float32 products as precise as for the figures "
+    "above (`precision`): first_call_seconds compiles, the others are from the second call. On a machine that "
+    "others use (load_average above the number of cores) compare the CPU seconds. not_measured: why there are no figures. "
     "Memory in MiB of resident memory (on a GPU, of its memory); memory_before has both frameworks imported.",
 }
 
@@ -340,40 +347,95 @@ def pruned_accuracies(job: Job, criteria: Mapping[str, Scores]) -> list[dict[str
     return rows
 
 
+def compare_method(job: Job, ours: Scores, theirs: Scores) -> list[dict[str, Any]]:
+    """Ranking and pruning in each framework by its own scores, where `interop.reference.union` has them; else nothing.
+
+    PyTorch starts from the full network and its scores, and knows nothing of JAX's graph, plan or weights.
+    """
+    nets, config = job.nets, job.config
+    if config.coupling != "union" or nets.info.form is not RESNET:
+        return []
+    import torch
+
+    from interop.reference.union import prune_union
+
+    names = {path: nets.info.form.key_at(path).removesuffix(".weight") for path in theirs.values}
+    names = {path: name for path, name in names.items() if name != "linear"}
+    own = {name: torch.from_numpy(theirs.values[path]) for path, name in names.items()}
+    forward, rows = jax.jit(nets.apply), []
+    with job.progress.stage("pruned by each framework", len(config.ratios)) as advance:
+        for ratio in config.ratios:
+            plan = plan_of(job, ours, ratio)
+            logits = np.asarray(forward(mask_variables(nets.variables, plan), job.test))
+            kept = torch_kept(own, ratio)
+            torch_logits = _torch_logits(prune_union(nets.module, kept), job.test)
+            rows.append(
+                {
+                    "kept_channels": ratio,
+                    "channels_that_differ": sum(
+                        len(np.setxor1d(plan.keep.get(path, np.arange(len(own[name]))), kept[name].numpy()))
+                        for path, name in names.items()
+                    ),
+                    "logits_max_abs": float(np.abs(logits - torch_logits).max()),
+                    "accuracy_jax": float(np.mean(logits.argmax(axis=1) == job.truth)),
+                    "accuracy_torch": float(np.mean(torch_logits.argmax(axis=1) == job.truth)),
+                }
+            )
+            advance()
+    return rows
+
+
+def torch_kept(scores: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+    """What PyTorch keeps, at most this part of all: what layers at their limit keep beyond it, others give up."""
+    from interop.reference.union import kept_channels
+
+    total = sum(len(values) for values in scores.values())
+    most = int(ratio * total + 1e-9)
+    for asked in range(most, 0, -1):
+        kept = kept_channels(scores, asked / total)
+        if sum(map(len, kept.values())) <= most:
+            return kept
+    raise ValueError(f"PyTorch cannot keep as few as {ratio:g} of the channels: every layer keeps some")
+
+
 def compare_int8(job: Job, scores: Scores) -> list[dict[str, Any]]:
     """Do both run the same integers? The dense network, and the one that keeps the least."""
-    from interop.torch_integer import IntegerModule
-
-    nets, images = job.nets, job.test[: job.config.int8_images]
-    ratio = min(job.config.ratios)
+    nets, ratio = job.nets, min(job.config.ratios)
     plan = plan_of(job, scores, ratio)
     networks = {1.0: (nets.apply, nets.variables)}
     networks[ratio] = (shrink(nets.apply, plan), shrink_variables(nets.variables, plan))
     rows = []
     with job.progress.stage("INT8 integers", len(networks)) as advance:
         for kept, (apply, variables) in networks.items():
-            quantized = fake_quant(apply, rules=INT8)
-            observe = jax.jit(partial(quantized.apply, update=True))
-            _, ranges = observe(variables, quantized.init(variables, job.train[:1]), job.train)
-            integers = to_integer(quantized, variables, ranges, example=images)
-            module = IntegerModule(integers, images.shape[1:])
-            ours, logits = jax.device_get(
-                jax.jit(lambda network, x: (network.tensors(x), network(x)))(integers, images)
-            )
-            theirs = {name: value.numpy() for name, value in module.tensors(torch_images(images)).items()}
-            torch_logits, truth = module(torch_images(images)).numpy(), job.truth[: len(images)]
-            rows.append(
-                {
-                    "kept_channels": kept,
-                    "integers": int(sum(value.size for value in ours.values())),
-                    "integers_that_differ": int(sum(np.sum(ours[name] != theirs[name]) for name in ours)),
-                    "logits_that_differ": int(np.sum(logits != torch_logits)),
-                    "accuracy_jax": float(np.mean(logits.argmax(axis=1) == truth)),
-                    "accuracy_torch": float(np.mean(torch_logits.argmax(axis=1) == truth)),
-                }
-            )
+            row: dict[str, Any] = {"kept_channels": kept}
+            try:
+                row |= _same_integers(job, apply, variables)
+            except NotImplementedError as error:
+                row["not_comparable"] = str(error)
+            rows.append(row)
             advance()
     return rows
+
+
+def _same_integers(job: Job, apply: Any, variables: Any) -> dict[str, Any]:
+    from interop.torch_integer import IntegerModule
+
+    images = job.test[: job.config.int8_images]
+    quantized = fake_quant(apply, rules=INT8)
+    observe = jax.jit(partial(quantized.apply, update=True))
+    _, ranges = observe(variables, quantized.init(variables, job.train[:1]), job.train)
+    integers = to_integer(quantized, variables, ranges, example=images)
+    module = IntegerModule(integers, images.shape[1:])
+    ours, logits = jax.device_get(jax.jit(lambda network, x: (network.tensors(x), network(x)))(integers, images))
+    theirs = {name: value.numpy() for name, value in module.tensors(torch_images(images)).items()}
+    torch_logits, truth = module(torch_images(images)).numpy(), job.truth[: len(images)]
+    return {
+        "integers": int(sum(value.size for value in ours.values())),
+        "integers_that_differ": int(sum(np.sum(ours[name] != theirs[name]) for name in ours)),
+        "logits_that_differ": int(np.sum(logits != torch_logits)),
+        "accuracy_jax": float(np.mean(logits.argmax(axis=1) == truth)),
+        "accuracy_torch": float(np.mean(torch_logits.argmax(axis=1) == truth)),
+    }
 
 
 def _torch_logits(module: Any, images: np.ndarray) -> np.ndarray:
@@ -384,12 +446,17 @@ def _torch_logits(module: Any, images: np.ndarray) -> np.ndarray:
 
 
 def measure(framework: str, checkpoint: Path, layout: str, images, labels, probes: int) -> dict[str, Any]:
-    """Time and memory of a trace; meant for a process of its own. Memory in MiB."""
+    """Time and memory of a trace; meant for a process of its own, whose precision it sets. Memory in MiB."""
+    with jax.default_matmul_precision(PRECISION):
+        return _measure(framework, checkpoint, layout, images, labels, probes)
+
+
+def _measure(framework: str, checkpoint: Path, layout: str, images, labels, probes: int) -> dict[str, Any]:
     nets = pair(checkpoint, layout)
     before = _memory()["now"]
     if framework == "JAX":
         batch = (jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
-        key = jax.random.key(0)
+        key, precision = jax.random.key(0), jax.config.jax_default_matmul_precision
 
         def trace() -> None:
             estimate = channel_trace(nets.loss, nets.variables["params"], batch, key=key, num_probes=probes)
@@ -399,6 +466,9 @@ def measure(framework: str, checkpoint: Path, layout: str, images, labels, probe
 
         from interop.reference.trace import fixed_trace, rademacher_probes
 
+        torch.set_float32_matmul_precision(PRECISION)
+        torch.backends.cudnn.allow_tf32 = False
+        precision = torch.get_float32_matmul_precision()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module = nets.module.to(device)
         drawn = list(rademacher_probes(module, probes, seed=0))
@@ -416,6 +486,7 @@ def measure(framework: str, checkpoint: Path, layout: str, images, labels, probe
     where, on_device = _device_peak(framework)
     return {
         "device": where,
+        "precision": precision,
         "first_call_seconds": seconds[0],
         "seconds_per_probe": seconds[1] / probes,
         "cpu_seconds_per_probe": cpu_seconds[1] / probes,
@@ -449,19 +520,22 @@ def _memory() -> dict[str, float]:
 
 
 def compare_cost(job: Job) -> dict[str, Any]:
-    """`measure` for each framework, one after the other, each in a fresh process."""
+    """`measure` for each framework, one after the other, each in a fresh process; or why it could not be measured."""
     config, cost = job.config, {}
     with job.progress.stage("time and memory", 2) as advance:
         for framework in ("JAX", "PyTorch"):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 arguments = (config.checkpoint, config.layout, job.train, job.labels, config.same_probes)
-                cost[framework] = pool.submit(measure, framework, *arguments).result()
+                try:
+                    cost[framework] = pool.submit(measure, framework, *arguments).result()
+                except (RuntimeError, MemoryError, OSError) as error:  # it died, or found too little memory
+                    cost[framework] = {"not_measured": f"{type(error).__name__}: {error}"}
             advance()
     return cost
 
 
 def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
-    """Everything, as plain numbers for JSON, and the scores of both frameworks for the plot."""
+    """Everything but the cost, as plain numbers for JSON, and the scores of both frameworks for the plot."""
     config = job.config
     with job.progress.stage("same numbers", 1) as advance:
         identity, both = compare_identity(job)
@@ -485,6 +559,11 @@ def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
         f"published, {last} probes": published[last],
     }
     info = job.nets.info
+    method = compare_method(job, both["JAX"], both["PyTorch"])
+    limits = {name: LIMITS[name] for name in SAME} | {"pruned_logits_max_abs": LIMITS["logits_max_abs"]}
+    limits["int8_integers_that_differ"] = 0
+    if method:
+        limits |= {"method_channels_that_differ": 0, "method_logits_max_abs": LIMITS["logits_max_abs"]}
     document = {
         "checkpoint": {
             "file": config.checkpoint.name,
@@ -495,15 +574,15 @@ def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
             "channels_scored": int(sum(len(values) for values in reference.values.values())),
         },
         "identity": identity,
-        "limits": {name: LIMITS[name] for name in SAME}
-        | {"pruned_logits_max_abs": LIMITS["logits_max_abs"], "int8_integers_that_differ": 0},
+        "limits": limits,
         "scores": agreement(job, both["JAX"], both["PyTorch"]),
         "reference": how,
         "schedule": schedule,
         "weight_of_the_first_published_probe": first_weight,
         "pruned": pruned_accuracies(job, criteria),
+        "method": method,
         "int8": compare_int8(job, reference),
-        "cost": compare_cost(job) if config.cost else {},
+        "cost": {},
         "meaning": MEANING,
     }
     return document, both
@@ -517,11 +596,17 @@ def beyond_limits(document: Mapping[str, Any]) -> list[str]:
 
 
 def _worst(document: Mapping[str, Any]) -> dict[str, float]:
-    """The limited figures that several rows have."""
-    return {
-        "pruned_logits_max_abs": max(row["logits_max_abs"] for row in document["pruned"]),
-        "int8_integers_that_differ": sum(row["integers_that_differ"] for row in document["int8"]),
-    }
+    """The limited figures that several rows have; those of INT8 and of the method only where they were compared."""
+    int8 = [row["integers_that_differ"] for row in document["int8"] if "not_comparable" not in row]
+    worst = {"pruned_logits_max_abs": _largest(document["pruned"], "logits_max_abs")}
+    if document["method"]:
+        figures = ("channels_that_differ", "logits_max_abs")
+        worst |= {f"method_{figure}": _largest(document["method"], figure) for figure in figures}
+    return worst | ({"int8_integers_that_differ": sum(int8)} if int8 else {})
+
+
+def _largest(rows: Sequence[Mapping[str, Any]], figure: str) -> float:
+    return float(np.max([row[figure] for row in rows]))  # NaN where one is
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
@@ -531,8 +616,8 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
     same = Table("JAX against PyTorch", "found", "at most", title=f"{name}: the same numbers?", title_justify="left")
     found = document["identity"] | _worst(document)
     for figure, limit in limits.items():
-        value = found[figure]
-        same.add_row(figure.replace("_", " "), f"{value:.3g}{' !' if figure in beyond else ''}", f"{limit:g}")
+        value = f"{found[figure]:.3g}{' !' if figure in beyond else ''}" if figure in found else "not comparable"
+        same.add_row(figure.replace("_", " "), value, f"{limit:g}")
     identity, scores = document["identity"], document["scores"]
     same.add_row("accuracy", f"{identity['accuracy_jax']:.2%} | {identity['accuracy_torch']:.2%}", "")
     same.add_row("scores, Spearman", f"{scores['spearman']:.6f}", "")
@@ -552,17 +637,26 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
     pruned = Table("kept channels", "criterion", "JAX", "PyTorch", title="Accuracy after pruning, not fine-tuned")
     pruned.title_justify = "left"
     for row in document["pruned"]:
-        accuracies = (f"{row[f'accuracy_{framework}']:.2%}" for framework in ("jax", "torch"))
-        pruned.add_row(f"{row['kept_channels']:g}", row["criterion"], *accuracies)
+        pruned.add_row(f"{row['kept_channels']:g}", row["criterion"], *_accuracies(row))
+
+    method = Table("kept channels", "kept by one only", "logits", "JAX", "PyTorch", title="Ranked and pruned by each")
+    method.title_justify = "left"
+    for row in document["method"]:
+        cells = (str(row["channels_that_differ"]), f"{row['logits_max_abs']:.3g}", *_accuracies(row))
+        method.add_row(f"{row['kept_channels']:g}", *cells)
 
     int8 = Table("kept channels", "integers", "differ", "accuracy, JAX", "PyTorch", title="INT8, not trained")
     int8.title_justify = "left"
     for row in document["int8"]:
-        accuracies = (f"{row[f'accuracy_{framework}']:.2%}" for framework in ("jax", "torch"))
-        int8.add_row(f"{row['kept_channels']:g}", f"{row['integers']:,}", str(row["integers_that_differ"]), *accuracies)
+        if "not_comparable" in row:
+            int8.add_row(f"{row['kept_channels']:g}", f"not comparable: {row['not_comparable']}")
+            continue
+        integers = (f"{row['integers']:,}", str(row["integers_that_differ"]))
+        int8.add_row(f"{row['kept_channels']:g}", *integers, *_accuracies(row))
 
     cost = Table("", *document["cost"], title="Cost of a trace, each in a process of its own", title_justify="left")
-    cost.add_row("device", *[measured["device"] for measured in document["cost"].values()])
+    devices = [each.get("device") or f"not measured: {each['not_measured']}" for each in document["cost"].values()]
+    cost.add_row("device", *devices)
     for key, what in (
         ("seconds_per_probe", "seconds per probe"),
         ("cpu_seconds_per_probe", "CPU seconds per probe"),
@@ -571,8 +665,12 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
         ("peak_memory", "peak memory, MiB"),
         ("load_average", "load average meanwhile"),
     ):
-        cost.add_row(what, *[f"{measured[key]:.4g}" for measured in document["cost"].values()])
-    return [same, ranking, pruned, int8, *([cost] if document["cost"] else [])]
+        cost.add_row(what, *[f"{each[key]:.4g}" if key in each else "" for each in document["cost"].values()])
+    return [same, ranking, pruned, *([method] if method.rows else []), int8, *([cost] if document["cost"] else [])]
+
+
+def _accuracies(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row[f'accuracy_{framework}']:.2%}" for framework in ("jax", "torch")]
 
 
 def schedule_figure(document: Mapping[str, Any]) -> Figure:
@@ -624,8 +722,9 @@ def write_results(run: RunDirectory, document: dict[str, Any], both: Mapping[str
 def main(config: Config, output: Path, overwrite: bool) -> list[str]:
     """Compare and write; returns what is beyond its limit."""
     started = time.perf_counter()
-    # An accelerator's default for float32 products is coarser than float32.
-    with Progress() as progress, jax.default_matmul_precision("highest"):
+    if config.cost:  # leave the memory of a GPU to the processes that are measured
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with Progress() as progress, jax.default_matmul_precision(PRECISION):
         job = prepare(config, progress)
         run = RunDirectory.create(output, config, overwrite=overwrite)
         document, both = compare(job)
@@ -636,6 +735,9 @@ def main(config: Config, output: Path, overwrite: bool) -> list[str]:
             **document,
             "seconds": round(time.perf_counter() - started, 1),
         }
+        if config.cost:
+            run.write_json("comparison.json", document)  # stands, whatever becomes of the processes
+            document |= {"cost": compare_cost(job), "seconds": round(time.perf_counter() - started, 1)}
         write_results(run, document, both, Console())
         progress.note(f"written to {run.path}")
     return beyond_limits(document)

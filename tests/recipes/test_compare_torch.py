@@ -2,19 +2,26 @@
 
 import json
 import re
+from io import StringIO
 
+import jax
 import numpy as np
 import pytest
+from rich.console import Console
+
+from ehap_jax.pruning import random_scores
+from ehap_jax.training import Progress
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
 from interop.torch_models import cifar_resnet  # noqa: E402
 from recipes import compare_torch  # noqa: E402
 from tests.interop.conftest import lively  # noqa: E402
+from tests.recipes import dying  # noqa: E402
 
 TINY = [
     "--images", "8", "--test-images", "16", "--same-probes", "2", "--probes", "1", "2",
-    "--ratios", "0.8", "0.5", "--int8-images", "4", "--no-cost",
+    "--ratios", "0.8", "0.5", "--int8-images", "4", "--coupling", "union", "--no-cost",
 ]  # fmt: skip
 
 
@@ -36,8 +43,19 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory):
-    output = tmp_path_factory.mktemp("compare") / "run"
-    assert compare_torch.command([str(files[0]), "--data", f"npz:{files[1]}", *TINY, "--output", str(output)]) == 0
+    """A run whose processes for time and memory die, and what it had written before it started them."""
+    output, real = tmp_path_factory.mktemp("compare") / "run", compare_torch.compare_cost
+    given = [str(files[0]), "--data", f"npz:{files[1]}", *TINY[:-1], "--cost", "--output", str(output)]
+
+    def cost(job):
+        (output / "comparison.json").rename(output / "before.json")
+        return real(job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        patch.setattr(compare_torch, "compare_cost", cost)
+        patch.setattr(compare_torch, "measure", dying.measure)
+        assert compare_torch.command(given) == 0
     return output
 
 
@@ -61,6 +79,56 @@ def test_int8_integers_are_the_same(finished):
     assert dense["accuracy_jax"] == dense["accuracy_torch"]
 
 
+def test_each_framework_prunes_the_same_by_itself(finished):
+    found = json.loads((finished / "comparison.json").read_text())
+    assert [row["kept_channels"] for row in found["method"]] == [0.8, 0.5]
+    for row in found["method"]:
+        assert row["channels_that_differ"] == 0 and row["logits_max_abs"] <= found["limits"]["method_logits_max_abs"]
+        assert row["accuracy_jax"] == row["accuracy_torch"]
+    assert "Ranked and pruned by each" in (finished / "comparison.txt").read_text()
+
+
+def test_layers_at_their_limit_keep_what_others_give_up():
+    kept = compare_torch.torch_kept({"a": torch.arange(20.0) / 100, "b": torch.arange(20.0) + 1}, 0.5)
+    assert kept["a"].tolist() == [19] and kept["b"].tolist() == list(range(1, 20))
+    with pytest.raises(ValueError, match="every layer keeps some"):
+        compare_torch.torch_kept({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 0.3)
+
+
+def test_what_has_no_integers_in_pytorch_is_told(files, monkeypatch):
+    from interop import torch_integer
+
+    def refuse(*_):
+        raise NotImplementedError("a mean over windows")
+
+    config = compare_torch.Config(files[0], f"npz:{files[1]}", images=2, test_images=4, int8_images=2, ratios=(0.5,))
+    with Progress(Console(file=StringIO())) as progress:
+        job = compare_torch.prepare(config, progress)
+        monkeypatch.setattr(torch_integer, "IntegerModule", refuse)
+        rows = compare_torch.compare_int8(job, random_scores(job.graph, key=jax.random.key(0)))
+    assert rows == [{"kept_channels": kept, "not_comparable": "a mean over windows"} for kept in (1.0, 0.5)]
+
+
+def test_nothing_is_claimed_of_what_was_not_compared(finished):
+    found = json.loads((finished / "comparison.json").read_text())
+    found["int8"] = [{"kept_channels": 1.0, "not_comparable": "a mean over windows"}]
+    assert compare_torch.beyond_limits(found) == []
+    console = Console(record=True, width=110, file=StringIO())
+    for table in compare_torch.tables(found):
+        console.print(table)
+    text = console.export_text()
+    assert re.search(r"int8 integers that differ *│ *not comparable", text) and "a mean over windows" in text
+
+
+def test_processes_that_die_leave_the_rest(finished):
+    before, after = (json.loads((finished / name).read_text()) for name in ("before.json", "comparison.json"))
+    assert before.pop("cost") == {} and before.pop("seconds") <= after.pop("seconds")
+    cost = after.pop("cost")
+    assert before == after
+    assert all(re.match("BrokenProcessPool: ", cost[name]["not_measured"]) for name in ("JAX", "PyTorch"))
+    assert "not measured: BrokenProcessPool" in " ".join((finished / "comparison.txt").read_text().split())
+
+
 def test_published_schedule_is_its_first_probe(finished):
     """One probe ranks the same however it is scaled; with two the published schedule still stands at the first."""
     one, two = json.loads((finished / "comparison.json").read_text())["schedule"]
@@ -72,7 +140,7 @@ def test_published_schedule_is_its_first_probe(finished):
 
 def test_run_directory_explains_itself(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "versions.json", "comparison.json", "comparison.txt", "schedule.png", "scores.png",
+        "config.json", "versions.json", "before.json", "comparison.json", "comparison.txt", "schedule.png", "scores.png",
     }  # fmt: skip
     found = json.loads((finished / "comparison.json").read_text())
     assert found.keys() >= found["meaning"].keys() and found["config"]["images"] == 8
@@ -82,9 +150,11 @@ def test_run_directory_explains_itself(finished):
     assert "as published" in text and "tiny.pt" in text
 
 
-def test_time_and_memory(files):
+@pytest.mark.parametrize("framework", ["JAX", "PyTorch"])
+def test_time_and_memory(files, framework):
     images, labels = np.zeros((2, 8, 8, 3), np.float32), np.zeros(2, np.int32)
-    cost = compare_torch.measure("PyTorch", files[0], "auto", images, labels, 1)
+    cost = compare_torch.measure(framework, files[0], "auto", images, labels, 1)
+    assert cost["precision"] == "highest"
     assert 0 < cost["memory_before"] <= cost["peak_memory"]
     assert cost["seconds_per_probe"] > 0 and cost["cpu_seconds_per_probe"] > 0
 

@@ -1,0 +1,8 @@
+"""What a process that runs out of memory looks like to the one that started it."""
+
+import os
+
+
+def measure(*_) -> None:
+    """In the place of `recipes.compare_torch.measure`."""
+    os._exit(1)
