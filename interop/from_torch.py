@@ -179,7 +179,9 @@ def _published_indices(
         expected = tensors[layout.names.key(part._replace(leaf="weight"))].shape[axis : axis + 1]
         if index.shape != expected:
             key = layout.names.key(part)
-            raise CheckpointError(f"{key}: expected an index per channel of the weight, {expected}, found {index.shape}")
+            raise CheckpointError(
+                f"{key}: expected an index per channel of the weight, {expected}, found {index.shape}"
+            )
     unread = dict(kept)
     last = f"conv{len(layout.form.kernels)}"
     for part, out in kept.items():

@@ -62,7 +62,9 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple
     tensors, metadata = _find_state_dict(container, name)
     nameless = [key for key in tensors if not isinstance(key, str)]
     if nameless:
-        raise CheckpointError(f"{name}: the tensors of a state dict have names; one of these has the key {nameless[0]!r}")
+        raise CheckpointError(
+            f"{name}: the tensors of a state dict have names; one of these has the key {nameless[0]!r}"
+        )
     arrays = {key: _to_numpy(key, value) for key, value in tensors.items()}
     return _without_prefix(arrays), metadata
 

@@ -174,9 +174,7 @@ class IntegerModule(nn.Module):
         multiplier = self.get_buffer(f"multiplier{self.multiplier_numbers[_target_name(step)]}")
         total = (total + _along(self._layer(step).bias.double(), axis, total.ndim)).float()
         steps = total * _along(multiplier, axis, total.ndim)
-        tensors[_target_name(step)] = (
-            steps if isinstance(target, str) else _round_to(steps, target)
-        )
+        tensors[_target_name(step)] = steps if isinstance(target, str) else _round_to(steps, target)
 
 
 def _layer_name(step: LayerStep | ScaleStep) -> str:

@@ -106,7 +106,7 @@ MEANING = {
     "own scores of the same probes (`interop.reference.union`). channels_that_differ: kept by one of the two only.",
     "cost": "Each framework in a process of its own, the same images, float32 products as precise as for the figures "
     "above (`precision`): first_call_seconds compiles, the others are from the second call. On a machine that "
-    "others use (load_average above the number of cores) compare the CPU seconds. not_measured: why there are no figures. "
+    "others use (load_average above the number of cores) compare the CPU seconds. not_measured: why there are none. "
     "Memory in MiB of resident memory (on a GPU, of its memory); memory_before has both frameworks imported.",
 }
 

@@ -193,7 +193,9 @@ def test_pruned_ehap_network(branch, residual, images):
 def test_pruned_ehap_indices_must_fit_their_weights():
     tensors = ehap_pruned([0, 2], [1, 2], widths=3)
     tensors["output.in_indices"] = torch.IntTensor([0, 1])
-    with pytest.raises(CheckpointError, match=r"output\.in_indices: expected an index per channel .*\(3,\), found \(2,\)"):
+    with pytest.raises(
+        CheckpointError, match=r"output\.in_indices: expected an index per channel .*\(3,\), found \(2,\)"
+    ):
         from_torch(tensors)
 
 
@@ -270,7 +272,9 @@ def test_weights_that_are_not_finite_in_bfloat16(network, tmp_path):
 
 def test_weights_beyond_the_range_of_the_variables(network):
     large = torch.tensor([1e39, 0, 0, -1e39, 0], dtype=torch.float64)
-    with pytest.raises(CheckpointError, match=r"linear\.bias: 2 of its float64 weights are beyond the range of float32"):
+    with pytest.raises(
+        CheckpointError, match=r"linear\.bias: 2 of its float64 weights are beyond the range of float32"
+    ):
         from_torch(broken(network, **{"linear.bias": large}))
 
 

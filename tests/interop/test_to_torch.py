@@ -156,10 +156,13 @@ def test_plan_and_variables_that_do_not_fit(loaded, union_plan):
 def test_a_forgotten_plan_is_noticed_where_zeros_are_padded(images):
     module = lively(torch_models.cifar_resnet(8, widths=(4, 8, 16), num_classes=5))
     apply, variables, _ = from_torch(module.state_dict())
-    keep = {"params/layer2_0/conv2/kernel": range(2, 8), "params/layer3_0/conv2/kernel": np.delete(np.arange(16), [4, 5])}
+    keep = {
+        "params/layer2_0/conv2/kernel": range(2, 8),
+        "params/layer3_0/conv2/kernel": np.delete(np.arange(16), [4, 5]),
+    }
     plan = PruningPlan.from_keep(trace_graph(apply)(variables, images), keep)
     small = shrink_variables(variables, plan)
-    with pytest.raises(CheckpointError, match="shortcut of 4 channels to make 6, .* pass the plan that shrunk them"):
+    with pytest.raises(CheckpointError, match=r"shortcut of 4 channels to make 6, .* pass the plan that shrunk them"):
         to_torch(small)
     expected = torch_logits(torch_models.load(to_torch(mask_variables(variables, plan))), images)
     np.testing.assert_allclose(torch_logits(torch_models.load(to_torch(small, plan)), images), expected, atol=1e-5)

@@ -140,7 +140,8 @@ def test_published_schedule_is_its_first_probe(finished):
 
 def test_run_directory_explains_itself(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "versions.json", "before.json", "comparison.json", "comparison.txt", "schedule.png", "scores.png",
+        "config.json", "versions.json", "before.json", "comparison.json", "comparison.txt", "schedule.png",
+        "scores.png",
     }  # fmt: skip
     found = json.loads((finished / "comparison.json").read_text())
     assert found.keys() >= found["meaning"].keys() and found["config"]["images"] == 8
