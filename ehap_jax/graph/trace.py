@@ -1,7 +1,8 @@
 """A pure function as data: its jaxpr, inlined, with every input leaf known by its pytree path.
 
-``trace_graph(apply)(variables, x)`` runs nothing; it traces ``apply`` and returns a :class:`Graph` of
-:class:`Node` and :class:`Value`. Nested ``jit`` calls are inlined. Calls that carry meaning of their own
+``trace_graph(apply)(variables, x)`` traces ``apply`` and returns a :class:`Graph` of :class:`Node` and :class:`Value`.
+Of its operations it runs only those that make the indices of a gather or scatter out of constants, and have no effects,
+so that it is known which indices are meant. Nested ``jit`` calls are inlined. Calls that carry meaning of their own
 (``custom_jvp``, ``custom_vjp``, ``checkpoint``, ``scan``) stay nodes, with their bodies traced in turn, so that a
 rewriting can keep the derivative rule, the rematerialisation policy or the loop.
 """
@@ -25,7 +26,7 @@ INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_lin"})
 CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 SCAN = "scan"
-MOST_INDICES = 2**16  # of a gather that are computed while tracing
+MOST_INDICES = 2**16  # of a gather or scatter that are computed while tracing
 
 
 def path_name(path) -> str:
@@ -95,7 +96,7 @@ class Node:
         else:
             cotangents = [jax.ShapeDtypeStruct(v.shape, _tangent_dtype(v.dtype)) for v in self.outputs]
             closed = jax.make_jaxpr(lambda p, ct: jax.vjp(call, *p)[1](ct))(primals, cotangents)
-        return _read(closed.jaxpr, closed.consts)
+        return _read(closed.jaxpr, closed.consts, self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +157,8 @@ class Graph:
 def trace_graph(apply: Callable, *, on_unknown: Literal["error", "freeze"] = "error") -> Callable[..., Graph]:
     """Turn ``apply(variables, *args)`` into a function of the same arguments that returns its :class:`Graph`.
 
-    Arguments may be arrays or ``jax.ShapeDtypeStruct``; nothing is computed. Costs scale with the batch dimension of
-    the traced input, so trace with a batch of one for per-image figures.
+    Arguments may be arrays or ``jax.ShapeDtypeStruct``; only their shapes and dtypes are read. Costs scale with the
+    batch dimension of the traced input, so trace with a batch of one for per-image figures.
 
     >>> import jax, jax.numpy as jnp
     >>> graph = trace_graph(lambda w, x: jax.nn.relu(x @ w["kernel"]))({"kernel": jnp.ones((3, 4))}, jnp.ones((1, 3)))
@@ -200,81 +201,104 @@ def _struct(leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
 
 
-def _read(jaxpr: _compat.Jaxpr, consts) -> Body:
-    """A jaxpr as a :class:`Body` whose values are its own (JAX shares sub-jaxprs between call sites)."""
+def _read(jaxpr: _compat.Jaxpr, consts, caller: str = "") -> Body:
+    """A jaxpr as a :class:`Body` whose values are its own (JAX shares sub-jaxprs between call sites).
+
+    ``caller`` is the line of the call: JAX's own functions may have no line of the user's inside.
+    """
     inputs = tuple(_value(var) for var in jaxpr.invars)
     env: dict[_compat.Var, Operand] = dict(zip(jaxpr.invars, inputs, strict=True))
-    constants: dict[Value, Any] = {}
-    nodes: list[Node] = []
-    _inline(jaxpr, consts, env, constants, nodes)
-    return Body(inputs, constants, tuple(nodes), tuple(_operand(env, v) for v in jaxpr.outvars))
+    read = _Read()
+    _inline(jaxpr, consts, env, read, caller)
+    return Body(inputs, read.constants, tuple(read.nodes), tuple(_operand(env, v) for v in jaxpr.outvars))
 
 
-def _inline(jaxpr: _compat.Jaxpr, consts, env, constants: dict[Value, Any], nodes: list[Node], caller="") -> None:
+@dataclass(eq=False)
+class _Read:
+    """What has been read of a body.
+
+    makers: the nodes, by output, whose results are the same at every call; in the order of the program. known: those
+    results that were asked for, and the constants.
+    """
+
+    constants: dict[Value, Any] = field(default_factory=dict)
+    nodes: list[Node] = field(default_factory=list)
+    makers: dict[Operand, Node] = field(default_factory=dict)
+    known: dict[Operand, Any] = field(default_factory=dict)
+
+    def constant(self, value: Value, array) -> Value:
+        self.constants[value] = array
+        if _is_concrete(array):
+            self.known[value] = array
+        return value
+
+    def append(self, node: Node, effects) -> None:
+        self.nodes.append(node)
+        small = len(node.outputs) == 1 and prod(node.outputs[0].shape) <= MOST_INDICES
+        if small and not effects and node.body is None and all(map(self._is_fixed, node.inputs)):
+            self.makers[node.outputs[0]] = node
+
+    def _is_fixed(self, operand: Operand) -> bool:
+        return isinstance(operand, Constant) or operand in self.known or operand in self.makers
+
+    def computed_now(self, operand: Operand) -> Operand:
+        """What depends on constants alone as a constant array; anything else as it is."""
+        if not self._is_fixed(operand):
+            return operand
+        needed: set[Operand] = set()
+        waiting = [operand]
+        while waiting:
+            value = waiting.pop()
+            if value in self.makers and value not in needed:
+                needed.add(value)
+                waiting.extend(self.makers[value].inputs)
+        with jax.ensure_compile_time_eval():
+            for value in [value for value in self.makers if value in needed]:
+                node = self.makers.pop(value)
+                (self.known[value],) = _compat.bind(node.primitive, [self._array(v) for v in node.inputs], node.params)
+        return self.constant(Value(operand.shape, operand.dtype), np.asarray(self._array(operand)))
+
+    def _array(self, operand: Operand):
+        return operand.value if isinstance(operand, Constant) else self.known[operand]
+
+
+def _inline(jaxpr: _compat.Jaxpr, consts, env, read: _Read, caller: str) -> None:
     for var, const in zip(jaxpr.constvars, consts, strict=True):
-        env[var] = Constant(const) if np.ndim(const) == 0 and _is_concrete(const) else _value(var)
-        if isinstance(env[var], Value):
-            constants[env[var]] = const
+        scalar = np.ndim(const) == 0 and _is_concrete(const)
+        env[var] = Constant(const) if scalar else read.constant(_value(var), const)
     for eqn in jaxpr.eqns:
-        source = _compat.source_line(eqn) or caller  # JAX's own jitted functions may have no line of the user's inside
+        source = _compat.source_line(eqn) or caller
         inputs = tuple(_operand(env, v) for v in eqn.invars)
         if eqn.primitive.name in INLINED:
             inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
             inner, inner_consts = _open(inner)
             inner_env = dict(zip(inner.invars, inputs, strict=True))
-            _inline(inner, inner_consts, inner_env, constants, nodes, source)
+            _inline(inner, inner_consts, inner_env, read, source)
             env.update(zip(eqn.outvars, (_operand(inner_env, v) for v in inner.outvars), strict=True))
             continue
         if eqn.primitive.name == "convert_element_type" and isinstance(inputs[0], Constant):
             env[eqn.outvars[0]] = Constant(np.asarray(inputs[0].value).astype(eqn.params["new_dtype"]))
             continue
-        if eqn.primitive.name == "gather":
-            inputs = (inputs[0], _computed_now(inputs[1], constants, nodes))
+        if eqn.primitive.name == "gather" or eqn.primitive.name.startswith("scatter"):
+            inputs = (inputs[0], read.computed_now(inputs[1]), *inputs[2:])
         outputs = tuple(_value(var) for var in eqn.outvars)
         env.update(zip(eqn.outvars, outputs, strict=True))
-        nodes.append(
-            Node(
-                primitive=eqn.primitive,
-                params=eqn.params,
-                inputs=inputs,
-                outputs=outputs,
-                source=source,
-                body=_call_body(eqn),
-            )
+        node = Node(
+            primitive=eqn.primitive,
+            params=eqn.params,
+            inputs=inputs,
+            outputs=outputs,
+            source=source,
+            body=_call_body(eqn, source),
         )
+        read.append(node, eqn.effects)
 
 
-def _computed_now(indices: Operand, constants: dict[Value, Any], nodes: list[Node]) -> Operand:
-    """Indices that depend on nothing but constants as a constant array, so that it is known which ones are read."""
-    makers = {value: node for node in nodes for value in node.outputs}
-
-    def compute(operand: Operand):
-        if isinstance(operand, Constant):
-            return operand.value if _is_concrete(operand.value) else None
-        if operand in constants:
-            return constants[operand] if _is_concrete(constants[operand]) else None
-        node = makers.get(operand)
-        if node is None or node.body is not None or len(node.outputs) != 1 or prod(operand.shape) > MOST_INDICES:
-            return None
-        args = [compute(value) for value in node.inputs]
-        return None if any(a is None for a in args) else _compat.bind(node.primitive, args, node.params)[0]
-
-    if not jnp.issubdtype(indices.dtype, jnp.integer):
-        return indices
-    with jax.ensure_compile_time_eval():
-        found = compute(indices)
-    if found is None:
-        return indices
-    known = Value(tuple(indices.shape), indices.dtype)
-    constants[known] = np.asarray(found)
-    return known
-
-
-def _call_body(eqn: _compat.JaxprEqn) -> Body | None:
+def _call_body(eqn: _compat.JaxprEqn, source: str) -> Body | None:
     if eqn.primitive.name in CUSTOM_RULE:
-        return _read(*_open(eqn.params["call_jaxpr"]))
+        return _read(*_open(eqn.params["call_jaxpr"]), source)
     if eqn.primitive.name in REMAT or eqn.primitive.name == SCAN:
-        return _read(*_open(eqn.params["jaxpr"]))
+        return _read(*_open(eqn.params["jaxpr"]), source)
     return None
 
 

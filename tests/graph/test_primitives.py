@@ -12,6 +12,7 @@ from tests.pruning.invariant import close, jit, normal
 
 ROWS, WIDTH = 4, 6
 EXPERTS = normal(2, WIDTH, WIDTH, seed=4)
+ORDER = np.array([3, 5, 0, 1, 4, 2])
 
 
 def dense_rows(h):
@@ -25,6 +26,23 @@ def scaled(h):
 
 
 scaled.defvjp(lambda h: (jnp.sin(h), h), lambda h, ct: (2.0 * ct * jnp.cos(h),))
+
+
+def order():
+    """Made where it is used: what a custom rule closes over is an input of it."""
+    return (5 * jnp.arange(WIDTH) + 2) % WIDTH
+
+
+@jax.custom_vjp
+def permuted(h):
+    return h[:, order()]
+
+
+permuted.defvjp(lambda h: (h[:, order()], None), lambda _, ct: (jnp.zeros_like(ct).at[:, order()].add(ct),))
+
+
+def pooled(h):
+    return lax.reduce_window(dense_rows(h), -jnp.inf, lax.max, (1, 1, 2, 1), (1, 1, 2, 1), "VALID")
 
 
 def group_norm(h):
@@ -63,6 +81,8 @@ PASS = {
     "gather sub": lambda h: jnp.take(h, np.array([5, 1, 7, 0, 1, 6]), axis=1, mode="fill", fill_value=0) - h[:, ::-1],
     "gather div": lambda h: jnp.take(h.T, np.array([5, 9, 0]), axis=0, mode="clip").repeat(2, axis=0).T / 2.0,
     "scatter-add": lambda h: jnp.zeros_like(h).at[jnp.array([1, 1, 0, 3])].add(h),
+    "scatter": lambda h: jnp.zeros_like(h).at[:, ORDER - 6].set(jnp.sin(h)),
+    "scatter-add slice": lambda h: h.T.at[jnp.array([4, 1, 4])].add(h[:, :3].T).T,
     "iota eq select_n": lambda h: jnp.where(lax.broadcasted_iota(jnp.int32, h.shape, 0) == 1, h, 2.0 * h),
     "convert_element_type": lambda h: h.astype(jnp.float16).astype(jnp.float32),
     "clamp": lambda h: lax.clamp(-0.5, h, 0.5),
@@ -74,6 +94,7 @@ PASS = {
     "random_bits": lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape).astype(h.dtype),
     "custom_jvp_call": jax.nn.relu,
     "custom_vjp_call": scaled,
+    "custom_vjp_call gather": permuted,
     "checkpoint": jax.checkpoint(lambda h: jnp.sin(jnp.sin(h))),
     "scan": lambda h: lax.scan(lambda c, x: (c + x, c * x), jnp.zeros_like(h), jnp.stack([h, h]))[1].sum(0),
     "dot_general": lambda h: jnp.einsum("rc,sc->rs", h, h) @ h,
@@ -93,11 +114,7 @@ PASS = {
         ).reshape(ROWS, WIDTH)
     ),
     "debug_callback": lambda h: (jax.debug.callback(lambda seen: None, h), h)[1],
-    "select_and_scatter_add": jax.grad(
-        lambda h: jnp.square(
-            lax.reduce_window(dense_rows(h), -jnp.inf, lax.max, (1, 1, 2, 1), (1, 1, 2, 1), "VALID")
-        ).sum()
-    ),
+    "select_and_scatter_add": jax.grad(lambda h: jnp.square(pooled(h)).sum()),
     "tile": lambda h: jnp.tile(h, (1, 2))[:, :WIDTH],
 }
 # Primitives that read across the channel axis, or are not followed: the axis stays whole, and it is said why.
@@ -118,6 +135,10 @@ STAY = {
     "cond": lambda h: lax.cond(h.sum() > 0, jnp.sin, jnp.cos, h),
     "sqrt": lambda h: jnp.sqrt(h**2),
     "pow": lambda h: (h**2) ** 0.25,
+    "ragged_dot_general": lambda h: lax.ragged_dot(
+        X, normal(WIDTH, 3, WIDTH, seed=5), jnp.abs(h).sum(0).astype(jnp.int32)
+    ),
+    "scatter": lambda h: jnp.zeros((ROWS, WIDTH)).at[:, jnp.array([1, 9, 3, 0, 2, 4])].set(h),
 }
 
 
@@ -172,6 +193,26 @@ def test_channels_stay(name):
     assert name in names_in(graph)
     assert not any("in" in group.producers for group in channel_groups(graph))
     assert channel_structure(graph).why_fixed("in")
+
+
+def test_pooling_whose_gradient_meets_an_argument_stays():
+    def apply(v, x, slopes):
+        return jax.vjp(pooled, x @ v["in"])[1](slopes)[0] @ v["out"]
+
+    graph = trace_graph(apply)(VARIABLES, X, normal(1, 2, 1, WIDTH))
+    assert "select_and_scatter_add" in names_in(graph)
+    assert channel_groups(graph) == ()
+    assert "maximum pooling of a value that cannot shrink" in channel_structure(graph).why_fixed("in")
+
+
+def test_an_index_per_row_keeps_the_axis_of_a_single_row():
+    def first(h):
+        return h * jax.vmap(lambda row, i: jnp.take(row, i))(h, jnp.full(len(h), 2))[:, None]
+
+    graph = trace_graph(network(first))(VARIABLES, X[:1])
+    (gather,) = (node for node in graph.body.walk() if node.name == "gather")
+    assert gather.params["dimension_numbers"].operand_batching_dims == (0,)
+    assert channel_groups(graph) == () and "gather" in channel_structure(graph).why_fixed("in")
 
 
 def test_every_rule_is_registered_once_and_is_complete():

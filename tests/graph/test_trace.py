@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
+from ehap_jax._compat import bind
 from ehap_jax.graph import UnknownPrimitiveError, channel_groups, channel_structure, evaluate, trace_graph
 
 
@@ -124,3 +126,64 @@ def test_state_is_recognised_by_its_whole_path():
     assert graph.state_leaf("1/batch_stats/mean", (5,)) is None
     assert graph.state_leaf("0", ()) is None
     assert [dict(g.slices) for g in channel_groups(graph)][1] == {("params/w", 1): (1,), ("batch_stats/mean", 0): (1,)}
+
+
+def permuted_by(make_order):
+    def apply(w, x):
+        return (x @ w["in"])[:, make_order()] @ w["out"]
+
+    return apply
+
+
+PERMUTED_ARGS = {"in": struct(3, 4), "out": struct(4, 2)}, struct(2, 3)
+
+
+def test_effects_do_not_happen_while_tracing():
+    called = []
+
+    def order():
+        called.append(True)
+        return np.array([1, 0, 3, 2], np.int32)
+
+    graph = trace_graph(permuted_by(lambda: io_callback(order, struct(4, dtype=jnp.int32))))(*PERMUTED_ARGS)
+    assert channel_groups(graph) == () and "gather" in channel_structure(graph).why_fixed("in")
+    assert not called
+
+
+def test_positions_along_a_named_axis_are_not_known():
+    apply = permuted_by(lambda: (jnp.arange(4) + jax.lax.axis_index("batch")) % 4)
+    graphs = []
+    traced = jax.vmap(lambda x: graphs.append(trace_graph(apply)(PERMUTED_ARGS[0], x)), axis_name="batch")
+    jax.eval_shape(traced, struct(5, 2, 3))
+    assert channel_groups(graphs[0]) == () and "gather" in channel_structure(graphs[0]).why_fixed("in")
+
+
+def test_known_indices_are_computed_once(monkeypatch):
+    """Every step reads the one before it three times: 3**25 operations where nothing is kept."""
+    computed = []
+
+    def counted(*args):
+        computed.append(args)
+        assert len(computed) < 2000
+        return bind(*args)
+
+    def apply(w, x):
+        order = jnp.arange(4)
+        for _ in range(25):
+            order = (order + order + order + 1) % 4
+        return jnp.sin((x @ w["in"])[:, order])[:, order] @ w["out"]
+
+    monkeypatch.setattr("ehap_jax._compat.bind", counted)
+    graph = trace_graph(apply)(*PERMUTED_ARGS)
+    monkeypatch.undo()
+    assert 50 <= len(computed) <= len(graph.body.nodes)
+    assert len(channel_groups(graph)) == 4
+
+
+def test_what_jax_does_inside_a_call_is_at_the_line_of_the_call():
+    def apply(w, x):
+        return jax.checkpoint(jax.nn.silu)(jax.nn.relu(x)) * w
+
+    line = apply.__code__.co_firstlineno + 1
+    for node in trace_graph(apply)(struct(3), struct(3)).body.walk():
+        assert re.search(rf"test_trace\.py:{line}\b", node.source), node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import jax.numpy as jnp
@@ -44,16 +45,17 @@ def ragged_dot_macs(node: Node, inputs, outputs) -> int:
 
 @register("ragged_dot_general", macs=ragged_dot_macs)
 def ragged_dot_general(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
-    """One kernel per group of rows (experts); groups and rows stay."""
-    lhs, rhs, _ = inputs
+    """One kernel per group of rows (experts); groups, their sizes and rows stay."""
+    lhs, rhs, group_sizes = inputs
     numbers = node.params["ragged_dot_dimension_numbers"]
     why = f"rows of groups at {node.source}"
-    for axis in numbers.lhs_ragged_dimensions:
-        structure.freeze(lhs.axes[axis], why)
+    for axis in (*(lhs.axes[i] for i in numbers.lhs_ragged_dimensions), *group_sizes.axes):
+        structure.freeze(axis, why)
     if len(numbers.rhs_group_dimensions) == 1:
         (group,) = numbers.rhs_group_dimensions
         structure.freeze(rhs.axes[group], why)
-        return [_product(structure, node, lhs, rhs, numbers.dot_dimension_numbers, (group,))]
+        found = _product(structure, node, lhs, rhs, numbers.dot_dimension_numbers, (group,))
+        return [replace(found, from_variables=found.from_variables and group_sizes.from_variables)]
     for axis in (*lhs.axes, *rhs.axes):  # its derivatives: rows are contracted
         structure.freeze(axis, why)
     return [Labels(((),) * len(node.outputs[0].shape), frozenset(), all(v.from_variables for v in inputs))]

@@ -192,6 +192,8 @@ def _taken(node: Node, indices) -> tuple[int, int, np.ndarray] | None:
     dims, size = node.params["dimension_numbers"], node.inputs[0].shape
     if not isinstance(indices, np.ndarray) or indices.shape[1:] != (1,) or len(dims.start_index_map) != 1:
         return None
+    if getattr(dims, "operand_batching_dims", ()):
+        return None
     (axis,) = dims.start_index_map
     whole = (*size[:axis], 1, *size[axis + 1 :])
     if dims.collapsed_slice_dims != (axis,) or tuple(node.params["slice_sizes"]) != whole:
@@ -246,22 +248,60 @@ def gather(structure: Structure, node: Node, inputs: list[Labels]) -> list[Label
     return [Labels(tuple(axes), frozenset(zero), value.from_variables and indices.from_variables)]
 
 
-@register("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
+def _written(node: Node, indices) -> tuple[int, int, np.ndarray] | None:
+    """(operand axis, update axis, operand index per update index) where known indices of one axis are written.
+
+    None for any other scatter, and where indices are out of bounds.
+    """
+    dims, size = node.params["dimension_numbers"], node.inputs[0].shape
+    if not isinstance(indices, np.ndarray) or indices.shape[1:] != (1,) or getattr(dims, "operand_batching_dims", ()):
+        return None
+    if len(dims.inserted_window_dims) != 1 or dims.inserted_window_dims != dims.scatter_dims_to_operand_dims:
+        return None
+    (axis,), source = dims.inserted_window_dims, indices[:, 0].astype(int)
+    (update,) = set(range(len(node.inputs[2].shape))) - set(dims.update_window_dims)
+    return (axis, update, source) if ((source >= 0) & (source < size[axis])).all() else None
+
+
+def resize_scatter(node: Node, args, kept_inputs, kept_outputs):
+    written = _written(node, args[1])
+    if written is not None:
+        axis, update, source = written
+        source = source if kept_inputs[2][update] is None else source[kept_inputs[2][update]]
+        places = _positions(kept_inputs[0][axis], source)[:, None].astype(args[1].dtype)
+        args = [args[0], places, args[2]]
+    return bind(node.primitive, args, node.params)
+
+
+@register("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max", resize=resize_scatter)
 def scatter(structure: Structure, node: Node, inputs: list[Labels]) -> list[Labels]:
-    """Operand axes that are written whole pass, tied to those of the update; the others cannot shrink."""
+    """Operand axes written whole, or at known indices, pass, tied to those of the update; the others cannot shrink."""
     operand, indices, updates = inputs
     dims, shape = node.params["dimension_numbers"], node.inputs[0].shape
     gone = {*dims.inserted_window_dims, *getattr(dims, "operand_batching_dims", ())}
     window = dict(zip((i for i in range(len(shape)) if i not in gone), dims.update_window_dims, strict=True))
     why = f"{node.name} at {node.source}"
+    written = _written(node, structure.constants.get(node.inputs[1]))
+    if written is not None and not len(operand.axes[written[0]]) == len(updates.axes[written[1]]) == 1:
+        written = None
     for axis in indices.axes:
         structure.freeze(axis, why)
     for i, axis in enumerate(updates.axes):
-        if i not in dims.update_window_dims:
+        if i not in dims.update_window_dims and written is None:
             structure.freeze(axis, why)
     axes: list[Axis] = []
     zero: set[int] = set()
     for i, axis in enumerate(operand.axes):
+        if written is not None and i == written[0]:
+            _, j, source = written
+            (labels,) = axis
+            (own,) = structure.equal((labels[source],), updates.axes[j], why)
+            labels = labels.copy()
+            labels[source] = own
+            axes.append((labels,))
+            if i in operand.zero and j in updates.zero:
+                zero.add(i)
+            continue
         j = window.get(i)
         if j is None:
             structure.freeze(axis, why)

@@ -82,7 +82,7 @@ def unpooled(structure: Structure, node: Node, inputs: list[Labels]) -> list[Lab
     source, operand = inputs
     why = f"maximum pooling of a value that cannot shrink at {node.source}"
     pairs = zip(_pooled(structure, node, source.axes), _pooled(structure, node, operand.axes), strict=True)
-    axes = tuple(structure.equal(a, b, why) if a and b else () for a, b in pairs)
+    axes = tuple(structure.equal(a, b, why) for a, b in pairs)
     return [Labels(axes, source.zero, all(v.from_variables for v in inputs))]
 
 
