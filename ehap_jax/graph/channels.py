@@ -130,7 +130,8 @@ def _label(graph: Graph) -> tuple[dict[Value, Labels], Structure]:
 
     Where an axis is split (``qkv.reshape(..., 3, heads, features)``) one factor keeps the labels: the first, or another
     where the first cannot shrink. Any choice is right; one that leaves more channels free is better. Splits of one kind
-    (source line and shapes) take the same factor; all kinds are tried together first, then one by one.
+    (source line and shapes) take the same factor. As long as that frees channels, the factor of one kind, or of all
+    together, is changed: whichever change frees most, the first of equals.
     """
     factors: dict[Hashable, int] = {}
     found = _label_with(graph, factors)
@@ -140,13 +141,16 @@ def _label(graph: Graph) -> tuple[dict[Value, Labels], Structure]:
         options = range(1, max(blocked.values(), default=1))
         together = [{kind: o for kind, n in blocked.items() if o < n} for o in options]
         alone = [{kind: o} for kind, n in blocked.items() for o in range(1, n)]
-        for trial in together + [one for one in alone if one not in together]:
-            other = _label_with(graph, {**factors, **trial})
-            if other[1].solve("group").free() > solution.free():
-                factors, found = {**factors, **trial}, other
-                break
-        else:
+        trials = [{**factors, **change} for change in together + [one for one in alone if one not in together]]
+        best, winner = solution.free(), None
+        for trial in trials:
+            other = _label_with(graph, trial)
+            free = other[1].solve("group").free()
+            if free > best:
+                best, winner = free, (trial, other)
+        if winner is None:
             return found
+        factors, found = winner
 
 
 def _label_with(graph: Graph, factors: Mapping[Hashable, int]) -> tuple[dict[Value, Labels], Structure]:

@@ -268,11 +268,11 @@ class Solution:
         return int((self.classes[self.structure.produced()] != self.frozen_class).sum())
 
     def blocked_splits(self) -> dict[Hashable, int]:
-        """Kinds of split whose labels are frozen, and how many factors could keep them."""
+        """Kinds of split some of whose labels are frozen, and how many factors could keep them."""
         blocked = {}
         for kind, found in self.structure.splits.items():
             for own, options in found:
-                if (self.classes[own] == self.frozen_class).all():
+                if (self.classes[own] == self.frozen_class).any():
                     blocked[kind] = options
         return blocked
 

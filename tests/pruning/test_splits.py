@@ -90,6 +90,23 @@ def test_pixel_shuffle_keeps_channels(channels_last):
     assert drawn(graph) == {frozenset({("a", 3, pixels(c)), ("b", 2, (c,))}) for c in range(3)}
 
 
+def test_the_factor_that_frees_most_channels_keeps_them():
+    """Of the factors (2, 2, 3) the first is unpacked, half of the second is squeezed away, the third is free."""
+    shapes = {"in": (3, 12), "first": (3, 2), "second": (1, 3, 2)}
+    variables = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+    def apply(w, x):
+        a, b = (jnp.squeeze(half, 1) for half in jnp.split((x @ w["in"]).reshape(5, 2, 2, 3), 2, axis=1))
+        first, second = jnp.split(a * jnp.cos(b), 2, axis=1)
+        return jnp.squeeze(first, 1) @ w["first"] + jnp.einsum("rbc,bco->ro", second, w["second"])
+
+    graph = assert_all_plans(apply, variables, normal(5, 3), seeds=(0,), couplings=("group",))
+    truth = {
+        frozenset({("in", 1, (c, c + 3, c + 6, c + 9)), ("first", 0, (c,)), ("second", 1, (c,))}) for c in range(3)
+    }
+    assert drawn(graph) == truth
+
+
 def test_a_channel_without_an_axis_left_cannot_go():
     """One channel of a stream is read as a plain vector: there would be nothing to reshape without it."""
     variables = {"a": normal(3, 4), "b": normal(4, 2, seed=1)}
