@@ -35,6 +35,7 @@ from benchmarks.measure import provenance, read_results, write_results
 from benchmarks.onnx_parity import FAST, drawn_variables
 from ehap_jax import allocate, fake_quant, random_scores, shrink, shrink_variables, to_integer, to_onnx, trace_graph
 from ehap_jax.models import eval_apply, make_model
+from ehap_jax.pruning import OutOfReachError
 from ehap_jax.training import Deadline
 
 WIDTHS, BATCHES, THREADS, ROUND_TO = (16, 32, 64, 13), (1, 64), (1, 2), (1, 8, 16)
@@ -149,9 +150,7 @@ def measure_networks(options: argparse.Namespace, document: dict[str, Any], dead
             row: dict[str, Any] = {"width": width, "network": name, "seconds": options.seconds, **provenance()}
             try:
                 row |= measure(*make(), options.seconds)
-            except ValueError as error:  # no such plan: widths cannot be rounded to so large a multiple
-                if "out of reach" not in str(error):
-                    raise
+            except OutOfReachError as error:  # widths cannot be rounded to so large a multiple
                 row["out_of_reach"] = str(error)
             rows.append(row)
             print(json.dumps(row), flush=True)

@@ -36,7 +36,17 @@ from benchmarks.measure import provenance, read_results, write_results
 from ehap_jax.graph import channel_groups, count_cost, trace_graph
 from ehap_jax.models import ResNet, eval_apply, init_variables, make_model, train_apply
 from ehap_jax.models.layers import batch_norm, classifier_head, convolution
-from ehap_jax.pruning import PruningPlan, allocate, magnitude_scores, measure_latency, shrink, shrink_variables
+from ehap_jax.pruning import (
+    LatencyTable,
+    OutOfReachError,
+    PruningPlan,
+    Scores,
+    allocate,
+    magnitude_scores,
+    measure_latency,
+    shrink,
+    shrink_variables,
+)
 from ehap_jax.training.deadline import Deadline, OutOfTime
 
 PARTS = ("tracing", "plain", "coupling", "latency")
@@ -241,6 +251,17 @@ def measure_coupling(quick: bool, batch: int, repeats: int, deadline: Deadline) 
     return {"network": f"resnet{model.depth}", "batch": batch, "full_cost": count_cost(graph)._asdict(), "plans": found}
 
 
+def budget_plans(graph, scores: Scores, table: LatencyTable, fractions) -> tuple[dict[str, PruningPlan], dict]:
+    """Plans for every fraction of MACs and of latency, and why there is none where the latency is out of reach."""
+    plans, unreachable = {f"macs={f:g}": allocate(graph, scores, macs=f) for f in fractions}, {}
+    for fraction in fractions:
+        try:
+            plans[f"latency={fraction:g}"] = allocate(graph, scores, latency=fraction, latency_table=table)
+        except OutOfReachError as error:  # small layers may take as long with fewer channels
+            unreachable[f"latency={fraction:g}"] = str(error)
+    return plans, unreachable
+
+
 def measure_budget(quick: bool, batch: int, repeats: int, cache: Path, deadline: Deadline) -> dict[str, Any]:
     model, variables, _ = resnet(8 if quick else 20)
     graph = trace_graph(eval_apply(model))(variables, images(batch))
@@ -252,13 +273,7 @@ def measure_budget(quick: bool, batch: int, repeats: int, cache: Path, deadline:
         progress=lambda done, every: print(f"layer {done + 1} of {every}", flush=True),
     )
     scores = magnitude_scores(graph, variables)
-    fractions = (0.7, 0.4)
-    plans, unreachable = {f"macs={f:g}": allocate(graph, scores, macs=f) for f in fractions}, {}
-    for fraction in fractions:
-        try:
-            plans[f"latency={fraction:g}"] = allocate(graph, scores, latency=fraction, latency_table=table)
-        except ValueError as error:  # small layers may take as long with fewer channels
-            unreachable[f"latency={fraction:g}"] = str(error)
+    plans, unreachable = budget_plans(graph, scores, table, (0.7, 0.4))
     return {
         "network": f"resnet{model.depth}",
         "batch": batch,
@@ -293,6 +308,7 @@ def table(results: Mapping[str, Any]) -> str:
     for name, part in parts.items():
         for network, row in part["seconds"].items():
             lines.append(f"{name:14} {network:12} {1e3 * row['median']:9.2f} ms  {row['over_dense']:.3f} of dense")
+        lines += [f"{name:14} {network}: out of reach" for network in part.get("unreachable", {})]
     return "\n".join(lines)
 
 

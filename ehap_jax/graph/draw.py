@@ -111,7 +111,7 @@ def _layout(vertices: list[_Vertex]) -> tuple[list[int], list[int]]:
 
 
 def _routes(vertices: list[_Vertex], depth: list[int], lane: list[int]) -> list[tuple[int, int, int]]:
-    """(source, reader, track): 0 for a line straight down, else the how-manieth line beside its column is free."""
+    """(source, reader, track): 0 for a line straight down, else the number of a free line beside its column."""
     taken = set(zip(lane, depth, strict=True))
     busy: dict[tuple[int, int], list[tuple[int, int]]] = {}
     routes = []

@@ -1,6 +1,6 @@
 """Scores, budgets, plans, masks and shrunk functions."""
 
-from ehap_jax.pruning.allocate import allocate
+from ehap_jax.pruning.allocate import OutOfReachError, allocate
 from ehap_jax.pruning.expand import expand_variables
 from ehap_jax.pruning.implant import Implant, zero_implants
 from ehap_jax.pruning.latency import LatencyTable, WidthGrid
@@ -22,6 +22,7 @@ from ehap_jax.pruning.shrink import shrink, shrink_variables
 __all__ = [
     "Implant",
     "LatencyTable",
+    "OutOfReachError",
     "Pruned",
     "PruningPlan",
     "Scores",

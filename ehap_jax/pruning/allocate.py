@@ -22,6 +22,10 @@ from ehap_jax.pruning.scores import Scores
 AGGREGATE = {"sum": np.sum, "mean": np.mean, "max": np.max}
 
 
+class OutOfReachError(ValueError):
+    """A budget below what the limits of an allocation allow."""
+
+
 def allocate(
     graph: Graph,
     scores: Scores,
@@ -65,8 +69,8 @@ def allocate(
     ``start`` is an earlier plan for the same network: what it removed goes first and stays gone, whatever its scores
     are now, and its implants stay implants or go (pruning in rounds, see ``prune_iteratively``).
 
-    Raises ValueError for a fraction out of (0, 1] or below what the limits allow (the range is given), a pattern of
-    ``exclude`` that matches no kernel, or a ``start`` of another network or coupling.
+    Raises OutOfReachError (a ValueError) for a fraction below what the limits allow, and gives the range; ValueError
+    for one out of (0, 1], a ``start`` of another network or coupling, or a pattern of ``exclude`` that matches nothing.
     """
     budget, fraction = _budget(params=params, macs=macs, channels=channels, bytes=bytes, latency=latency)
     if not 0 <= max_layer_ratio < 1:
@@ -109,7 +113,7 @@ def allocate(
 
     lowest = kept_fraction(len(removable))
     if lowest > fraction:
-        raise ValueError(
+        raise OutOfReachError(
             f"{budget}={fraction:g} is out of reach: with max_layer_ratio={max_layer_ratio:g}, "
             f"min_channels={min_channels}, round_to={round_to} and {len(exclude)} exclusions this network can keep "
             f"between {lowest:.4f} and 1 of its {budget}."

@@ -10,7 +10,7 @@ import pytest
 from ehap_jax.graph import count_cost, trace_graph
 from ehap_jax.graph.channels import channel_structure
 from ehap_jax.graph.cost import kept_shape
-from ehap_jax.pruning import LatencyTable, WidthGrid, allocate, measure_latency, random_scores
+from ehap_jax.pruning import LatencyTable, OutOfReachError, WidthGrid, allocate, measure_latency, random_scores
 from ehap_jax.pruning.latency import layers_of
 from tests.pruning.networks import apply, images, structs
 
@@ -64,7 +64,7 @@ def test_what_costs_time_goes_rather_than_what_costs_macs(graph):
     options = {"exclude": ["stem", "a2"], "max_layer_ratio": 0.8}
     plan = allocate(graph, scores, latency=0.45, latency_table=proportional(graph, slow), **options)
     assert len(plan.keep["a1"]) == 2 and set(plan.keep) == {"a1"}
-    with pytest.raises(ValueError, match=r"latency=0.45 is out of reach"):
+    with pytest.raises(OutOfReachError, match=r"latency=0.45 is out of reach"):
         allocate(
             graph, scores, latency=0.45, latency_table=proportional(graph, slow), exclude=["a1"], max_layer_ratio=0.5
         )

@@ -287,9 +287,7 @@ def test_functions_that_close_over_tracers(plan):
 def test_shrunk_networks_shrink_again(plan, kind):
     """shrink returns a pure function, so it can be traced, grouped and shrunk like any other, its gathers included."""
     full, x, again = trace_graph(apply)(variables(), images()), images(), {"stem": [0, 2], "a2": [0, 2], "a1": [1]}
-    if (
-        kind == "union"
-    ):  # stem and a2 share channels 0 and 5: their streams keep [0, 2, 5] and [0, 1, 5] of [0, 1, 2, 5]
+    if kind == "union":  # stem and a2 keep channels 0 and 5 both, so their stream keeps [0, 1, 2, 5]
         plan = PruningPlan.from_keep(full, {**KEEP, "a2": [0, 1, 5]}, coupling="union")
     elif kind == "implants":
         plan = PruningPlan.from_keep(full, {**KEEP, "a1": [1, 3, 4]}, implants={"a1": [3]})
