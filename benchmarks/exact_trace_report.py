@@ -100,11 +100,9 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             judge(goal, network, min(ours), best, min(ours) > best, **subject)
     for row in results.get("timing", []):
         if (row["network"], row["images"]) == ("resnet32", IMAGES):
-            clock = clock_of(row)
-            bound, taken = CPU_SECONDS if clock == "cpu_seconds" else GPU_SECONDS, row["second_call"]
-            goal = f"seconds of the exact trace of {IMAGES} images"
-            about = {"clock": clock, "wall_clock": taken["seconds"]}
-            judge(goal, "resnet32", taken[clock], bound, taken[clock] <= bound, **about)
+            # How long one waits is what this goal is about, so the wall's clock on every device.
+            bound, taken = CPU_SECONDS if clock_of(row) == "cpu_seconds" else GPU_SECONDS, row["second_call"]["seconds"]
+            judge(f"seconds of the exact trace of {IMAGES} images", "resnet32", taken, bound, taken <= bound)
             peak = row["peak_memory_gb"]
             judge("gigabytes of memory for it", "resnet32", peak, GIGABYTES, peak <= GIGABYTES)
     return found
@@ -145,8 +143,6 @@ def table(results: Mapping[str, Any]) -> str:
         verdict = "met" if row["met"] else "NOT met"
         size = f", {row['images']} images, {row['weights']}" if "images" in row else ""
         clock = {"cpu_seconds": ", by the CPU clock", "seconds": ", by the wall clock"}.get(row.get("clock", ""), "")
-        if "wall_clock" in row and row["clock"] == "cpu_seconds":
-            clock += f" ({row['wall_clock']:.4g} s by the wall clock)"
         what = f"{row['network']}{size}: {row['goal']}"
         lines.append(f"{what}: {row['measured']:.4g} (goal {row['bound']:.4g}){clock}: {verdict}")
     return "\n".join(lines)

@@ -163,14 +163,13 @@ def test_goals_and_seconds():
         (255, False),  # 10 + 0.5 * 1000 seconds against 2
         (320, True),  # 10 + 0.5 * 300 against 0.5
         (0.95, False),
-        (2.0, True),
+        (4.0, True),  # as long as one waits, not the CPU's 2
         (2.5, False),
     ]
     assert all((row["images"], row["weights"]) == (4, "trained") for row in judged[:3])
     assert [row["goal"].startswith("extrapolated") for row in judged[:3]] == [True, True, False]
-    assert judged[3]["clock"] == "cpu_seconds" and judged[3]["wall_clock"] == 4
     text = table({**results, "goals": judged})
-    assert text.count("NOT met") == 3 and "160.00 CPU s extrapolated" in text and "4 s by the wall clock" in text
+    assert text.count("NOT met") == 3 and "160.00 CPU s extrapolated" in text
     timing["versions"] = {"device": {"backend": "gpu"}}
     assert (goals(results)[3]["measured"], goals(results)[3]["met"]) == (4, False)
 
