@@ -386,9 +386,13 @@ def compare_method(job: Job, ours: Scores, theirs: Scores) -> list[dict[str, Any
 
 
 def torch_kept(scores: Mapping[str, Any], ratio: float) -> dict[str, Any]:
-    """What PyTorch keeps, at most this part of all: what layers at their limit keep beyond it, others give up."""
+    """What PyTorch keeps, at most this part of all: what layers at their limit keep beyond it, others give up.
+
+    Scores of exactly zero are of dead channels, which go before those estimated to be negative, as in `allocate`.
+    """
     from interop.reference.union import kept_channels
 
+    scores = {name: values.masked_fill(values == 0, -np.inf) for name, values in scores.items()}
     total = sum(len(values) for values in scores.values())
     most = int(ratio * total + 1e-9)
     for asked in range(most, 0, -1):

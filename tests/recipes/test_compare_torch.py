@@ -95,6 +95,10 @@ def test_layers_at_their_limit_keep_what_others_give_up():
         compare_torch.torch_kept({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 0.3)
 
 
+def test_dead_channels_go_before_negative_scores():
+    assert compare_torch.torch_kept({"a": torch.tensor([0.0, -1.0, 2.0, 3.0])}, 0.75)["a"].tolist() == [1, 2, 3]
+
+
 def test_what_has_no_integers_in_pytorch_is_told(files, monkeypatch):
     from interop import torch_integer
 
