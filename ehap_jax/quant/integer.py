@@ -355,13 +355,15 @@ def _struct(leaf) -> jax.ShapeDtypeStruct:
 def _move(
     node, operands: tuple[Integers | np.ndarray, ...], out: Integers, tensors: Mapping[str, jax.Array]
 ) -> jax.Array:
-    sources = [tensors[v.name] for v in operands if isinstance(v, Integers)]
-    inputs = [tensors[v.name] if isinstance(v, Integers) else jnp.asarray(v) for v in operands]
-    params = dict(node.params)
-    if node.name == "pad":
-        inputs[1] = (inputs[1] - out.grid.stored_offset).astype(sources[0].dtype)
-    if node.name == "gather" and params["fill_value"] == 0:
-        params["fill_value"] = out.grid.zero - out.grid.stored_offset
+    inputs, params = list[jax.Array](), dict(node.params)
+    for operand in operands:
+        if isinstance(operand, Integers):
+            inputs.append(tensors[operand.name])
+        else:
+            known = jnp.asarray(operand)
+            inputs.append(known if node.name == "gather" else arithmetic.store(known, out.grid))
+    if node.name == "gather" and params["fill_value"] is not None and not np.isnan(params["fill_value"]):
+        params["fill_value"] = out.grid.integer(params["fill_value"]) - out.grid.stored_offset
     (moved,) = _compat.bind(node.primitive, inputs, params)
     return moved
 

@@ -147,14 +147,16 @@ class StepWriter:
         """On the integers; those of 16 bits, which ONNX Runtime cannot pad or pool, as the numbers they stand for."""
         grid, inputs = step.out.grid, list[Input]()
         wide = grid.dtype.itemsize > 1
-        for position, operand in enumerate(step.operands):
+        for operand in step.operands:
             if isinstance(operand, Integers):
                 tensor = self.tensors[operand.name]
                 inputs.append(self.dequantised(tensor, grid) if wide else tensor)
-            elif wide and step.node.name == "pad" and position == 1:
+            elif step.node.name == "gather":
+                inputs.append(operand)
+            elif wide:
                 inputs.append(((operand - grid.zero) * np.float32(grid.scale)).astype(np.float32))
             else:
-                inputs.append(operand)
+                inputs.append(operand.astype(grid.dtype))
         moved = write_node(self.writer, step.node, inputs)
         if wide:
             self.quantise(moved, Target(step.out, grid.low, grid.high))

@@ -40,8 +40,12 @@ class IntegerGrid:
 
     def integer(self, real: float) -> int:
         """The integer of one number."""
-        step = np.rint(np.clip(np.float32(real) / np.float32(self.scale), -(2.0**30), 2.0**30))
-        return int(np.clip(step + self.zero, self.low, self.high))
+        return int(self.integers(real))
+
+    def integers(self, real) -> np.ndarray:
+        """The integers of an array, int32."""
+        steps = np.rint(np.clip(np.asarray(real, np.float32) / np.float32(self.scale), -(2.0**30), 2.0**30))
+        return np.clip(steps + self.zero, self.low, self.high).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,10 @@ class PoolStep:
 
 @dataclass(frozen=True, eq=False)
 class MoveStep:
-    """A rearrangement or maximum of integers on one grid. operands: the node's, ``Integers`` or arrays known by now."""
+    """A rearrangement or maximum of integers on one grid.
+
+    operands: the node's, ``Integers`` or arrays known by now: the indices of a gather, or int32 integers of the grid.
+    """
 
     node: Node
     operands: tuple[Integers | np.ndarray, ...]
@@ -297,8 +304,12 @@ class _Lowering:
         if node is not None and node.name in REARRANGEMENTS | JOINS:
             data = {i: v for i, v in enumerate(node.inputs) if isinstance(v, Value) and v not in network.sites.sources}
             if any(self.is_tainted(v) for v in data.values()) and (len(data) == 1 or node.name in JOINS):
+                fill = node.params["fill_value"] if node.name == "gather" else None
+                if fill is not None and (fill < low or fill > high):  # what it fills with is clipped after it
+                    unclipped = self.integer(value, grid, f"{name}/gather", -inf, inf)
+                    return self.emit(ClipStep(unclipped, target()))
                 operands = {i: operand(v, f"{name}/{node.name}{i if len(data) > 1 else ''}") for i, v in data.items()}
-                return self.move(node, value, operands, name)
+                return self.move(node, value, operands, name, low, high)
         if value in self.alias:
             return operand(self.alias[value])
         if self.is_tainted(value):
@@ -320,7 +331,16 @@ class _Lowering:
             return self.emit(ClipStep(source, target))
         return self.emit(RequantizeStep(source, target))
 
-    def move(self, node: Node, value: Value, data: Mapping[int, Integers], name: str | None = None) -> Integers:
+    def move(
+        self,
+        node: Node,
+        value: Value,
+        data: Mapping[int, Integers],
+        name: str | None = None,
+        low: float = -inf,
+        high: float = inf,
+    ) -> Integers:
+        """A rearrangement of ``data``, by operand; numbers that it adds are clipped to ``[low, high]``."""
         (source, *_) = data.values()
         operands: list[Integers | np.ndarray] = []
         for position, operand in enumerate(node.inputs):
@@ -328,13 +348,13 @@ class _Lowering:
                 operands.append(data[position])
             elif isinstance(operand, Constant) or operand in self.static:
                 known = operand.value if isinstance(operand, Constant) else self.static[operand]
-                known = np.asarray(known)
-                if node.name == "pad":  # the number that is padded with
-                    known = np.asarray(source.grid.integer(float(known)), np.int32)
-                operands.append(known)
+                if node.name != "gather":  # numbers beside those of the data
+                    known = source.grid.integers(np.clip(np.asarray(known, np.float32), low, high))
+                operands.append(np.asarray(known))
             else:
+                what = "by indices" if node.name == "gather" else "with numbers"
                 raise NotImplementedError(
-                    f"{node.name} at {node.source} rearranges quantised values by indices that depend on variables."
+                    f"{node.name} at {node.source} rearranges quantised values {what} that depend on variables."
                 )
         out = Integers(self.name(name or f"{source.name}/{node.name}"), source.grid, value.shape)
         self.steps.append(MoveStep(node, tuple(operands), out))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import inf, prod
+from math import inf, isfinite, prod
 from typing import TypeGuard
 
 from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Constant, Graph, Node, Operand, Value, trace_graph
@@ -17,7 +17,7 @@ from ehap_jax.quant.numerics import GridKind
 from ehap_jax.quant.residual import find_branches
 from ehap_jax.quant.rules import QuantRule, match_rules
 
-# Rounding commutes with these: they only move numbers about, choose among them, or put exact zeros between them.
+# Rounding commutes with these: they only move numbers about, choose among them, or put numbers between them.
 REARRANGEMENTS = frozenset(
     {"transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "copy", "pad", "slice", "rev", "gather"}
     | {"reduce_window_max"}
@@ -25,6 +25,21 @@ REARRANGEMENTS = frozenset(
 
 
 JOINS = frozenset({"concatenate", "reduce_max"})  # rounding commutes with these, too; several operands need one grid
+
+
+def fills(node: Node) -> bool:
+    """Whether a pad or a gather puts numbers other than 0 between those it moves, which then are rounded, too.
+
+    Infinite ones, which only a maximum reads, and the NaN of indices out of range have no place on a grid.
+    """
+    if node.name == "pad":
+        number = node.inputs[1]
+        return isinstance(number, Value) or _fills(number.value)
+    return node.name == "gather" and _fills(node.params["fill_value"])
+
+
+def _fills(number: float | None) -> bool:
+    return number is not None and isfinite(number) and number != 0
 
 
 @dataclass(frozen=True)
@@ -207,10 +222,10 @@ class _Search:
         )
 
     def origin(self, value: Operand) -> Value:
-        """The value that this one is a rearrangement of, and so can be rounded in its place."""
+        """The value that this one rearranges, with nothing but zeros added, and that so can be rounded in its place."""
         assert isinstance(value, Value), "what a quantised layer reads depends on the data"
         while value not in self.results and (node := self.made_by.get(value)) is not None:
-            source = node.inputs[0] if node.name in REARRANGEMENTS else None
+            source = node.inputs[0] if node.name in REARRANGEMENTS and not fills(node) else None
             if not isinstance(source, Value) or source in self.sites.sources:
                 break
             value = source
@@ -230,7 +245,7 @@ class _Search:
                 self.read_by(found, rounding, rule)
                 return
             node = self.made_by[value]
-            if node.name in JOINS:
+            if node.name in JOINS or fills(node):
                 for operand in filter(self._data, node.inputs):
                     self.look_upstream(operand, rounding, rule)
                 return

@@ -162,6 +162,42 @@ def test_every_range_names_its_integers():
         assert int(jnp.abs(integers - tensors[name].astype(jnp.int32)).max()) <= 1, name
 
 
+FILLED = {
+    "a pad that is clipped": ("asymmetric", lambda y: jnp.clip(jnp.pad(y, ((0, 0), (1, 1))), 0.5, 6.0)),
+    "a pad under a ReLU": ("symmetric", lambda y: jax.nn.relu(jnp.pad(y, ((0, 0), (1, 1)), constant_values=-1.0))),
+    "a pad beyond the data": ("asymmetric", lambda y: jnp.pad(jax.nn.relu(y), ((0, 0), (1, 1)), constant_values=-1.0)),
+    "a gather that is clipped": (
+        "asymmetric",
+        lambda y: jnp.clip(jnp.take(y, np.array([9, 2, 0, 1, 9]), axis=1, mode="fill", fill_value=0), 0.5, 6.0),
+    ),
+    "a gather that fills": (
+        "asymmetric",
+        lambda y: jnp.take(jax.nn.relu(y), np.array([9, 2, 0, 1, 9]), axis=1, mode="fill", fill_value=-1.0),
+    ),
+    "a join with constants": (
+        "symmetric",
+        lambda y: jax.nn.relu(jnp.concatenate([jnp.full((8, 1), 0.7), y, jnp.full((8, 1), -1.0)], axis=1)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "filled"), FILLED.values(), ids=FILLED)
+def test_numbers_among_the_data_are_rounded_and_clipped_with_them(kind, filled):
+    def function(v, x):
+        return filled(x @ v["a"]) @ v["b"]
+
+    shapes = {"a": (6, 3), "b": (5, 2)}
+    variables = {name: jax.random.normal(jax.random.key(len(shape)), shape) for name, shape in shapes.items()}
+    quantized, qstate = calibrate(function, variables, DENSE_X, (QuantRule(activations=kind),))
+    logits, tensors = everything(to_integer(quantized, variables, qstate, example=DENSE_X), DENSE_X)
+    rounded = jit(partial(rounded_activations, quantized))(variables, qstate, DENSE_X)
+    for name, integers in rounded.items():
+        assert int(jnp.abs(integers - tensors[name].astype(jnp.int32)).max()) <= 1, name
+    exact = function(variables, DENSE_X)
+    for got in (logits, run(quantized, variables, qstate, DENSE_X)):
+        np.testing.assert_allclose(got, exact, atol=0.03 * float(jnp.abs(exact).max()))
+
+
 # Sums and pools
 
 

@@ -296,6 +296,28 @@ def test_sixteen_bit_integers_are_padded_and_chosen_from():
     assert any(name.endswith("/gather") or "pad" in name for name in want)
 
 
+def with_constants(v, x):
+    """Option A as a concatenation with zeros, a ReLU after a join, a border that is not zero."""
+    y = conv(x, v["stem"]["kernel"])
+    wide = jnp.concatenate([y, jnp.zeros((*y.shape[:3], 4))], axis=3)
+    total = conv(jax.nn.relu(y), v["c"]["kernel"]) + wide
+    joined = jax.nn.relu(jnp.concatenate([jnp.full((*y.shape[:3], 1), 0.7), total], axis=3))
+    framed = jnp.pad(joined, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=0.5)
+    return conv(framed, v["d"]["kernel"]).mean((1, 2)) @ v["out"]["kernel"]
+
+
+def test_constants_among_integers(tmp_path):
+    variables, drawn = make_variables(), np.random.default_rng(3)
+    for name, shape in {"c": (3, 3, 4, 8), "d": (3, 3, 9, 4), "out": (4, 5)}.items():
+        variables[name] = {"kernel": jnp.asarray(drawn.normal(0, 0.3, shape), jnp.float32)}
+    x = make_images()
+    quantized, qstate = calibrate(with_constants, variables, x)
+    fake, exact = quantized.apply(variables, qstate, x, update=False)[0], with_constants(variables, x)
+    np.testing.assert_allclose(fake, exact, atol=0.05 * float(jnp.abs(exact).max()))
+    counts = assert_parity(quantized, variables, qstate, x, tmp_path)
+    assert counts["Concat"] + counts["QLinearConcat"] == 2
+
+
 def test_what_is_refused(small, monkeypatch):
     quantized, qstate, variables, x = small
     with pytest.raises(ValueError, match="opset 12 is too old; to_onnx needs 18"):
