@@ -2,6 +2,7 @@
 
     python -m benchmarks.onnx_parity                          # ResNet-32, ResNet-56, WRN-28-8; results/onnx_parity.json
     python -m benchmarks.onnx_parity --networks resnet32 --images 2      # one alone; the file keeps the others
+    python -m benchmarks.onnx_parity --fast --output smoke.json           # compiled without optimisation: a smoke test
 
 The networks are EHAP's (post-activation, 1x1-convolution shortcuts) with weights and normalisation drawn from a
 seed, pruned to half of their multiply-accumulates with random scores and union coupling, so
@@ -17,6 +18,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,16 +87,18 @@ def kernels(model) -> dict[str, int]:
         return dict(Counter(node.op_type for node in onnx.load(str(path)).graph.node))
 
 
-def compare(name: str, macs: float, images: int, seed: int) -> dict[str, Any]:
-    """Mismatch counts of one network."""
+def compare(
+    name: str, macs: float, images: int, seed: int, compiler_options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Mismatch counts of one network; compiler_options: XLA's, None for what everything is compiled with."""
     started, cpu = time.perf_counter(), time.process_time()
     apply, variables, plan = pruned(name, macs, seed)
     x = jax.random.normal(jax.random.key(seed), (images, 32, 32, 3))
     quantized = fake_quant(apply)
-    observe = jax.jit(partial(quantized.apply, update=True), compiler_options=FAST)
+    observe = jax.jit(partial(quantized.apply, update=True), compiler_options=compiler_options)
     _, qstate = observe(variables, quantized.init(variables, x), x)
     network = to_integer(quantized, variables, qstate, example=x)
-    logits, tensors = jax.jit(lambda n, x: (n(x), n.tensors(x)), compiler_options=FAST)(network, x)
+    logits, tensors = jax.jit(lambda n, x: (n(x), n.tensors(x)), compiler_options=compiler_options)(network, x)
     exposed = session(to_onnx(quantized, variables, qstate, example=x, expose=True))
     names = [out.name for out in exposed.get_outputs()]
     theirs = dict(zip(names, exposed.run(None, {"x": np.asarray(x)}), strict=True))
@@ -106,6 +110,7 @@ def compare(name: str, macs: float, images: int, seed: int) -> dict[str, Any]:
         "network": name,
         "images": images,
         "kept_macs": macs,
+        "compiler_options": compiler_options or "default",
         "tensors": len(tensors),
         "integers": int(sum(np.size(v) for v in tensors.values())),
         "mismatches": sum(wrong.values()),
@@ -125,13 +130,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--macs", type=float, default=0.5, help="fraction of the multiply-accumulates that is kept")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fast", action="store_true", help="let XLA optimise nothing, which compiles in less time")
     parser.add_argument("--output", type=Path, default=Path("results/onnx_parity.json"))
     options = parser.parse_args(arguments)
     import onnxruntime
 
+    compiled = FAST if options.fast else None
     known = {found["network"]: found for found in read_results(options.output).get("networks", [])}
     for name in options.networks:
-        known[name] = compare(name, options.macs, options.images, options.seed)
+        known[name] = compare(name, options.macs, options.images, options.seed, compiled)
         print(json.dumps(known[name], indent=1), flush=True)
         networks = [known[one] for one in NETWORKS if one in known]
         write_results(options.output, {"networks": networks, "onnxruntime": onnxruntime.__version__} | provenance())

@@ -14,8 +14,12 @@ from ehap_jax.training import OutOfTime, Sink, tensorboard_sink, wandb_sink
 
 Config = TypeVar("Config")
 
-FAILED, UNFINISHED = 2, 3
-"""Exit statuses: a setting that cannot work; stopped by --max-minutes with the rest still to do."""
+MISSED, FAILED, UNFINISHED = 1, 2, 3
+"""Exit statuses: results that miss their bounds; a setting that cannot work; stopped by --max-minutes, not finished."""
+
+
+class Missed(Exception):
+    """Everything is written, and the results miss what they should reach; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def run_command(
 ) -> int:
     """Parse a configuration and run `main(config, options)`.
 
-    A setting that cannot work is one line on standard error and status 2.
+    A setting that cannot work is one line on standard error and status 2; results that miss their bounds are one and 1.
 
     Args:
         main: the recipe.
@@ -68,6 +72,9 @@ def run_command(
     except OutOfTime as stopped:
         print(f"{name}: {stopped}; continue with --resume", file=sys.stderr)
         return UNFINISHED
+    except Missed as missed:
+        print(f"{name}: {missed}", file=sys.stderr)
+        return MISSED
     except (ValueError, OSError, ImportError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return FAILED

@@ -9,7 +9,8 @@ kept, 300 epochs of fine-tuning, 30 epochs of INT8 training.
 
 Expect INT8 within 0.3 points of the fine-tuned network, on the digits as in ``results/quickstart.json``; what was
 measured on CIFAR-10 is in ``results/REPRODUCTION.md``. Writes one report over all seeds; every seed's folder holds
-its plan and its fine-tuned network, which ``recipes.quantize`` takes on.
+its plan and its fine-tuned network, which ``recipes.quantize`` takes on, and, where PyTorch and safetensors are
+installed, that network for others in ``model/``: weights under PyTorch's names, plan, model card.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from recipes.command import RunOptions, run_command
 from recipes.criteria import ScoreConfig
 from recipes.int8 import train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases, train
+from recipes.model_directory import write_model_directory
 from recipes.network import Architecture, Network, load_network, new_network, save_network, save_plan
 from recipes.pruned import PruneConfig, Pruned, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise, write_scores
@@ -107,6 +109,7 @@ def run_seed(lab: Lab, config: Config, network: Network, seed: int) -> SeedResul
         "finetuned": Stage(accuracy(lab, tuned.apply, tuned.variables), small),
         "int8": Stage(accuracy(lab, int8.apply, int8.variables), small._replace(bytes=int8.bytes)),
     }
+    write_model_directory(lab, seed, tuned, stages, f"seed{seed}")
     return SeedResult(stages, pruned)
 
 

@@ -9,7 +9,9 @@ parameters, then 300 epochs with learning rate 0.0512 and weight decay 5e-4.
 
 Expect the budget to be met within one channel group, and the shrunk network to equal the masked one; what accuracy is
 left is in ``results/REPRODUCTION.md``. Writes ``plan.json``, ``network.json`` and ``network.npz``
-(``recipes.quantize`` goes on from here), ``scores.npz``, ``summary.json``, ``metrics.jsonl`` and ``report.html``.
+(``recipes.quantize`` goes on from here), ``scores.npz``, ``summary.json``, ``metrics.jsonl``, ``report.html``
+and, where PyTorch and safetensors are installed, ``model/``, the network for others: weights under PyTorch's names,
+plan, model card.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from ehap_jax.report import stage_table, write_report
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions, run_command
 from recipes.lab import Lab, Phase, accuracy, check_phases
+from recipes.model_directory import write_model_directory
 from recipes.network import load_network, save_network
 from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise, write_scores
@@ -86,6 +89,7 @@ def main(config: Config, options: RunOptions) -> None:
             "pruned": Stage(accuracy(lab, tuned.apply, pruned.network.variables), cost),
             "finetuned": Stage(accuracy(lab, tuned.apply, tuned.variables), cost),
         }
+        write_model_directory(lab, config.seed, tuned, stages)
         checks = {
             "masked_minus_shrunk": pruned.masked_error,
             "negative_scores": pruned.scores.negative,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +19,7 @@ from recipes import (
     compare_precision,
     criteria,
     ehap,
+    model_directory,
     pretrain,
     prune,
     quantize,
@@ -64,12 +66,21 @@ def test_pretrain_writes_a_network_that_loads(dense):
     assert load_variables(dense / "network.npz").keys() == network.variables.keys()
 
 
-def test_quantize_runs_the_integers_of_a_pruned_network(pruned, tmp_path):
+@pytest.fixture(scope="module")
+def quantized(pruned, tmp_path_factory):
+    """Under a bound that nothing reaches: everything is written all the same."""
     pytest.importorskip("onnxruntime", reason="needs pip install 'ehap-jax[onnx]'")
-    output = tmp_path / "run"
+    output = tmp_path_factory.mktemp("quantize") / "run"
     given = ["short", str(pruned), "--data", "digits", "--train-images", "600", "--seeds", "1", *phase("qat")]
     given += ["--calibration-images", "128", "--compared-images", "32", "--output", str(output)]
-    assert quantize.command(given) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "POINTS", -1.0)
+        assert quantize.command(given) == 1
+    return output
+
+
+def test_quantize_runs_the_integers_of_a_pruned_network(pruned, quantized):
+    output = quantized
     summary = read(output / "summary.json")
     stages = {stage["stage"]: stage for stage in summary["stages"]}
     assert list(stages) == ["float", "ptq_fake", "ptq_integer", "qat_fake", "qat_integer", "qat_onnx"]
@@ -83,7 +94,31 @@ def test_quantize_runs_the_integers_of_a_pruned_network(pruned, tmp_path):
     for kind in ("ptq", "qat"):
         apart = differences[f"{kind}: fake and integer"]
         assert apart["rate"] < 0.01 and apart["largest_lsb"] <= 2 and apart["of"] > 10_000
-    assert {"float.onnx", "int8.onnx"} <= {path.name for path in (output / "seed0").iterdir()}
+    assert (output / "seed0" / "float.onnx").is_file() and "<html" in (output / "report.html").read_text()
+
+
+def test_the_bounds_of_quantize():
+    agree, apart = {quantize.ONNX: {"differ": 0, "of": 9}}, {quantize.ONNX: {"differ": 2, "of": 9}}
+    assert quantize.misses(0.3, [agree, {}]) == [] and quantize.misses(100 * abs(0.92 - 0.917), [agree]) == []
+    assert quantize.misses(0.31, [agree]) == ["the integers are 0.31 points from float, beyond 0.3"]
+    assert quantize.misses(0.0, [agree, apart]) == ["seed 1: 2 of 9 integers differ between JAX and ONNX Runtime"]
+    assert len(quantize.misses(float("nan"), [apart])) == 2
+
+
+def test_a_finished_network_is_a_directory_for_others(pruned, quantized):
+    pytest.importorskip("safetensors", reason="needs pip install 'ehap-jax[torch]'")
+    from interop.model_directory import load_model
+
+    network, found = load_network(pruned), load_model(pruned / "model")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found.variables, network.variables))
+    assert found.plan is not None and found.info.normalisation == network.architecture.normalisation
+    assert found.metadata["test accuracy, finetuned"] == read(pruned / "summary.json")["stages"][-1]["accuracy"]
+    assert found.config["run"] == read(pruned / "config.json")
+    assert "output channels kept, union coupling" in (pruned / "model" / "README.md").read_text()
+
+    trained = load_model(quantized / "seed0" / "model")
+    assert trained.onnx is not None and b"QuantizeLinear" in trained.onnx.read_bytes() and trained.plan is not None
+    assert "qat_onnx" in (trained.onnx.parent / "README.md").read_text()
 
 
 def test_prune_writes_a_smaller_network_that_loads(dense, pruned):
@@ -177,6 +212,8 @@ def test_ehap_from_a_trained_network(dense, tmp_path):
     assert list(stages) == ["dense", "pruned", "finetuned", "int8"]
     assert stages["int8"]["bytes"] < stages["finetuned"]["bytes"] < stages["dense"]["bytes"]
     assert load_network(tmp_path / "run" / "seed0").plan is not None
+    installed = all(find_spec(name) for name in ("torch", "safetensors"))
+    assert (tmp_path / "run" / "seed0" / "model" / "plan.json").is_file() == installed
 
 
 @pytest.mark.parametrize(
@@ -285,3 +322,12 @@ def test_the_load_of_the_machine_is_that_of_the_probes(tmp_path, monkeypatch):
     again.add(point(3))
     assert again.load_average == 7.0 and again.machine_shared
     assert again.seconds_per_probe == course.seconds_per_probe > 0
+
+
+def test_no_model_directory_without_its_packages(pruned, tmp_path, monkeypatch):
+    notes = []
+    progress = SimpleNamespace(note=notes.append)
+    lab = SimpleNamespace(progress=progress, run=RunDirectory.create(tmp_path / "run"))
+    monkeypatch.setattr(model_directory, "find_spec", lambda name: None if name == "safetensors" else name)
+    assert model_directory.write_model_directory(lab, 0, load_network(pruned), {}) is None
+    assert "no model/ without safetensors" in notes[0] and not (tmp_path / "run" / "model").exists()
