@@ -49,3 +49,13 @@ def test_every_time_says_on_what_it_was_taken(tmp_path, monkeypatch):
     assert found["pretrain"] == {"minutes": 3.0}
     assert found["trace"].keys() == {"arguments", "minutes", "cores", "load_average", "versions"}
     assert found["trace"]["load_average"] == 0.5  # before it began
+
+
+def test_a_recipe_that_misses_its_bounds_is_timed_and_one_that_crashed_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_times.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="why"))
+    monkeypatch.setattr(recipe_times, "fresh_process", lambda *_: {})
+    with pytest.raises(RuntimeError, match="ended with status 1: why"):
+        recipe_times.measure("quantize", tmp_path)
+    (tmp_path / "quantize").mkdir()
+    (tmp_path / "quantize" / "summary.json").write_text("{}")
+    assert recipe_times.measure("quantize", tmp_path)["minutes"] >= 0
