@@ -4,12 +4,13 @@ import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile thousands of tiny programs and run each once. The last flag ended with jaxlib 0.10.
-os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
-    + [os.environ.get("XLA_FLAGS", "")]
-)
+if "EHAP_JAX_OPTIMIZED" not in os.environ:  # set it to compile as users do
+    # Tests compile thousands of tiny programs and run each once. The last flag ended with jaxlib 0.10.
+    os.environ["XLA_FLAGS"] = " ".join(
+        ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+        + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
+        + [os.environ.get("XLA_FLAGS", "")]
+    )
 
 import jax
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def command(*arguments, devices, module="on_devices"):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
     }
     return subprocess.Popen(
         [sys.executable, "-m", f"tests.curvature.{module}", *map(str, arguments)],
