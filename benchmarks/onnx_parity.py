@@ -18,7 +18,6 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,7 +87,7 @@ def kernels(model) -> dict[str, int]:
 
 
 def compare(
-    name: str, macs: float, images: int, seed: int, compiler_options: Mapping[str, Any] | None = None
+    name: str, macs: float, images: int, seed: int, compiler_options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Mismatch counts of one network; compiler_options: XLA's, None for what everything is compiled with."""
     started, cpu = time.perf_counter(), time.process_time()

@@ -460,7 +460,7 @@ def _measure(framework: str, checkpoint: Path, layout: str, images, labels, prob
     before = _memory()["now"]
     if framework == "JAX":
         batch = (jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
-        key, precision = jax.random.key(0), jax.config.jax_default_matmul_precision
+        key, precision = jax.random.key(0), jax.config.jax_default_matmul_precision  # pyright: ignore
 
         def trace() -> None:
             estimate = channel_trace(nets.loss, nets.variables["params"], batch, key=key, num_probes=probes)
