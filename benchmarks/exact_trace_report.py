@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ehap_jax.report.figure_style import new_figure, save_figure
+
 PROBES = 300
 """Of the estimates that one ±1 combination is to beat; what the papers take."""
 SOONER = 300
@@ -162,12 +164,10 @@ STYLES = {
 
 def draw_plot(results: Mapping[str, Any], path: Path) -> None:
     """Agreement against time, a column per network of which both were measured; no file where there is none."""
-    from matplotlib.figure import Figure
-
     networks = {n: e for n, e in results.get("networks", {}).items() if e.get("rows") and "exact" in e.get("costs", {})}
     if not networks:
         return
-    figure = Figure(figsize=(3.6 * len(networks) + 1, 7.6), layout="constrained")
+    figure = new_figure(3.6 * len(networks) + 1, 7.6)
     metrics = {"spearman": "rank correlation with exact", "overlap_30": "overlap (IoU) of the lowest 30 %"}
     panels = figure.subplots(2, len(networks), squeeze=False, sharex="col", sharey="row")
     for column, (network, entry) in enumerate(networks.items()):
@@ -191,4 +191,4 @@ def draw_plot(results: Mapping[str, Any], path: Path) -> None:
         what = {"cpu_seconds": "CPU seconds", "seconds": "seconds"}[clock]
         panels[1, column].set_xlabel(f"{what}, without compilation\n(of probes extrapolated)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks.measure import fresh_process, provenance, read_results, write_results
 from benchmarks.trained import CHUNK, WEIGHTS, flat, hap_scores, load, lowest_sets, mean_loss, spearman
 from ehap_jax.curvature import Policy, channel_trace, gauss_newton_trace
+from ehap_jax.report.figure_style import new_figure, save_figure
 from ehap_jax.training import Deadline
 
 KEY, OTHER_KEY = 32, 33
@@ -138,11 +139,6 @@ def table(results: dict[str, Any]) -> str:
 
 def draw_plot(results: dict[str, Any], path: Path) -> None:
     """Scores of each run against those of float32 with the same probes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = (
         ("float16", "float16, same probes", "tab:blue"),
         ("bfloat16", "bfloat16, same probes", "tab:orange"),
@@ -151,9 +147,8 @@ def draw_plot(results: dict[str, Any], path: Path) -> None:
     whole = {name: found["runs"] for name, found in results.items() if {"float32", *RUNS} <= found["runs"].keys()}
     if not whole:
         return
-    figure, axes = plt.subplots(
-        len(whole), 3, figsize=(11, 3.9 * len(whole)), squeeze=False, sharex="row", sharey="row", layout="constrained"
-    )
+    figure = new_figure(11, 3.9 * len(whole))
+    axes = figure.subplots(len(whole), 3, squeeze=False, sharex="row", sharey="row")
     for row, (network, runs) in zip(axes, whole.items(), strict=True):
         across = np.array(runs["float32"]["scores"])
         threshold = float(np.quantile(np.abs(across[across != 0]), 0.1))
@@ -172,8 +167,7 @@ def draw_plot(results: dict[str, Any], path: Path) -> None:
         row[0].set_ylabel("HAP score")
     first = next(iter(results.values()))
     figure.suptitle(f"Every point is a channel; {first['images']} images, {first['probes']} probes")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from ehap_jax.training.run_directory import versions, write_atomically
+from ehap_jax._whole_files import write_json
+from ehap_jax.training.run_directory import versions
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -83,7 +84,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(results, indent=1) + "\n")
+    write_json(path, results)
 
 
 def provenance() -> dict[str, Any]:

@@ -14,7 +14,6 @@ above the cores means that others used the machine: then compare CPU seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -27,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax._whole_files import write_json
 from ehap_jax.data import Augmentation, Dataset, limit_training, make_dataset
 from ehap_jax.models import init_variables, make_model, train_apply
 from ehap_jax.training import (
@@ -37,7 +37,7 @@ from ehap_jax.training import (
     sgd_cosine,
     training_inputs,
 )
-from ehap_jax.training.run_directory import versions, write_atomically
+from ehap_jax.training.run_directory import versions
 
 ROWS = ("jax", "torch", "torch.compile")
 RATE, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     command = f"python -m benchmarks.training {' '.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     document = {"command": command, "versions": versions(), "cores": os.cpu_count(), "rows": rows}
-    write_atomically(given.output, json.dumps(document, indent=1) + "\n")
+    write_json(given.output, document)
     print(table(rows))
     return 0
 

@@ -9,7 +9,6 @@ all test images, derivatives on a few training images. Exits with status 1 where
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -24,6 +23,7 @@ import jax
 import numpy as np
 
 from ehap_jax._compat import enable_x64
+from ehap_jax._whole_files import write_json
 from ehap_jax.graph.structure import Coupling
 from interop.parity import (
     gradient_pair,
@@ -189,10 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     print(table(results))
     document = {**provenance(), "data": options.data.name, "limits": LIMITS, "results": results}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, options.out)
+    write_json(options.out, document)
     print(f"written to {options.out}", file=sys.stderr)
     return int(any(result[name] > limit for result in results for name, limit in LIMITS.items()))
 

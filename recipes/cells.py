@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import Cost, count_cost
 from ehap_jax.report import accuracy_curves, write_report
+from ehap_jax.report.figure_style import save_figure
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions
 from recipes.criteria import Criterion
@@ -115,7 +116,7 @@ def compare_cells(
             run.write_text(f"{name}.txt", cells_table(result))
             if result["rows"]:
                 run.write_json("summary.json", summary_of(result))
-                accuracy_curves(stages_of(result["statistics"]), cost).savefig(run.file(plot), dpi=150)
+                save_figure(accuracy_curves(stages_of(result["statistics"]), cost), run.file(plot))
                 write_report(run.path)
         progress.note((run.path / f"{name}.txt").read_text())
 

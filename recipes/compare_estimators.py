@@ -42,6 +42,7 @@ from ehap_jax.pruning import (
     mask_variables,
     random_scores,
 )
+from ehap_jax.report.figure_style import new_figure, save_figure
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.cells import aligned, percent, spread
 from recipes.command import RunOptions, run_command
@@ -101,7 +102,7 @@ def main(config: Config, options: RunOptions) -> None:
             run.write_json("estimators.json", result)
             run.write_text("estimators.txt", table(result))
             if result["statistics"]:
-                curves(result["statistics"]).savefig(run.file("estimators.png"), dpi=150)
+                save_figure(curves(result["statistics"]), run.file("estimators.png"))
         progress.note((run.path / "estimators.txt").read_text())
 
 
@@ -298,9 +299,7 @@ def plain(found: dict[str, Any]) -> str:
 
 def curves(statistics: Sequence[dict[str, Any]]):
     """Accuracy right after pruning and after fine-tuning against the kept fraction, one curve per estimator."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = new_figure(11, 4.5)
     titles = {"accuracy_pruned": "right after pruning", "accuracy": "after fine-tuning"}
     names = list(dict.fromkeys(entry["estimator"] for entry in statistics))
     for axes, (measure, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):

@@ -20,9 +20,10 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from ehap_jax._whole_files import write_text
 from ehap_jax.report import accuracy_curves
+from ehap_jax.report.figure_style import save_figure
 from ehap_jax.report.tables import markdown_table
-from ehap_jax.training.run_directory import write_atomically
 from recipes.cells import percent, stages_of
 
 PAPER_EPOCHS, PAPER_INT8_EPOCHS, PAPER_SEEDS, PAPER_PROBES, PAPER_EXAMPLES = 300, 30, 3, 300, 512
@@ -224,7 +225,7 @@ def draw(run: dict[str, Any], path: Path) -> bool:
     """The Pareto plot of the criteria of a run, where it has compared any."""
     if not run.get("criteria", {}).get("result", {}).get("statistics"):
         return False
-    accuracy_curves(stages_of(run["criteria"]["result"]["statistics"]), "macs").savefig(path, dpi=120)
+    save_figure(accuracy_curves(stages_of(run["criteria"]["result"]["statistics"]), "macs"), path)
     return True
 
 
@@ -257,7 +258,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
         runs, published = ([_read(path) for path in paths] for paths in (given.runs, given.published))
         files = [given.output.with_name(f"{path.stem}.png") for path in given.runs]
         pictures = [file.name for run, file in zip(runs, files, strict=True) if draw(run, file)]
-        write_atomically(given.output, document(runs, published, pictures))
+        write_text(given.output, document(runs, published, pictures))
     except (KeyError, ValueError, OSError, ImportError) as error:
         print(f"reproduction: {type(error).__name__}: {error}", file=sys.stderr)
         return 2

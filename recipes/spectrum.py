@@ -25,8 +25,10 @@ import numpy as np
 import tyro
 from jax.flatten_util import ravel_pytree
 
+from ehap_jax._whole_files import written_whole
 from ehap_jax.curvature import gnvp, linearized_hvp
 from ehap_jax.data import load_dataset
+from ehap_jax.report.figure_style import new_figure, save_figure
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions, run_command
 from recipes.lab import evaluation_loss, training_batch
@@ -116,9 +118,7 @@ def main(config: Config, options: RunOptions) -> None:
             )
         write_arrays(run.file("eigenvectors.npz"), vectors)
         run.write_json("spectrum.json", {"examples": config.examples, "spectra": found})
-        partial_file = run.file(".spectrum.png")
-        figure_of(quadratures).savefig(partial_file, dpi=150, format="png")
-        partial_file.replace(run.file("spectrum.png"))
+        save_figure(figure_of(quadratures), run.file("spectrum.png"))
 
 
 def prepare(config: Config) -> tuple[Network, list[tuple[jax.Array, jax.Array]]]:
@@ -240,10 +240,8 @@ def named_vectors(matrix: str, operator: Operator, vectors: np.ndarray) -> dict[
 
 def write_arrays(file: Path, arrays: dict[str, Any]) -> None:
     """An npz file, whole or not at all."""
-    temporary = file.with_name(f".{file.name}")
-    with open(temporary, "wb") as opened:
+    with written_whole(file) as temporary, open(temporary, "wb") as opened:
         np.savez(opened, **arrays)
-    temporary.replace(file)
 
 
 def density(draws: list[Quadrature], at: np.ndarray, width: np.ndarray) -> np.ndarray:
@@ -261,17 +259,13 @@ def density(draws: list[Quadrature], at: np.ndarray, width: np.ndarray) -> np.nd
 
 def figure_of(quadratures: dict[str, list[Quadrature]]) -> Figure:
     """The spectral densities, eigenvalues on a scale that is linear around zero and logarithmic outside."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'ehap-jax[report]'") from error
     largest = max(np.abs(d.nodes).max() for draws in quadratures.values() for d in draws)
     linear = 1e-3 * largest
 
     def scale(x):
         return np.arcsinh(x / linear)
 
-    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    figure = new_figure(7.2, 3.8)
     axes = figure.subplots()
     width = 0.1
     for matrix, draws in quadratures.items():

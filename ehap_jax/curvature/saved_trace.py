@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax._whole_files import written_whole
 from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel
@@ -112,13 +112,8 @@ def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) 
 
 def write_arrays(path: str | Path, arrays: dict[str, Any], of: TraceFingerprint) -> None:
     """Arrays and the fingerprint of what they are, whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, format=FORMAT, fingerprint=json.dumps(asdict(of)), **jax.device_get(arrays))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_arrays(path: str | Path, expected: TraceFingerprint) -> dict[str, np.ndarray]:

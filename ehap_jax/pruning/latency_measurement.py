@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax._compat import bind
+from ehap_jax._whole_files import write_json
 from ehap_jax.graph.trace import Graph
 from ehap_jax.pruning.latency import LatencyTable, Layer, WidthGrid, grid_widths, layers_of
 
@@ -58,7 +59,8 @@ def measure_latency(
             progress(done, len(missing))
         known[name] = _measure(layers[name], *wanted[name], repeats)
         document["devices"].setdefault(device, {})[name] = known[name]._asdict()
-        _write(cache, document)
+        if cache is not None:
+            write_json(cache, document)
     return LatencyTable(device, {name: known[name] for name in layers})
 
 
@@ -134,13 +136,3 @@ def _read(cache) -> dict:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f'{cache} is not a latency table: "format" is not {FORMAT!r}.')
     return document
-
-
-def _write(cache, document) -> None:
-    if cache is None:
-        return
-    target = Path(cache)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, target)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ehap_jax._whole_files import write_json
 from ehap_jax.graph.architecture import architecture_fingerprint
 from ehap_jax.graph.channels import channel_structure
 from ehap_jax.graph.structure import Coupling
@@ -111,15 +112,11 @@ class PruningPlan:
             )
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the plan as JSON (to a temporary name first). Raises FileExistsError rather than overwrite."""
+        """Write the plan as JSON (whole or not at all). Raises FileExistsError rather than overwrite."""
         target = Path(path)
         if target.exists():
             raise FileExistsError(f"{target} exists; remove it or save the plan under another name.")
-        document = self.document()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        os.replace(temporary, target)
+        write_json(target, self.document())
         return target
 
     def document(self) -> dict[str, Any]:

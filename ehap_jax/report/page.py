@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ehap_jax.report import plots
+from ehap_jax._whole_files import write_text
+from ehap_jax.report import figure_style
+from ehap_jax.report.accuracy_plots import accuracy_against_cost, accuracy_curves, accuracy_per_stage
+from ehap_jax.report.layer_plots import kept_channels, sensitivity_per_layer
 from ehap_jax.report.run_data import RunData, read_run
 from ehap_jax.report.tables import HEADER, html_table, stage_caption, stage_html, stage_rows
+from ehap_jax.report.trace_plots import cost_bars, score_scatter, trace_convergence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REFERENCE = "float32"
 THEME = {
-    plots.INK: "currentColor",
-    plots.SOFT: "var(--soft)",
-    plots.LINE: "var(--line)",
-    plots.BAR: "var(--bar)",
-    plots.BLUE: "var(--blue)",
+    figure_style.INK: "currentColor",
+    figure_style.SOFT: "var(--soft)",
+    figure_style.LINE: "var(--line)",
+    figure_style.BAR: "var(--bar)",
+    figure_style.BLUE: "var(--blue)",
 }
 """Colours of a figure that follow the page's theme, light or dark."""
 
@@ -42,7 +44,8 @@ def write_report(run: str | Path) -> Path:
     """
     data = read_run(run)
     html = _render(f"ehap_jax: {_name(data)}", _describe(data), None, [_section(data, "Stages")])
-    return _write(data.path / "report.html", html)
+    write_text(data.path / "report.html", html)
+    return data.path / "report.html"
 
 
 def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
@@ -62,12 +65,13 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
         "table": html_table(("run", *HEADER), rows),
         "caption": "accuracy: mean ± standard deviation; in brackets points and shares against the run's own dense",
         "figures": [
-            _picture(plots.accuracy_against_cost(stages, cost), "Mean ± standard deviation of every stage.", cost)
+            _picture(accuracy_against_cost(stages, cost), "Mean ± standard deviation of every stage.", cost)
             for cost in ("macs", "bytes")
         ],
     }
     sections = [_section(run, name) for name, run in zip(names, data, strict=True)]
-    return _write(Path(output), _render("ehap_jax: comparison", f"{len(data)} runs", overview, sections))
+    write_text(output, _render("ehap_jax: comparison", f"{len(data)} runs", overview, sections))
+    return Path(output)
 
 
 def _name(data: RunData) -> str:
@@ -99,13 +103,13 @@ def _section(data: RunData, title: str) -> dict[str, Any]:
 def _figures(data: RunData) -> Iterator[tuple[Figure, str]]:
     if any(stage.get("curve") for stage in data.stages):
         for cost in ("macs", "params"):
-            yield plots.accuracy_curves(data.stages, cost), "Mean ± standard deviation over the seeds."
+            yield accuracy_curves(data.stages, cost), "Mean ± standard deviation over the seeds."
     else:
         text = "Blue: every seed. Black: mean ± standard deviation over the seeds."
-        yield plots.accuracy_per_stage(data.stages), text
+        yield accuracy_per_stage(data.stages), text
     if data.summary.get("costs"):
         yield (
-            plots.cost_bars(data.summary["costs"]),
+            cost_bars(data.summary["costs"]),
             "On the device named above; in brackets as multiples of the first.",
         )
     name = REFERENCE if REFERENCE in data.scores else next(iter(data.scores), None)
@@ -115,16 +119,16 @@ def _figures(data: RunData) -> Iterator[tuple[Figure, str]]:
             "drawn at its absolute value: noise, wherever the true trace cannot be negative. Channels at exactly 0 are "
             "dead."
         )
-        yield plots.sensitivity_per_layer(data.scores[name]), text
+        yield sensitivity_per_layer(data.scores[name]), text
     if data.plan and (data.plan["keep"] or data.plan.get("axes")):
-        yield plots.kept_channels(data.plan), "Output channels that the plan keeps (blue) and prunes (grey)."
+        yield kept_channels(data.plan), "Output channels that the plan keeps (blue) and prunes (grey)."
     if name is not None:
         for other in sorted(set(data.scores) - {name}, reverse=True):
-            figure = plots.score_scatter(data.scores[name], data.scores[other], (name, other))
+            figure = score_scatter(data.scores[name], data.scores[other], (name, other))
             yield figure, f"Scores in {other} against {name}, one dot per channel."
     if data.convergence is not None:
         text = "Running mean of the total trace; the band is ± 1.96 standard errors, the dashes the last mean."
-        yield plots.trace_convergence(*data.convergence), text
+        yield trace_convergence(*data.convergence), text
 
 
 def _describe(data: RunData) -> str:
@@ -183,17 +187,3 @@ def _render(title: str, subtitle: str, overview: dict[str, Any] | None, sections
     source = files("ehap_jax.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     return environment.from_string(source).render(title=title, subtitle=subtitle, overview=overview, sections=sections)
-
-
-def _write(path: Path, text: str) -> Path:
-    """Replace the file in one step; nothing is left behind where that fails."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path

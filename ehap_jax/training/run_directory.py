@@ -3,17 +3,17 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from ehap_jax._whole_files import write_text
 
 _PACKAGES = ("ehap-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -80,7 +80,7 @@ class RunDirectory:
     def write_text(self, name: str, text: str) -> Path:
         """Write a file atomically and return its path."""
         target = self.file(name)
-        write_atomically(target, text)
+        write_text(target, text)
         return target
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -102,7 +102,7 @@ class RunDirectory:
         new = _plain(record)
         same = tuple(new[name] for name in identity)
         kept = [old for old in self.read_metrics() if not identity or tuple(old.get(k) for k in identity) != same]
-        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(item) + "\n" for item in [*kept, new]))
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(item) + "\n" for item in [*kept, new]))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of `metrics.jsonl`, oldest first; none if there is no such file."""
@@ -110,21 +110,6 @@ class RunDirectory:
         if not target.exists():
             return []
         return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text` (UTF-8) in one step: temporary file beside it, flushed, renamed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def versions() -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ehap_jax._whole_files import written_whole
+
 
 def save_variables(path: str | Path, variables: Any) -> Path:
     """Write nested dictionaries of arrays as an .npz of the names "params/conv1/kernel"; replaces an earlier file.
@@ -30,9 +32,8 @@ def save_variables(path: str | Path, variables: Any) -> Path:
         if not all(isinstance(key, jax.tree_util.DictKey) and "/" not in str(key.key) for key in keys):
             raise TypeError(f"{name}: variables must be nested dictionaries with names that have no slash")
         arrays[name] = array
-    partial = path.with_name(f".{path.stem}.partial.npz")
-    np.savez(partial, **arrays)  # pyright: ignore[reportArgumentType]
-    partial.replace(path)
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     return path
 
 

@@ -83,7 +83,7 @@ def test_a_run_killed_and_repeated_is_bit_identical(whole, tmp_path):
             child.stdin.flush()
     child.send_signal(signal.SIGKILL)
     child.wait()
-    (tmp_path / ".trace.npz.partial").write_bytes(b"a write that the kill cut off")
+    (tmp_path / ".trace.x1y2z3.npz").write_bytes(b"a write that the kill cut off")
     seen = []
     resumed = channel_trace(
         loss,

@@ -141,7 +141,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(run, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("ehap_jax.report.page.os.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(run)
     assert page.read_bytes() == before and sorted(p.name for p in run.iterdir()) == names

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from ehap_jax.training import Progress, RunDirectory
-from ehap_jax.training.run_directory import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +63,6 @@ def test_resuming_under_other_versions_records_both(tmp_path):
     RunDirectory.create(run.path, Config(), resume=True)
     versions = run.read_json("versions.json")
     assert versions["python"] != "3.0" and versions["resumed_from"]["python"] == "3.0"
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    target = tmp_path / "file.json"
-    write_atomically(target, "old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(target, "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["file.json"] and target.read_text() == "old"
 
 
 def test_what_cannot_be_json_leaves_nothing(tmp_path):
