@@ -18,10 +18,10 @@ fails, or takes longer than its limits, is written as that, with the reason: `--
 probe is done, `--first-seconds` bound what comes before. ms are the median over probes, after the first; on an
 accelerator, in both, the host waits once per 16 probes, and the first 16 are not counted. `compile` is tracing and
 compilation by JAX's own clock; for PyTorch it is what the first probes took beyond later ones, with the gradient's
-graph before them. FLOP/s count convolutions and matrix products of the way that is used (see `probe_rows.PASSES`), without what
-rematerialisation repeats. Memory: on a GPU the allocator's peak; on a CPU the largest resident memory of the process,
-of which `before` was there before the network, and which for JAX holds the compiler too; `needed` is what the compiler
-says that the trace itself needs. Weights and images are random numbers: the speed does not depend on them.
+graph before them. FLOP/s count convolutions and matrix products of the way that is used (see `probe_rows.PASSES`),
+without what rematerialisation repeats. Memory: on a GPU the allocator's peak; on a CPU the largest resident memory of
+the process, of which `before` was there before the network, and which for JAX holds the compiler too; `needed` is what
+the compiler says that the trace itself needs. Weights and images are random numbers: the speed does not depend on them.
 
 `times_as_fast_as` and `fastest_pytorch` are made of the rows that are comparable: device, versions of JAX and PyTorch
 and flags of XLA are the same where both record them. On a CPU the ratios are of CPU time and, beside it, of wall-clock
