@@ -27,23 +27,17 @@ from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from ehap_jax.curvature import channel_trace, gauss_newton_trace, is_kernel, rademacher
-from ehap_jax.data import load_dataset
-from ehap_jax.graph import Graph, trace_graph
-from ehap_jax.graph.structure import Coupling
 from ehap_jax.pruning import (
-    PruningPlan,
     Scores,
-    allocate,
     hessian_scores,
     mask_variables,
     shrink,
@@ -59,15 +53,18 @@ from interop.parity import (
     Pair,
     gradient_pair,
     hessian_vector_pair,
+    jax_batch,
     logits_pair,
-    normalise,
     pair,
     relative,
+    torch_batch,
     torch_images,
+    torch_logits,
     trace_pair,
 )
 from interop.to_torch import to_torch
 from recipes.ranking import kept_overlap, spearman
+from recipes.torch_job import PRECISION, Config, Job, prepare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,9 +80,6 @@ SAME = (
 
 VANISHED_AFTER = 20
 """The published scale of probe i is 2^(16 - 8i), which float32 rounds to 0 from i = 21 on."""
-
-PRECISION = "highest"
-"""Of float32 products, in JAX and in PyTorch: the default of an accelerator is coarser than float32."""
 
 MEANING = {
     "identity": "JAX against PyTorch on the same weights, images and probes. relative: ‖JAX - PyTorch‖ / ‖PyTorch‖ "
@@ -111,89 +105,6 @@ MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    """What is compared; every setting is part of the result."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A PyTorch or safetensors file."""
-    data: str
-    """"npz:PATH", images uint8, with x_train, y_train, x_test and y_test."""
-    layout: str = "auto"
-    """How the checkpoint names its tensors."""
-    images: int = 64
-    """Training images for the derivatives."""
-    test_images: int = 256
-    """Test images for logits and accuracies."""
-    probes: tuple[int, ...] = (1, 10, 100, 300)
-    """Numbers of probes at which rankings are compared."""
-    same_probes: int = 4
-    """Probes given to both frameworks for traces and scores, and timed."""
-    ratios: tuple[float, ...] = (0.75, 0.5, 0.25)
-    """Kept fractions of the prunable channels."""
-    coupling: Coupling = "group"
-    reference: Literal["auto", "exact", "probes"] = "auto"
-    """What rankings are compared with; "auto" is exact where that is proven to be the Hessian."""
-    reference_probes: int = 1000
-    """Probes of the reference where it is not exact."""
-    int8_images: int = 32
-    """Test images on which every INT8 integer is compared."""
-    cost: bool = True
-    """Measure time and memory, too."""
-    seed: int = 0
-
-
-class Job(NamedTuple):
-    """One network in both frameworks, its structure, and what it is fed (normalised)."""
-
-    config: Config
-    nets: Pair
-    graph: Graph
-    train: np.ndarray
-    labels: np.ndarray
-    test: np.ndarray
-    truth: np.ndarray
-    progress: Progress
-
-    @property
-    def batch(self) -> tuple[jax.Array, jax.Array]:
-        """The Hessian batch on JAX's device."""
-        return jnp.asarray(self.train), jnp.asarray(self.labels.astype(np.int32))
-
-
-def prepare(config: Config, progress: Progress) -> Job:
-    """Load everything and check every setting before any work starts.
-
-    Raises:
-        ValueError: a setting, a checkpoint or data that do not fit each other. FileNotFoundError: no such file.
-    """
-    if not config.probes or min(config.probes) < 1:
-        raise ValueError(f"--probes must be numbers from 1 on, got {config.probes}")
-    if not config.ratios or not all(0 < ratio < 1 for ratio in config.ratios):
-        raise ValueError(f"--ratios are kept fractions between 0 and 1, got {config.ratios}")
-    if config.same_probes < 1 or config.reference_probes < 2:
-        raise ValueError("--same-probes must be at least 1, --reference-probes at least 2")
-    dataset = load_dataset(config.data)
-    counts = {"images": len(dataset.x_train), "test_images": len(dataset.x_test), "int8_images": config.test_images}
-    for name, count in counts.items():
-        if not 1 <= getattr(config, name) <= count:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} {getattr(config, name)} is not between 1 and the {count} there are")
-    nets = pair(config.checkpoint, config.layout)
-    spec = nets.info.spec
-    if nets.info.indices:
-        raise ValueError("this checkpoint was pruned before and adds by index; it cannot be pruned further in PyTorch")
-    if dataset.image_shape[-1] != spec.image_channels:
-        raise ValueError(f"the network reads {spec.image_channels} channels, the images have {dataset.image_shape[-1]}")
-    if dataset.num_classes > spec.num_classes:
-        raise ValueError(f"the network has {spec.num_classes} classes, the labels go up to {dataset.num_classes - 1}")
-    train = normalise(dataset.x_train[: config.images], nets.info)
-    test = normalise(dataset.x_test[: config.test_images], nets.info)
-    graph = trace_graph(nets.apply)(nets.variables, train[:1])
-    truth = dataset.y_test[: config.test_images]
-    return Job(config, nets, graph, train, dataset.y_train[: config.images], test, truth, progress)
-
-
 def compare_identity(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
     """Are they the same numbers? Also the scores of both from the same probes."""
     nets, seed = job.nets, job.config.seed
@@ -207,8 +118,7 @@ def compare_identity(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
         "gradient_relative": relative(*gradient_pair(nets, job.train, job.labels)),
         "hessian_vector_relative": relative(*hessian_vector_pair(nets, job.train, job.labels, seed)),
         "trace_relative": relative(*traces),
-        "accuracy_jax": float(np.mean(answers == job.truth)),
-        "accuracy_torch": float(np.mean(expected == job.truth)),
+        **job.accuracies(ours, theirs),
     }
     by_path = {_path(nets, name): value for name, value in traces[0].items() if name in traces[1]}
     scores = hessian_scores(job.graph, nets.variables, by_path)
@@ -269,13 +179,10 @@ def published_scores(job: Job, norms: Mapping[str, np.ndarray]) -> tuple[dict[in
 
     Later probes than `VANISHED_AFTER` have the scale 0 and are not computed: they add exact zeros.
     """
-    import torch
-
     from interop.reference.trace import published_trace
 
     counts = sorted(set(job.config.probes))
     computed = min(counts[-1], VANISHED_AFTER)
-    images, labels = torch_images(job.train), torch.from_numpy(job.labels.astype(np.int64))
     with job.progress.stage("published schedule", computed) as advance:
 
         def probes():
@@ -283,7 +190,7 @@ def published_scores(job: Job, norms: Mapping[str, np.ndarray]) -> tuple[dict[in
                 yield same_probe(job, i)
                 advance()
 
-        trace = published_trace(job.nets.module, images, labels, probes())
+        trace = published_trace(job.nets.module, *torch_batch(job.train, job.labels), probes())
     found = {}
     for count in counts:
         means = {name: (p[:count].double().sum(dim=0) / count).numpy() for name, p in trace.products.items()}
@@ -308,13 +215,9 @@ def same_probe(job: Job, index: int) -> dict[str, Any]:
     return {name: torch.from_numpy(named[name]) for name, p in job.nets.module.named_parameters() if name in named}
 
 
-def plan_of(job: Job, scores: Scores, ratio: float) -> PruningPlan:
-    return allocate(job.graph, scores, channels=ratio, coupling=job.config.coupling)
-
-
 def agreement(job: Job, found: Scores, expected: Scores) -> dict[str, Any]:
     """Rank correlation and the overlap of the kept channels at every ratio."""
-    plans = {ratio: (plan_of(job, found, ratio), plan_of(job, expected, ratio)) for ratio in job.config.ratios}
+    plans = {ratio: (job.plan(found, ratio), job.plan(expected, ratio)) for ratio in job.config.ratios}
     return {
         "spearman": spearman(found, expected),
         "kept_overlap": {f"{ratio:g}": kept_overlap(*both) for ratio, both in plans.items()},
@@ -330,16 +233,15 @@ def pruned_accuracies(job: Job, criteria: Mapping[str, Scores]) -> list[dict[str
     with job.progress.stage("pruned accuracy", len(criteria) * len(job.config.ratios)) as advance:
         for ratio in job.config.ratios:
             for criterion, scores in criteria.items():
-                plan = plan_of(job, scores, ratio)
+                plan = job.plan(scores, ratio)
                 ours = np.asarray(forward(mask_variables(job.nets.variables, plan), job.test))
                 module = load(to_torch(shrink_variables(job.nets.variables, plan), plan))
-                theirs = _torch_logits(module, job.test)
+                theirs = torch_logits(module, job.test)
                 rows.append(
                     {
                         "kept_channels": ratio,
                         "criterion": criterion,
-                        "accuracy_jax": float(np.mean(ours.argmax(axis=1) == job.truth)),
-                        "accuracy_torch": float(np.mean(theirs.argmax(axis=1) == job.truth)),
+                        **job.accuracies(ours, theirs),
                         "logits_max_abs": float(np.abs(ours - theirs).max()),
                     }
                 )
@@ -347,7 +249,7 @@ def pruned_accuracies(job: Job, criteria: Mapping[str, Scores]) -> list[dict[str
     return rows
 
 
-def compare_method(job: Job, ours: Scores, theirs: Scores) -> list[dict[str, Any]]:
+def compare_method(job: Job, jax_scores: Scores, torch_scores: Scores) -> list[dict[str, Any]]:
     """Ranking and pruning in each framework by its own scores, where `interop.reference.union` has them; else nothing.
 
     PyTorch starts from the full network and its scores, and knows nothing of JAX's graph, plan or weights.
@@ -359,16 +261,16 @@ def compare_method(job: Job, ours: Scores, theirs: Scores) -> list[dict[str, Any
 
     from interop.reference.union import prune_union
 
-    names = {path: nets.info.form.key_at(path).removesuffix(".weight") for path in theirs.values}
+    names = {path: nets.info.form.key_at(path).removesuffix(".weight") for path in torch_scores.values}
     names = {path: name for path, name in names.items() if name != "linear"}
-    own = {name: torch.from_numpy(theirs.values[path]) for path, name in names.items()}
+    own = {name: torch.from_numpy(torch_scores.values[path]) for path, name in names.items()}
     forward, rows = jax.jit(nets.apply), []
     with job.progress.stage("pruned by each framework", len(config.ratios)) as advance:
         for ratio in config.ratios:
-            plan = plan_of(job, ours, ratio)
-            logits = np.asarray(forward(mask_variables(nets.variables, plan), job.test))
+            plan = job.plan(jax_scores, ratio)
+            ours = np.asarray(forward(mask_variables(nets.variables, plan), job.test))
             kept = torch_kept(own, ratio)
-            torch_logits = _torch_logits(prune_union(nets.module, kept), job.test)
+            theirs = torch_logits(prune_union(nets.module, kept), job.test)
             rows.append(
                 {
                     "kept_channels": ratio,
@@ -376,9 +278,8 @@ def compare_method(job: Job, ours: Scores, theirs: Scores) -> list[dict[str, Any
                         len(np.setxor1d(plan.keep.get(path, np.arange(len(own[name]))), kept[name].numpy()))
                         for path, name in names.items()
                     ),
-                    "logits_max_abs": float(np.abs(logits - torch_logits).max()),
-                    "accuracy_jax": float(np.mean(logits.argmax(axis=1) == job.truth)),
-                    "accuracy_torch": float(np.mean(torch_logits.argmax(axis=1) == job.truth)),
+                    "logits_max_abs": float(np.abs(ours - theirs).max()),
+                    **job.accuracies(ours, theirs),
                 }
             )
             advance()
@@ -405,7 +306,7 @@ def torch_kept(scores: Mapping[str, Any], ratio: float) -> dict[str, Any]:
 def compare_int8(job: Job, scores: Scores) -> list[dict[str, Any]]:
     """Do both run the same integers? The dense network, and the one that keeps the least."""
     nets, ratio = job.nets, min(job.config.ratios)
-    plan = plan_of(job, scores, ratio)
+    plan = job.plan(scores, ratio)
     networks = {1.0: (nets.apply, nets.variables)}
     networks[ratio] = (shrink(nets.apply, plan), shrink_variables(nets.variables, plan))
     rows = []
@@ -432,21 +333,13 @@ def _same_integers(job: Job, apply: Any, variables: Any) -> dict[str, Any]:
     module = IntegerModule(integers, images.shape[1:])
     ours, logits = jax.device_get(jax.jit(lambda network, x: (network.tensors(x), network(x)))(integers, images))
     theirs = {name: value.numpy() for name, value in module.tensors(torch_images(images)).items()}
-    torch_logits, truth = module(torch_images(images)).numpy(), job.truth[: len(images)]
+    logits_torch = torch_logits(module, images)
     return {
         "integers": int(sum(value.size for value in ours.values())),
         "integers_that_differ": int(sum(np.sum(ours[name] != theirs[name]) for name in ours)),
-        "logits_that_differ": int(np.sum(logits != torch_logits)),
-        "accuracy_jax": float(np.mean(logits.argmax(axis=1) == truth)),
-        "accuracy_torch": float(np.mean(torch_logits.argmax(axis=1) == truth)),
+        "logits_that_differ": int(np.sum(logits != logits_torch)),
+        **job.accuracies(logits, logits_torch),
     }
-
-
-def _torch_logits(module: Any, images: np.ndarray) -> np.ndarray:
-    import torch
-
-    with torch.no_grad():
-        return module(torch_images(images)).numpy()
 
 
 def measure(framework: str, checkpoint: Path, layout: str, images, labels, probes: int) -> dict[str, Any]:
@@ -459,7 +352,7 @@ def _measure(framework: str, checkpoint: Path, layout: str, images, labels, prob
     nets = pair(checkpoint, layout)
     before = _memory()["now"]
     if framework == "JAX":
-        batch = (jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
+        batch = jax_batch(images, labels)
         key, precision = jax.random.key(0), jax.config.jax_default_matmul_precision  # pyright: ignore
 
         def trace() -> None:
@@ -476,7 +369,7 @@ def _measure(framework: str, checkpoint: Path, layout: str, images, labels, prob
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module = nets.module.to(device)
         drawn = list(rademacher_probes(module, probes, seed=0))
-        x, y = torch_images(images).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
+        x, y = (tensor.to(device) for tensor in torch_batch(images, labels))
 
         def trace() -> None:
             fixed_trace(module, x, y, drawn)  # checks its products, and so waits for them

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip i
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
 from interop.torch_models import cifar_resnet  # noqa: E402
 from recipes import compare_torch  # noqa: E402
+from recipes.torch_job import Config, prepare  # noqa: E402
 from tests.interop.conftest import lively  # noqa: E402
 from tests.recipes import dying  # noqa: E402
 
@@ -105,9 +106,9 @@ def test_what_has_no_integers_in_pytorch_is_told(files, monkeypatch):
     def refuse(*_):
         raise NotImplementedError("a mean over windows")
 
-    config = compare_torch.Config(files[0], f"npz:{files[1]}", images=2, test_images=4, int8_images=2, ratios=(0.5,))
+    config = Config(files[0], f"npz:{files[1]}", images=2, test_images=4, int8_images=2, ratios=(0.5,))
     with Progress(Console(file=StringIO())) as progress:
-        job = compare_torch.prepare(config, progress)
+        job = prepare(config, progress)
         monkeypatch.setattr(torch_integer, "IntegerModule", refuse)
         rows = compare_torch.compare_int8(job, random_scores(job.graph, key=jax.random.key(0)))
     assert rows == [{"kept_channels": kept, "not_comparable": "a mean over windows"} for kept in (1.0, 0.5)]
