@@ -25,15 +25,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from ehap_jax.curvature import channel_trace, gauss_newton_trace, is_kernel, rademacher
 from ehap_jax.pruning import (
@@ -44,9 +41,7 @@ from ehap_jax.pruning import (
     shrink_variables,
 )
 from ehap_jax.quant import INT8, fake_quant, to_integer
-from ehap_jax.report import score_scatter
 from ehap_jax.training import Progress, RunDirectory
-from interop.compare import LIMITS
 from interop.forms import RESNET, to_torch_axes
 from interop.parity import (
     Arrays,
@@ -65,44 +60,11 @@ from interop.parity import (
 from interop.to_torch import to_torch
 from recipes.ranking import kept_overlap, spearman
 from recipes.torch_job import PRECISION, Config, Job, prepare
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-SAME = (
-    "logits_max_abs",
-    "predictions_that_differ",
-    "gradient_relative",
-    "hessian_vector_relative",
-    "trace_relative",
-)
-"""The figures with a limit, those of `interop.compare`."""
+from recipes.torch_limits import beyond_limits, limits
+from recipes.torch_report import MEANING, write_results
 
 VANISHED_AFTER = 20
 """The published scale of probe i is 2^(16 - 8i), which float32 rounds to 0 from i = 21 on."""
-
-MEANING = {
-    "identity": "JAX against PyTorch on the same weights, images and probes. relative: ‖JAX - PyTorch‖ / ‖PyTorch‖ "
-    "over all elements; max_abs: the largest difference. limits: what is allowed.",
-    "scores": "HAP's score of every output channel from the same probes in both. spearman: rank correlation over all "
-    "channels; kept_overlap: for every kept fraction of channels, intersection over union of the kept channels.",
-    "schedule": "Per number of probes, against the reference ranking: fixed weighs all probes alike (JAX), published "
-    "weighs probe i by 2^(16 - 8i) as the released code does (PyTorch, the same probes). In float32 throughout, so "
-    "that the schedule is the only difference. same_kept_as_fixed: overlap of the two.",
-    "reference": "exact: the trace without probes (the Gauss-Newton trace, proven equal to the Hessian's); "
-    "probes: many equally weighted probes, drawn independently of those compared.",
-    "pruned": "Test accuracy right after pruning, without fine-tuning, per criterion and kept fraction of channels. "
-    "JAX runs the masked network, PyTorch the shrunk one; logits_max_abs is the largest difference between the two.",
-    "int8": "The dense network and the one pruned most, in INT8 with ranges from the training images, no training: "
-    "every quantised activation of the compared test images as `to_integer` and `interop.torch_integer` compute it. "
-    "not_comparable: what has no integer form in one of the two.",
-    "method": "Under union coupling of a post-activation ResNet: each framework ranks and prunes by itself, from its "
-    "own scores of the same probes (`interop.reference.union`). channels_that_differ: kept by one of the two only.",
-    "cost": "Each framework in a process of its own, the same images, float32 products as precise as for the figures "
-    "above (`precision`): first_call_seconds compiles, the others are from the second call. On a machine that "
-    "others use (load_average above the number of cores) compare the CPU seconds. not_measured: why there are none. "
-    "Memory in MiB of resident memory (on a GPU, of its memory); memory_before has both frameworks imported.",
-}
 
 
 def compare_identity(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
@@ -457,10 +419,6 @@ def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
     }
     info = job.nets.info
     method = compare_method(job, both["JAX"], both["PyTorch"])
-    limits = {name: LIMITS[name] for name in SAME} | {"pruned_logits_max_abs": LIMITS["logits_max_abs"]}
-    limits["int8_integers_that_differ"] = 0
-    if method:
-        limits |= {"method_channels_that_differ": 0, "method_logits_max_abs": LIMITS["logits_max_abs"]}
     document = {
         "checkpoint": {
             "file": config.checkpoint.name,
@@ -471,7 +429,7 @@ def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
             "channels_scored": int(sum(len(values) for values in reference.values.values())),
         },
         "identity": identity,
-        "limits": limits,
+        "limits": limits(method),
         "scores": agreement(job, both["JAX"], both["PyTorch"]),
         "reference": how,
         "schedule": schedule,
@@ -483,137 +441,6 @@ def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
         "meaning": MEANING,
     }
     return document, both
-
-
-def beyond_limits(document: Mapping[str, Any]) -> list[str]:
-    """The names of the figures that are beyond their limits (NaN included)."""
-    found = {name: document["identity"][name] for name in SAME}
-    found |= _worst(document)
-    return [name for name, value in found.items() if not value <= document["limits"][name]]
-
-
-def _worst(document: Mapping[str, Any]) -> dict[str, float]:
-    """The limited figures that several rows have; those of INT8 and of the method only where they were compared."""
-    int8 = [row["integers_that_differ"] for row in document["int8"] if "not_comparable" not in row]
-    worst = {"pruned_logits_max_abs": _largest(document["pruned"], "logits_max_abs")}
-    if document["method"]:
-        figures = ("channels_that_differ", "logits_max_abs")
-        worst |= {f"method_{figure}": _largest(document["method"], figure) for figure in figures}
-    return worst | ({"int8_integers_that_differ": sum(int8)} if int8 else {})
-
-
-def _largest(rows: Sequence[Mapping[str, Any]], figure: str) -> float:
-    return float(np.max([row[figure] for row in rows]))  # NaN where one is
-
-
-def tables(document: Mapping[str, Any]) -> list[Table]:
-    """The comparison for people to read."""
-    beyond, limits = beyond_limits(document), document["limits"]
-    name = document["checkpoint"]["file"]
-    same = Table("JAX against PyTorch", "found", "at most", title=f"{name}: the same numbers?", title_justify="left")
-    found = document["identity"] | _worst(document)
-    for figure, limit in limits.items():
-        value = f"{found[figure]:.3g}{' !' if figure in beyond else ''}" if figure in found else "not comparable"
-        same.add_row(figure.replace("_", " "), value, f"{limit:g}")
-    identity, scores = document["identity"], document["scores"]
-    same.add_row("accuracy", f"{identity['accuracy_jax']:.2%} | {identity['accuracy_torch']:.2%}", "")
-    same.add_row("scores, Spearman", f"{scores['spearman']:.6f}", "")
-    for ratio, overlap in scores["kept_overlap"].items():
-        same.add_row(f"kept channels in common, {ratio} kept", f"{overlap:.4f}", "")
-
-    ratios = list(scores["kept_overlap"])
-    title = f"Against the {document['reference']} ranking: probes weighed alike | as published"
-    ranking = Table("probes", "Spearman", *[f"kept in common, {r} kept" for r in ratios], title=title)
-    ranking.title_justify = "left"
-    for row in document["schedule"]:
-        fixed, published = row["fixed"], row["published"]
-        cells = [f"{fixed['spearman']:.4f} | {published['spearman']:.4f}"]
-        cells += [f"{fixed['kept_overlap'][r]:.3f} | {published['kept_overlap'][r]:.3f}" for r in ratios]
-        ranking.add_row(str(row["probes"]), *cells)
-
-    pruned = Table("kept channels", "criterion", "JAX", "PyTorch", title="Accuracy after pruning, not fine-tuned")
-    pruned.title_justify = "left"
-    for row in document["pruned"]:
-        pruned.add_row(f"{row['kept_channels']:g}", row["criterion"], *_accuracies(row))
-
-    method = Table("kept channels", "kept by one only", "logits", "JAX", "PyTorch", title="Ranked and pruned by each")
-    method.title_justify = "left"
-    for row in document["method"]:
-        cells = (str(row["channels_that_differ"]), f"{row['logits_max_abs']:.3g}", *_accuracies(row))
-        method.add_row(f"{row['kept_channels']:g}", *cells)
-
-    int8 = Table("kept channels", "integers", "differ", "accuracy, JAX", "PyTorch", title="INT8, not trained")
-    int8.title_justify = "left"
-    for row in document["int8"]:
-        if "not_comparable" in row:
-            int8.add_row(f"{row['kept_channels']:g}", f"not comparable: {row['not_comparable']}")
-            continue
-        integers = (f"{row['integers']:,}", str(row["integers_that_differ"]))
-        int8.add_row(f"{row['kept_channels']:g}", *integers, *_accuracies(row))
-
-    cost = Table("", *document["cost"], title="Cost of a trace, each in a process of its own", title_justify="left")
-    devices = [each.get("device") or f"not measured: {each['not_measured']}" for each in document["cost"].values()]
-    cost.add_row("device", *devices)
-    for key, what in (
-        ("seconds_per_probe", "seconds per probe"),
-        ("cpu_seconds_per_probe", "CPU seconds per probe"),
-        ("first_call_seconds", "first call, s"),
-        ("memory_before", "memory before, MiB"),
-        ("peak_memory", "peak memory, MiB"),
-        ("load_average", "load average meanwhile"),
-    ):
-        cost.add_row(what, *[f"{each[key]:.4g}" if key in each else "" for each in document["cost"].values()])
-    return [same, ranking, pruned, *([method] if method.rows else []), int8, *([cost] if document["cost"] else [])]
-
-
-def _accuracies(row: Mapping[str, Any]) -> list[str]:
-    return [f"{row[f'accuracy_{framework}']:.2%}" for framework in ("jax", "torch")]
-
-
-def schedule_figure(document: Mapping[str, Any]) -> Figure:
-    """Agreement with the reference over the number of probes, for both schedules."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'ehap-jax[report]'") from error
-    rows = document["schedule"]
-    ratio = list(document["scores"]["kept_overlap"])[-1]
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, title in zip(panels, ("Spearman of all scores", f"kept channels in common, {ratio} kept"), strict=True):
-        for schedule, colour, label in (
-            ("fixed", "#0072B2", "probes weighed alike"),
-            ("published", "#D55E00", "published schedule"),
-        ):
-            values = [
-                row[schedule]["spearman"] if axes is panels[0] else row[schedule]["kept_overlap"][ratio] for row in rows
-            ]
-            axes.plot([row["probes"] for row in rows], values, marker="o", markersize=4, color=colour, label=label)
-        axes.set_xscale("log")
-        axes.set_xlabel("probes")
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axes.grid(color="#e6e6e6")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    figure.suptitle(f"Agreement with the {document['reference']} ranking", x=0.01, ha="left", fontsize=10)
-    return figure
-
-
-def write_results(run: RunDirectory, document: dict[str, Any], both: Mapping[str, Scores], console: Console) -> None:
-    """The table on the screen and as text, the JSON file and the two plots."""
-    shown = tables(document)
-    for table in shown:
-        console.print(table)
-    plain = Console(record=True, width=110, file=StringIO())
-    for table in shown:
-        plain.print(table)
-    run.write_text("comparison.txt", plain.export_text())
-    run.write_json("comparison.json", document)
-    scatter = score_scatter(both["PyTorch"].values, both["JAX"].values, ("PyTorch", "JAX"))
-    for name, figure in (("schedule.png", schedule_figure(document)), ("scores.png", scatter)):
-        partial = run.file(f".{name}")
-        figure.savefig(partial, dpi=150, format="png")
-        partial.replace(run.file(name))
 
 
 def main(config: Config, output: Path, overwrite: bool) -> list[str]:
@@ -635,7 +462,7 @@ def main(config: Config, output: Path, overwrite: bool) -> list[str]:
         if config.cost:
             run.write_json("comparison.json", document)  # stands, whatever becomes of the processes
             document |= {"cost": compare_cost(job), "seconds": round(time.perf_counter() - started, 1)}
-        write_results(run, document, both, Console())
+        write_results(run, document, both)
         progress.note(f"written to {run.path}")
     return beyond_limits(document)
 

@@ -17,6 +17,8 @@ pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'eh
 from interop.torch_models import cifar_resnet  # noqa: E402
 from recipes import compare_torch  # noqa: E402
 from recipes.torch_job import Config, prepare  # noqa: E402
+from recipes.torch_limits import SAME, beyond_limits  # noqa: E402
+from recipes.torch_report import tables  # noqa: E402
 from tests.interop.conftest import lively  # noqa: E402
 from tests.recipes import dying  # noqa: E402
 
@@ -62,14 +64,14 @@ def finished(files, tmp_path_factory):
 
 def test_both_frameworks_agree(finished):
     found = json.loads((finished / "comparison.json").read_text())
-    assert all(found["identity"][name] <= found["limits"][name] for name in compare_torch.SAME)
+    assert all(found["identity"][name] <= found["limits"][name] for name in SAME)
     assert found["identity"]["accuracy_jax"] == found["identity"]["accuracy_torch"]
     assert found["scores"]["spearman"] > 0.999
     assert found["scores"]["kept_overlap"] == {"0.8": 1.0, "0.5": 1.0}
     assert found["reference"] == "exact"
     rows = found["pruned"]
     assert len(rows) == 2 * 3 and all(row["accuracy_jax"] == row["accuracy_torch"] for row in rows)
-    assert compare_torch.beyond_limits(found) == []
+    assert beyond_limits(found) == []
 
 
 def test_int8_integers_are_the_same(finished):
@@ -117,9 +119,9 @@ def test_what_has_no_integers_in_pytorch_is_told(files, monkeypatch):
 def test_nothing_is_claimed_of_what_was_not_compared(finished):
     found = json.loads((finished / "comparison.json").read_text())
     found["int8"] = [{"kept_channels": 1.0, "not_comparable": "a mean over windows"}]
-    assert compare_torch.beyond_limits(found) == []
+    assert beyond_limits(found) == []
     console = Console(record=True, width=110, file=StringIO())
-    for table in compare_torch.tables(found):
+    for table in tables(found):
         console.print(table)
     text = console.export_text()
     assert re.search(r"int8 integers that differ *│ *not comparable", text) and "a mean over windows" in text
@@ -183,7 +185,7 @@ def test_figures_beyond_their_limits_are_named(finished):
     found["pruned"][0]["logits_max_abs"] = 1.0
     found["int8"][1]["integers_that_differ"] = 1
     beyond = ["gradient_relative", "pruned_logits_max_abs", "int8_integers_that_differ"]
-    assert compare_torch.beyond_limits(found) == beyond
+    assert beyond_limits(found) == beyond
 
 
 @pytest.mark.parametrize(
