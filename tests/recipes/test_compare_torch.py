@@ -15,9 +15,12 @@ from ehap_jax.training import Progress
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
 from interop.torch_models import cifar_resnet  # noqa: E402
-from recipes import compare_torch  # noqa: E402
+from recipes import compare_torch, torch_cost  # noqa: E402
+from recipes.torch_cost import measure  # noqa: E402
+from recipes.torch_integers import compare_int8  # noqa: E402
 from recipes.torch_job import Config, prepare  # noqa: E402
 from recipes.torch_limits import SAME, beyond_limits  # noqa: E402
+from recipes.torch_pruning import torch_kept  # noqa: E402
 from recipes.torch_report import tables  # noqa: E402
 from tests.interop.conftest import lively  # noqa: E402
 from tests.recipes import dying  # noqa: E402
@@ -57,7 +60,7 @@ def finished(files, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         patch.setattr(compare_torch, "compare_cost", cost)
-        patch.setattr(compare_torch, "measure", dying.measure)
+        patch.setattr(torch_cost, "measure", dying.measure)
         assert compare_torch.command(given) == 0
     return output
 
@@ -92,14 +95,14 @@ def test_each_framework_prunes_the_same_by_itself(finished):
 
 
 def test_layers_at_their_limit_keep_what_others_give_up():
-    kept = compare_torch.torch_kept({"a": torch.arange(20.0) / 100, "b": torch.arange(20.0) + 1}, 0.5)
+    kept = torch_kept({"a": torch.arange(20.0) / 100, "b": torch.arange(20.0) + 1}, 0.5)
     assert kept["a"].tolist() == [19] and kept["b"].tolist() == list(range(1, 20))
     with pytest.raises(ValueError, match="every layer keeps some"):
-        compare_torch.torch_kept({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 0.3)
+        torch_kept({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 0.3)
 
 
 def test_dead_channels_go_before_negative_scores():
-    assert compare_torch.torch_kept({"a": torch.tensor([0.0, -1.0, 2.0, 3.0])}, 0.75)["a"].tolist() == [1, 2, 3]
+    assert torch_kept({"a": torch.tensor([0.0, -1.0, 2.0, 3.0])}, 0.75)["a"].tolist() == [1, 2, 3]
 
 
 def test_what_has_no_integers_in_pytorch_is_told(files, monkeypatch):
@@ -112,7 +115,7 @@ def test_what_has_no_integers_in_pytorch_is_told(files, monkeypatch):
     with Progress(Console(file=StringIO())) as progress:
         job = prepare(config, progress)
         monkeypatch.setattr(torch_integer, "IntegerModule", refuse)
-        rows = compare_torch.compare_int8(job, random_scores(job.graph, key=jax.random.key(0)))
+        rows = compare_int8(job, random_scores(job.graph, key=jax.random.key(0)))
     assert rows == [{"kept_channels": kept, "not_comparable": "a mean over windows"} for kept in (1.0, 0.5)]
 
 
@@ -161,7 +164,7 @@ def test_run_directory_explains_itself(finished):
 @pytest.mark.parametrize("framework", ["JAX", "PyTorch"])
 def test_time_and_memory(files, framework):
     images, labels = np.zeros((2, 8, 8, 3), np.float32), np.zeros(2, np.int32)
-    cost = compare_torch.measure(framework, files[0], "auto", images, labels, 1)
+    cost = measure(framework, files[0], "auto", images, labels, 1)
     assert cost["precision"] == "highest"
     assert 0 < cost["memory_before"] <= cost["peak_memory"]
     assert cost["seconds_per_probe"] > 0 and cost["cpu_seconds_per_probe"] > 0
