@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ehap_jax.pruning import Scores
 from ehap_jax.report import score_scatter
+from ehap_jax.report.figure_style import BLUE, LINE, RED, new_figure, save_figure
 from ehap_jax.training import RunDirectory
 from recipes.torch_limits import beyond_limits, limited_figures
 
@@ -49,11 +50,9 @@ def write_results(run: RunDirectory, document: Mapping[str, Any], both: Mapping[
         plain.print(table)
     run.write_text("comparison.txt", plain.export_text())
     run.write_json("comparison.json", document)
+    save_figure(schedule_figure(document), run.file("schedule.png"))
     scatter = score_scatter(both["PyTorch"].values, both["JAX"].values, ("PyTorch", "JAX"))
-    for name, figure in (("schedule.png", schedule_figure(document)), ("scores.png", scatter)):
-        unfinished = run.file(f".{name}")
-        figure.savefig(unfinished, dpi=150, format="png")
-        unfinished.replace(run.file(name))
+    save_figure(scatter, run.file("scores.png"))
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
@@ -147,18 +146,14 @@ def _accuracies(row: Mapping[str, Any]) -> list[str]:
 
 def schedule_figure(document: Mapping[str, Any]) -> Figure:
     """Agreement with the reference over the number of probes, for both schedules."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'ehap-jax[report]'") from error
     rows = document["schedule"]
     ratio = list(document["scores"]["kept_overlap"])[-1]
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    figure = new_figure(8.4, 3.6)
     panels = figure.subplots(1, 2)
     for axes, title in zip(panels, ("Spearman of all scores", f"kept channels in common, {ratio} kept"), strict=True):
         for schedule, colour, label in (
-            ("fixed", "#0072B2", "probes weighed alike"),
-            ("published", "#D55E00", "published schedule"),
+            ("fixed", BLUE, "probes weighed alike"),
+            ("published", RED, "published schedule"),
         ):
             values = [
                 row[schedule]["spearman"] if axes is panels[0] else row[schedule]["kept_overlap"][ratio] for row in rows
@@ -167,7 +162,7 @@ def schedule_figure(document: Mapping[str, Any]) -> Figure:
         axes.set_xscale("log")
         axes.set_xlabel("probes")
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axes.grid(color="#e6e6e6")
+        axes.grid(color=LINE)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.suptitle(f"Agreement with the {document['reference']} ranking", x=0.01, ha="left", fontsize=10)
