@@ -125,7 +125,7 @@ class IntegerNetwork:
     execution: tuple[tuple[str, Execution], ...] = field(metadata={"static": True})
 
     def __call__(self, x):
-        """Logits, float32."""
+        """What the function returns, in its dtypes."""
         program = self.structure.program(x)
         tensors, known = self._run(program, x)
         outputs = [tensors[out] if isinstance(out, str) else value_of(out, known) for out in program.outputs]
@@ -151,8 +151,8 @@ class IntegerNetwork:
         match step:
             case QuantizeStep(source, target):
                 tensors[target.out.name] = arithmetic.quantise_to(tensors[source], target)
-            case DequantizeStep(source, out):
-                tensors[out] = arithmetic.dequantise_from(tensors[source.name], source.grid)
+            case DequantizeStep(source, out, dtype):
+                tensors[out] = arithmetic.dequantise_from(tensors[source.name], source.grid).astype(dtype)
             case ClipStep(source, target):
                 tensors[target.out.name] = arithmetic.clip(tensors[source.name], target)
             case RequantizeStep(source, target):
@@ -166,7 +166,7 @@ class IntegerNetwork:
                 total = arithmetic.accumulate(
                     site.node, site.kernel_operand, tensors[source.name], source.grid, kernel, parts
                 )
-                self._finish(site.name, apply_moves(site, total), site.out_axis, target, tensors)
+                self._finish(site.name, apply_moves(site, total), site.out_axis, target, tensors, site.result.dtype)
             case ScaleStep(scale, name, source, target):
                 zero = source.grid.zero - source.grid.stored_offset
                 kernel = self.layers[name].kernel.astype(jnp.int32)
@@ -192,12 +192,20 @@ class IntegerNetwork:
                 inputs = [tensors[v] if isinstance(v, str) else value_of(v, known) for v in operands]
                 tensors.update(zip(outs, _compat.bind(node.primitive, inputs, node.params), strict=True))
 
-    def _finish(self, name: str, total, axis: int | None, target: Target | str, tensors: dict[str, jax.Array]) -> None:
-        """Bias, and the scale of the result."""
+    def _finish(
+        self,
+        name: str,
+        total,
+        axis: int | None,
+        target: Target | str,
+        tensors: dict[str, jax.Array],
+        dtype: Any = jnp.float32,
+    ) -> None:
+        """Bias, and the scale of the result; ``dtype``, where that is a real tensor."""
         total = total + along(self.layers[name].bias, axis, total.ndim)
         if isinstance(target, str):
             multiplier = along(self.multipliers[target], axis, total.ndim)
-            tensors[target] = total.astype(jnp.float32) * multiplier
+            tensors[target] = (total.astype(jnp.float32) * multiplier).astype(dtype)
         else:
             multiplier = along(self.multipliers[target.out.name], axis, total.ndim)
             tensors[target.out.name] = arithmetic.requantise(total, multiplier, target)

@@ -148,11 +148,7 @@ def select(writer: Writer, node: Node, inputs: list[Input]) -> Tensor:
 
 @rule("convert_element_type")
 def convert(writer: Writer, node: Node, inputs: list[Input]) -> Tensor:
-    from onnx import helper
-
-    x = tensor_of(writer, inputs[0])
-    to = helper.np_dtype_to_tensor_dtype(np.dtype(node.params["new_dtype"]))
-    return result(node, writer.node("Cast", [x.name], to=to), x.axes)
+    return writer.cast(tensor_of(writer, inputs[0]), node.params["new_dtype"])
 
 
 @rule("copy", "copy_p", "stop_gradient", "optimization_barrier")
@@ -291,13 +287,12 @@ def reduce_(writer: Writer, node: Node, inputs: list[Input]) -> Tensor:
 
 @rule("argmax", "argmin")
 def arg(writer: Writer, node: Node, inputs: list[Input]) -> Tensor:
-    from onnx import helper
-
     x = writer.in_order(tensor_of(writer, inputs[0]))
     op = "ArgMax" if node.name == "argmax" else "ArgMin"
     found = writer.node(op, [x.name], axis=node.params["axes"][0], keepdims=0)
-    to = helper.np_dtype_to_tensor_dtype(np.dtype(node.params["index_dtype"]))
-    return result(node, writer.node("Cast", [found], to=to), range(len(node.outputs[0].shape)))
+    shape = tuple(node.outputs[0].shape)
+    tensor = Tensor(found, shape, tuple(range(len(shape))), np.dtype(np.int64))
+    return writer.cast(tensor, node.params["index_dtype"])
 
 
 @rule("reduce_window_max", "reduce_window_sum")

@@ -62,11 +62,11 @@ class StepWriter:
         match step:
             case QuantizeStep(source, target):
                 self.quantise(self.tensors[source], target)
-            case DequantizeStep(source, out):
+            case DequantizeStep(source, out, dtype):
                 # ONNX Runtime would give what stands between the two roundings an integer kernel of its own making,
                 # weights included; a sum of one operand keeps it from seeing them together.
                 real = self.dequantised(self.tensors[source.name], source.grid)
-                self.tensors[out] = replace(real, name=self.writer.node("Sum", [real.name]))
+                self.tensors[out] = self.writer.cast(replace(real, name=self.writer.node("Sum", [real.name])), dtype)
             case LayerStep(site, source, target):
                 self.layer(site, source, target)
             case ScaleStep():
@@ -104,7 +104,7 @@ class StepWriter:
 
     def quantise(self, x: Tensor, target: Target) -> None:
         """Round a real tensor to its grid, with a Clip where the grid or a ReLU ends before the type does."""
-        grid, name = target.out.grid, target.out.name
+        x, grid, name = self.writer.cast(x, np.float32), target.out.grid, target.out.name
         narrower = (target.low, target.high) != (np.iinfo(grid.dtype).min, np.iinfo(grid.dtype).max)
         clip_integers = narrower and grid.dtype.itemsize == 1
         if narrower and not clip_integers:  # ONNX Runtime clips no 16-bit integers
@@ -173,7 +173,7 @@ class StepWriter:
             weights.append(self.weights(bias, np.float32(source.grid.scale) * scale, 0, f"{site.name}/bias"))
         y = self.apply(site, x, weights)
         if isinstance(target, str):
-            self.tensors[target] = self.moved(site, y)
+            self.tensors[target] = self.writer.cast(self.moved(site, y), site.result.dtype)
         else:
             self.quantise(y, target)
             self.tensors[target.out.name] = self.moved(site, self.tensors[target.out.name])

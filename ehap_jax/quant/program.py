@@ -74,13 +74,19 @@ class QuantizeStep:
 
 @dataclass(frozen=True, eq=False)
 class DequantizeStep:
+    """Integers as the real numbers they stand for, in the ``dtype`` that the function has there."""
+
     source: Integers
     out: str
+    dtype: np.dtype
 
 
 @dataclass(frozen=True, eq=False)
 class LayerStep:
-    """A conv or dense layer with its tail; ``target`` is the name of a real tensor where nothing rounds the result."""
+    """A conv or dense layer with its tail.
+
+    ``target`` is the name of a real tensor, of the dtype of ``site.result``, where nothing rounds the result.
+    """
 
     site: Site
     source: Integers
@@ -394,7 +400,7 @@ class _Lowering:
         if value not in self.reals:
             integers = self.rounded(value)
             self.reals[value] = self.name(f"{self.network.names[self.network.made[value][0]]}/real")
-            self.steps.append(DequantizeStep(integers, self.reals[value]))
+            self.steps.append(DequantizeStep(integers, self.reals[value], np.dtype(value.dtype)))
         return self.reals[value]
 
     def raw(self, value: Value) -> str:

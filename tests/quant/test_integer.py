@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ehap_jax.quant import HAWQ, QuantRule, fake_quant, quantize_weights, rounded_activations, to_integer
+from ehap_jax.quant import HAWQ, INT8, QuantRule, fake_quant, quantize_weights, rounded_activations, to_integer
 from ehap_jax.quant import integer_arithmetic as arithmetic
 from ehap_jax.quant.program import IntegerGrid, Integers, LayerStep, Target
 from tests.pruning.invariant import jit
-from tests.quant.networks import apply, calibrate, make_images, make_variables, run
+from tests.quant.networks import apply, calibrate, in_16_bits, make_images, make_variables, run
 
 
 def dense(v, x):
@@ -161,6 +161,17 @@ def test_every_range_names_its_integers():
     assert fake.keys() == qstate.keys() <= tensors.keys()
     for name, integers in fake.items():
         assert int(jnp.abs(integers - tensors[name].astype(jnp.int32)).max()) <= 1, name
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_what_stays_in_floating_point_keeps_its_16_bits(dtype):
+    function, variables, x = in_16_bits(dtype)
+    for rules in (INT8, (QuantRule("b", skip=True), *INT8)):  # the gate reads a layer's sums, or a layer a rounding
+        quantized, qstate = calibrate(function, variables, x, rules)
+        got = to_integer(quantized, variables, qstate, example=x)(x)
+        assert got.dtype == dtype
+        fake = run(quantized, variables, qstate, x).astype(jnp.float32)
+        np.testing.assert_allclose(got.astype(jnp.float32), fake, atol=0.02 * float(jnp.abs(fake).max()))
 
 
 FILLED = {

@@ -11,9 +11,9 @@ from jax import lax
 
 from ehap_jax import allocate, random_scores, shrink, shrink_variables, trace_graph
 from ehap_jax.models import ResNet, eval_apply
-from ehap_jax.quant import HAWQ, QuantRule, save_onnx, to_integer, to_onnx
+from ehap_jax.quant import HAWQ, INT8, QuantRule, save_onnx, to_integer, to_onnx
 from tests.pruning.invariant import jit, randomise
-from tests.quant.networks import apply, batch_norm, calibrate, conv, make_images, make_variables
+from tests.quant.networks import apply, batch_norm, calibrate, conv, in_16_bits, make_images, make_variables
 
 onnx = pytest.importorskip("onnx", reason="needs pip install 'ehap-jax[onnx]'")
 runtime = pytest.importorskip("onnxruntime", reason="needs pip install 'ehap-jax[onnx]'")
@@ -205,6 +205,22 @@ def test_a_layer_that_a_rule_skips_stays_in_floating_point(tmp_path):
     np.testing.assert_allclose(outputs(model, x)["y"], fake, atol=1e-5)
     counts = kernels(model, tmp_path)
     assert (counts["Gemm"] + counts["FusedGemm"], counts["QGemm"]) == (2, 2)
+
+
+def test_what_stays_in_floating_point_keeps_its_16_bits():
+    function, variables, x = in_16_bits(jnp.float16)
+    for rules in (INT8, (QuantRule("b", skip=True), *INT8)):
+        quantized, qstate = calibrate(function, variables, x, rules)
+        got = outputs(to_onnx(quantized, variables, qstate, example=x), x)["y"]
+        want = np.asarray(to_integer(quantized, variables, qstate, example=x)(x))
+        assert got.dtype == np.float16
+        np.testing.assert_allclose(got, want, atol=2e-3 * float(np.abs(want).max()))
+    function, variables, x = in_16_bits(jnp.bfloat16)  # ONNX Runtime has no such kernels, but the file is right
+    quantized, qstate = calibrate(function, variables, x)
+    assert (
+        to_onnx(quantized, variables, qstate, example=x).graph.output[0].type.tensor_type.elem_type
+        == onnx.TensorProto.BFLOAT16
+    )
 
 
 def test_float_export(small, tmp_path):
