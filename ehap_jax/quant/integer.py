@@ -39,7 +39,7 @@ from ehap_jax.quant.program import (
     lower,
 )
 from ehap_jax.quant.roundings import Network, Scale, prepare
-from ehap_jax.quant.rules import QuantRule
+from ehap_jax.quant.rules import QuantRule, skipping
 from ehap_jax.quant.weights import (
     LARGEST_BIAS,
     check_layers,
@@ -332,7 +332,7 @@ def certify(program: Program, layers: Mapping[str, LayerWeights]) -> dict[str, C
             if with_bias >= 2**31:
                 raise ValueError(
                     f"{site.name}: its sums can reach {with_bias}, which int32 cannot hold; use fewer bits or "
-                    f"leave it in floating point with QuantRule({site.path!r}, skip=True)."
+                    f"leave it in floating point with {skipping(site.path)}."
                 )
             found[site.name] = Certificate(largest, arithmetic.float32_parts(reaches))
     return found

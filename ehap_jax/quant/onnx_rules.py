@@ -11,6 +11,7 @@ from jax import lax
 
 from ehap_jax.graph.trace import Node
 from ehap_jax.quant.onnx_graph import Tensor, Writer
+from ehap_jax.quant.rules import skipping
 
 Input = Tensor | np.ndarray
 Rule = Callable[[Writer, Node, list[Input]], Tensor]
@@ -47,8 +48,10 @@ def rule(*names: str):
     return decorate
 
 
-def refuse(node: Node, what: str) -> NotImplementedError:
-    return NotImplementedError(f"{node.name} at {node.source}: {what} cannot be written as ONNX.")
+def refuse(node: Node, what: str, reader: str | None = None) -> NotImplementedError:
+    """The error. reader: the path of the kernel that, left in floating point, would avoid it."""
+    remedy = "" if reader is None else f" Leave the layer that reads it in floating point with {skipping(reader)}."
+    return NotImplementedError(f"{node.name} at {node.source}: {what} cannot be written as ONNX.{remedy}")
 
 
 def tensor_of(writer: Writer, value: Input) -> Tensor:

@@ -49,7 +49,7 @@ class StepWriter:
         layers: Mapping[str, NumpyWeights],
         folded: Mapping[str, tuple[np.ndarray, np.ndarray]],
     ) -> None:
-        self.known, self.layers, self.folded = known, layers, folded
+        self.network, self.known, self.layers, self.folded = program.network, known, layers, folded
         self.writer = Writer()
         self.tensors: dict[str, Tensor] = {}
         for name, value in zip(program.inputs, program.network.graph.arguments, strict=True):
@@ -250,9 +250,8 @@ class StepWriter:
         kernel, bias, scale = (np.broadcast_to(v, (channels,)) for v in (kernel, bias, scale))
         others = [i for i in range(rank) if i not in (0, axis)]
         if rank < 3 or axis == 0:
-            raise refuse(
-                step.scale.steps[0].node, f"an affine function of shape {step.source.shape} that no layer took up"
-            )
+            what = f"an affine function of shape {step.source.shape} that no layer took up"
+            raise refuse(step.scale.steps[0].node, what, self.network.reader(step.name))
         x = self.writer.lay(self.tensors[step.source.name], (0, axis, *others))
         x = self.dequantised(x, step.source.grid)
         kernel = kernel.reshape(channels, 1, *(1 for _ in others))
@@ -288,7 +287,7 @@ class StepWriter:
         gone = tuple(node.params["axes"])
         kept = [axis for axis in range(len(x.shape)) if axis not in gone]
         if len(kept) != 2:
-            raise refuse(node, f"a mean of shape {x.shape} over axes {gone}")
+            raise refuse(node, f"a mean of shape {x.shape} over axes {gone}", self.network.reader(step.target.out.name))
         x = self.writer.lay(x, (*kept, *gone))
         real = self.dequantised(x, step.source.grid)
         real = replace(real, name=self.writer.node("GlobalAveragePool", [real.name]))

@@ -385,6 +385,24 @@ def test_sums_in_floating_point_are_an_error_that_says_residual_bits(small):
         to_integer(quantized, variables, qstate, example=x)
 
 
+def refusal(function, v, x, rules=INT8):
+    quantized, qstate = calibrate(function, v, x, rules)
+    with pytest.raises(NotImplementedError) as error:
+        to_integer(quantized, v, qstate, example=x)
+    return str(error.value)
+
+
+def test_refusals_name_the_rule_that_helps():
+    """And no other: a bias per position, an add with 8 bits at its ends already, is not one of residual bits."""
+    v = {"one": DENSE["kernel"], "two": DENSE["kernel"].T, "at": jnp.ones((8, 4)), "order": jnp.arange(4.0)}
+    position = refusal(lambda v, x: jax.nn.relu(x @ v["one"] + v["at"]) @ v["two"], v, DENSE_X)
+    assert "QuantRule('two', skip=True)" in position and "residual_bits" not in position
+    joined = refusal(lambda v, x: jnp.concatenate([jnp.tanh(x @ v["one"]), x[:, :0]], axis=1) @ v["two"], v, DENSE_X)
+    assert "QuantRule('two', skip=True)" in joined  # not after the tensor that is joined
+    ordered = refusal(lambda v, x: (x @ v["one"])[:, v["order"].astype(jnp.int32)] @ v["two"], v, DENSE_X)
+    assert "by indices that depend on variables" in ordered and "QuantRule('two', skip=True)" in ordered
+
+
 def test_ranges_must_be_calibrated():
     quantized = fake_quant(dense)
     with pytest.raises(ValueError, match="never seen data"):

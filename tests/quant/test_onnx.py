@@ -344,6 +344,10 @@ def test_what_is_refused(small, monkeypatch):
         to_onnx(quantized, variables, example=x)
     with pytest.raises(NotImplementedError, match=r"sort at .*has no ONNX rule"):
         to_onnx(lambda v, x: jnp.sort(x @ v), jnp.ones((3, 2)), example=jnp.ones((1, 3)))
+    images = {"a": HEADS["a"], "b": HEADS["b"][:, 0]}
+    over_all, ranges = calibrate(lambda v, x: (x @ v["a"]).mean(axis=(0, 1))[None] @ v["b"], images, TOKENS)
+    with pytest.raises(NotImplementedError, match=r"a mean of shape .*QuantRule\('b', skip=True\)"):
+        to_onnx(over_all, images, ranges, example=TOKENS)
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(ImportError, match=r"ehap-jax\[onnx\]"):
         to_onnx(quantized, variables, qstate, example=x)
