@@ -131,6 +131,29 @@ def test_everything_that_has_an_integer_form(tmp_path):
     assert counts["QLinearAdd"] >= 2 and counts["QLinearConv"] == 4 + 1 + 1 and counts["QGemm"] == 1
 
 
+def varied(v, x):
+    """Convolutions in groups and depthwise, with strides that differ, dilated, and padded on one side alone."""
+
+    def layer(x, kernel, **options):
+        options = {"window_strides": (1, 1), "padding": "SAME", **options}
+        return jax.nn.relu(lax.conv_general_dilated(x, kernel, **options, dimension_numbers=("NHWC", "HWIO", "NHWC")))
+
+    y = layer(x, v["grouped"], feature_group_count=2, window_strides=(2, 1))
+    y = layer(y, v["depthwise"], feature_group_count=4, padding=((1, 0), (0, 2)))
+    y = layer(y, v["dilated"], rhs_dilation=(1, 2))
+    return y.mean((1, 2)) @ v["out"]
+
+
+def test_convolutions_of_every_kind(tmp_path):
+    shapes = {"grouped": (3, 3, 2, 4), "depthwise": (2, 3, 1, 4), "dilated": (3, 3, 4, 5), "out": (5, 3)}
+    drawn = np.random.default_rng(6)
+    variables = {name: jnp.asarray(drawn.normal(0, 0.4, shape), jnp.float32) for name, shape in shapes.items()}
+    x = jnp.asarray(drawn.normal(size=(3, 6, 6, 4)), jnp.float32)
+    quantized, qstate = calibrate(varied, variables, x)
+    counts = assert_parity(quantized, variables, qstate, x, tmp_path)
+    assert counts["QLinearConv"] == 3
+
+
 def test_implants_under_union_coupling(tmp_path):
     """A kernel of two parts: two convolutions whose results are joined, with one affine function after them."""
     variables, x = make_variables(gamma_sign=True), make_images()
