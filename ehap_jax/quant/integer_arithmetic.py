@@ -21,6 +21,9 @@ from ehap_jax.quant.program import IntegerGrid, Target
 
 float32 = np.float32
 
+EXACT_IN_FLOAT32 = 2**24
+"""float32 holds every integer up to here, so that sums which stay below are exact in any order."""
+
 
 def store(integers: jax.Array, grid: IntegerGrid) -> jax.Array:
     """int32 integers of ``grid`` as they are kept."""
@@ -120,10 +123,6 @@ def pool(node: Node, stored: jax.Array, source: IntegerGrid, count: int, target:
     return requantise(total, jnp.asarray(pool_multiplier(source, target.out.grid, count)), target).reshape(
         target.out.shape
     )
-
-
-EXACT_IN_FLOAT32 = 2**24
-"""float32 holds every integer up to here, so that sums which stay below are exact in any order."""
 
 
 def accumulate(
