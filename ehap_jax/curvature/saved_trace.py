@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,11 +19,12 @@ from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, esti
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import Batches, layout_of, path_name
+from ehap_jax.graph import program_digest
 
 __all__ = ["TraceFingerprint", "fingerprint", "load_trace", "save_trace"]
 
 PyTree = Any
-FORMAT = "ehap_jax trace 2"
+FORMAT = "ehap_jax trace 3"
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class TraceFingerprint:
     Attributes:
       weights: of every leaf of ``params``: path, shape, dtype and bytes.
       batch: of every leaf of the batch, the same.
-      loss: the loss as JAX traces it (its jaxpr and constants), so renaming or moving the function changes nothing
-        and a changed temperature, label smoothing or layer does. Another JAX version may trace it differently.
+      loss: the loss and its derivative rules as JAX traces them, with every array closed over (see `program_digest`),
+        so renaming or moving the function changes nothing and a changed temperature, label smoothing or layer does.
+        Another JAX version may trace it differently.
       policy: the precision and any first scales that were asked for.
       key: the random key.
       selection: the probed paths and their channel axes.
@@ -67,6 +68,17 @@ def fingerprint(
 ) -> TraceFingerprint:
     """The fingerprint of `channel_trace` called with the same arguments. Traces the loss, runs nothing.
 
+    Args:
+      loss, params, batch, key, policy, microbatch, select, channel_axis: of `channel_trace`.
+      num_probes: of `channel_trace`; None matches any number.
+
+    Returns:
+      A `TraceFingerprint`: equal for two calls where all that determines their traces is equal.
+
+    Raises:
+      ValueError: the loss calls back into Python, so that what it computes cannot be known; nothing is selected.
+      TypeError: a selected parameter is an integer.
+
     >>> import jax, jax.numpy as jnp
     >>> of = lambda s: fingerprint(
     ...     lambda p, b: s * (p["w"] ** 2).sum(), {"w": jnp.ones((2, 2))}, jnp.ones(1), key=jax.random.key(0)
@@ -76,12 +88,10 @@ def fingerprint(
     """
     layout = layout_of(params, policy, select, channel_axis)
     one = batch[0] if isinstance(batch, Batches) else batch
-    traced = jax.make_jaxpr(loss)(*jax.tree.map(jnp.asarray, (params, one)))
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
     return TraceFingerprint(
         weights=_digest(params),
         batch=_digest(tuple(batch) if isinstance(batch, Batches) else batch),
-        loss=_digest([np.frombuffer(text.encode(), np.uint8), *traced.consts]),
+        loss=program_digest(loss, params, one, derivatives=2),
         policy=repr(policy),
         key=_key_text(key),
         selection=repr(tuple(zip(layout.paths, layout.axes, strict=True))),

@@ -155,6 +155,30 @@ def test_the_loss_is_known_by_what_it_computes():
     assert of(lambda p, b: jax.nn.relu(p["bias"]).sum()) == of(lambda p, b: jax.nn.relu(p["bias"]).sum())
 
 
+def test_a_trace_of_a_loss_with_other_constants_is_refused(tmp_path):
+    """Constants inside a compiled loss are arguments of no operation that is seen from outside."""
+
+    def scaled(c):
+        return jax.jit(lambda p, b: (p["kernel"] ** 2 * jnp.full((6, 4), c)).sum() + 0 * b.sum())
+
+    options = dict(key=KEY, num_probes=1, save_to=tmp_path / "trace.npz")
+    assert channel_trace(scaled(1.0), PARAMS, BATCH, **options).total() == 48
+    assert channel_trace(scaled(1.0), PARAMS, BATCH, **options).total() == 48
+    with pytest.raises(ValueError, match="these differ: loss "):
+        channel_trace(scaled(5.0), PARAMS, BATCH, **options)
+
+
+def test_a_loss_that_calls_the_host_is_refused_where_its_trace_would_be_saved(tmp_path):
+    def loss(p, batch):
+        weight = jax.pure_callback(lambda: np.float32(2), jax.ShapeDtypeStruct((), jnp.float32))
+        return weight * (p["kernel"] ** 2).sum() + 0 * batch.sum()
+
+    options = dict(key=KEY, num_probes=1)
+    assert channel_trace(loss, PARAMS, BATCH, **options).total() == 96
+    with pytest.raises(ValueError, match=r"pure_callback at .* runs a Python function"):
+        channel_trace(loss, PARAMS, BATCH, **options, save_to=tmp_path / "trace.npz")
+
+
 def test_files_that_are_not_whole_traces(whole, tmp_path):
     of = fingerprint(loss, PARAMS, BATCH, key=KEY, num_probes=60, policy=FLOAT16)
     file = tmp_path / "trace.npz"
