@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,9 @@ from ehap_jax.curvature.devices import (
     divide,
     fetch,
     place,
-    same_everywhere,
     size_of,
-    wait_for_all,
 )
-from ehap_jax.curvature.estimate import NO_PRODUCT, PRODUCTS, TraceEstimate, TraceState, estimate_of, no_probes
+from ehap_jax.curvature.estimate import TraceEstimate, TraceState, estimate_of, exact_state
 from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.hvp import require_same_shapes
 from ehap_jax.curvature.memory import choose_product
@@ -36,12 +34,11 @@ from ehap_jax.curvature.probe_loop import (
     linearizations,
     not_finite,
     scales_of,
-    typed,
 )
-from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import Problem, prepare
+from ehap_jax.curvature.probes import is_kernel, typed
+from ehap_jax.curvature.problem import prepare
 from ehap_jax.curvature.products import add_products, no_products
-from ehap_jax.curvature.saved_trace import fingerprint, load_trace, save_trace
+from ehap_jax.curvature.saved_trace import TraceFile, fingerprint
 
 __all__ = ["channel_trace", "probe_channel_products"]
 
@@ -97,13 +94,15 @@ def channel_trace(
       rtol: stop early once the standard error of the total trace is at most ``rtol * |total|``, looked at after
         every chunk once there are 16 probes.
       state: ``TraceEstimate.state`` of an earlier call with the same arguments, to add probes to it. The result
-        is bit-identical to that of one uninterrupted call.
+        is bit-identical to that of one uninterrupted call. Loss, weights and batch are not in a state: that they are
+        the same is up to you, while ``save_to`` checks them.
       select: ``select(path, leaf)``, whether to probe a leaf; by default those with two axes or more.
       channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
       method: ``"hutchinson"``; or with ``model``, ``"control_variate"``: the exact Gauss-Newton traces plus
         Hutchinson's estimate of what is left of the Hessian, from the same probes: unbiased, and as a rule less noisy
         (`variance_reduction` measures it); or ``"auto"``: no probes for the kernels where nothing is left, which the
-        graph of the model proves (see `piecewise_linear_kernels`), and the control variate for the others.
+        graph of the model proves (see `piecewise_linear_kernels`), and the control variate for the others. The exact
+        part comes first, and is not computed again where it is in ``save_to``.
       model: ``model(params, x) -> logits``, with batches as for `gauss_newton_trace`.
       head: of the loss: `softmax_cross_entropy`, `squared_error` or ``second_derivative(loss of one example)``.
       until: stop early once ``until(estimate)`` is true, looked at when ``rtol`` is.
@@ -111,14 +110,17 @@ def channel_trace(
         ``"jvp"`` differentiates the gradient anew, slower and with less memory; ``"remat"`` also forgets what lies
         between segments of the network and computes it again (see `rematerialized`). ``"auto"`` is the first of them
         that fits into ``memory_budget``; `product_memory` tells which, and what each needs. They round differently.
-      memory_budget: bytes per device for ``"auto"``; half of the free memory by default.
+      memory_budget: bytes per device for ``product="auto"``, half of the free memory by default; and for the exact
+        part of the other methods, see `gauss_newton_trace`.
       mesh: devices to share the work: examples are divided over its axis ``"data"``, probes over its axis ``"probe"``.
-        The probes are the same ones, and the result is that of one device to rounding (docs/many_devices.md).
-      save_to: a file for the state. It is written about every ``save_every`` seconds, between chunks, and at the
-        end. If it is there already, it must be of the same arguments (see `fingerprint`), and the run goes on from
+        The probes are the same ones, and the result is that of one device to rounding (docs/many_devices.md). The
+        exact part of the other methods is divided over the devices of one process; of several, each computes all of it.
+      save_to: a file for the trace. It is written about every ``save_every`` seconds, between chunks of probes, and at
+        the end. If it is there already, it must be of the same arguments (see `fingerprint`), and the run goes on from
         it: a run killed at any moment and repeated gives bit-identical results.
       save_every: seconds between two writes.
-      progress: called as ``progress(done, num_probes)`` after every chunk.
+      progress: called as ``progress(done, num_probes)`` after every chunk; before that, where the method has an exact
+        part, as ``progress(done, examples)`` after every chunk of its examples.
 
     Returns:
       A `TraceEstimate`.
@@ -127,8 +129,8 @@ def channel_trace(
       TypeError: the loss does not return one floating-point scalar; a selected parameter is an integer.
       ValueError: nothing is selected; batch leaves differ in length; NaN or infinity in ``params`` or ``batch``,
         named by path; the loss is not deterministic, or with ``microbatch`` not a mean over examples; ``state``
-        is of another key, policy or set of leaves; ``save_to`` is of something else, or comes with ``state``;
-        options out of range.
+        is of another key, method, dtype of the policy or set of leaves, or has more than ``num_probes`` probes;
+        ``save_to`` is of something else, or comes with ``state``; options out of range.
       FileNotFoundError: the folder of ``save_to`` does not exist.
       FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale; names the first such leaf.
 
@@ -152,39 +154,56 @@ def channel_trace(
     check_mesh(mesh)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    options: dict[str, Any] = {"policy": policy, "channel_axis": channel_axis, "microbatch": microbatch}
-    problem = prepare(loss, params, batch, select=select, shards=size_of(mesh, DATA), **options)
-    like_params, known = problem.layout.like_params, {}
-    if method != "hutchinson":
-        loss, select, known = split_curvature(
-            loss, params, batch, model=model, head=head, method=method, select=select, **options
-        )
-        if not any(select(path, problem.leaves[0]) for path in problem.layout.paths):
-            return estimate_of(like_params, no_probes(typed(key), policy.sums), known)
-        problem = prepare(loss, params, batch, select=select, shards=size_of(mesh, DATA), check_loss=False, **options)
-    problem = divide(problem, mesh)
+    if method != "hutchinson" and model is None:
+        raise ValueError(f'method="{method}" needs the model beside the loss: model=, a function (params, x) -> logits')
+    options: dict[str, Any] = {"policy": policy, "microbatch": microbatch}
+    options |= {"select": select, "channel_axis": channel_axis}
+    problem = prepare(loss, params, batch, shards=size_of(mesh, DATA), **options)
+    like_params = problem.layout.like_params
     made_from = None
     if save_to is not None:
-        made_from = fingerprint(
+        how = {"method": method, "model": model, "head": head}
+        made_from = fingerprint(loss, params, batch, key=key, num_probes=num_probes, **how, **options)
+    file = TraceFile(save_to, made_from, save_every)
+    saved = file.read(params)
+    if saved is not None:
+        if state is not None:
+            raise ValueError(f"both state= and a saved trace, {save_to}: give one of them to go on from")
+        state = saved.state
+    probed, known = "hutchinson", {}
+    if method != "hutchinson":
+        probed = "control_variate"
+        loss, left, known = split_curvature(
             loss,
             params,
             batch,
-            key=key,
-            num_probes=num_probes,
-            select=select,
+            model=model,
+            head=head,
+            method=method,
+            known=None if saved is None else saved.known,
+            memory_budget=memory_budget,
+            mesh=mesh,
+            progress=progress,
             **options,
         )
-        if same_everywhere(Path(save_to).exists(), f"whether {save_to} exists"):
-            if state is not None:
-                raise ValueError(f"both state= and a saved trace, {save_to}: give one of them to go on from")
-            state = load_trace(save_to, params, made_from).state
+        if not left:
+            exact = estimate_of(like_params, exact_state(probed, policy, key), known)
+            file.save(lambda: exact, last=True)
+            return exact
+        options |= {"select": lambda path, leaf: path in left, "check_loss": False}
+        problem = prepare(loss, params, batch, shards=size_of(mesh, DATA), **options)
+    problem = divide(problem, mesh)
+
+    def run_by(product: str) -> Run:
+        return Run(loss, problem, product, mesh, probed)
+
     if state is not None:
-        _require_same_run(state, problem, key)
+        _require_same_run(state, run_by(product), key, num_probes)
         if product == "auto":
-            product = PRODUCTS[int(state.product)]
-    product = choose_product(product, memory_budget, lambda way: Run(loss, problem, way, mesh), key, policy).product
-    run = Run(loss, problem, product, mesh)
-    now: TraceState = first_state(run, key, policy) if state is None else place(mesh, fetch(state), SAME)
+            product = state.origin.product or product
+    run = run_by(choose_product(product, memory_budget, run_by, key, policy).product)
+    now = first_state(run, key, policy) if state is None else place(mesh, fetch(state), SAME)
+    now = now._replace(origin=run.origin)
 
     def estimate(state: TraceState) -> TraceEstimate:
         return estimate_of(like_params, state if mesh is None else fetch(state), known)
@@ -196,11 +215,7 @@ def channel_trace(
         precise = rtol is not None and found.total_sem() <= rtol * abs(found.total())
         return precise or (until is not None and bool(until(found)))
 
-    def save(state: TraceState) -> None:
-        if made_from is not None and save_to is not None and jax.process_index() == 0:
-            save_trace(save_to, estimate(state), made_from)
-
-    done, saved_at = int(now.count), time.monotonic()
+    done = int(now.count)
     linear, linear_scale = [], None
     while done < num_probes and not enough(now):
         if linear_scale != float(now.loss_scale):
@@ -209,14 +224,10 @@ def channel_trace(
         done, failure = (int(x) for x in jax.device_get((now.count, now.failure)))
         if failure >= 0:
             raise not_finite(problem.layout, failure, now)
-        if time.monotonic() - saved_at >= save_every:
-            save(now)
-            saved_at = time.monotonic()
+        file.save(partial(estimate, now))
         if progress is not None:
             progress(done, num_probes)
-    save(now)
-    if save_to is not None:
-        wait_for_all(f"{save_to} is written")
+    file.save(partial(estimate, now), last=True)
     return estimate(now)
 
 
@@ -272,15 +283,23 @@ def probe_channel_products(
     return layout.like_params(found.channels)
 
 
-def _require_same_run(state: TraceState, problem: Problem, key: jax.Array) -> None:
-    if int(state.product) == NO_PRODUCT:
+def _require_same_run(state: TraceState, run: Run, key: jax.Array, num_probes: int) -> None:
+    """Raise a ValueError that says in what the state differs from those of ``run``."""
+    was, now = state.origin, run.origin
+    if was.method == "gauss_newton":
         raise ValueError("the state is of an exact trace, to which no probes can be added; start without state=")
-    expected = {path: x.shape for path, x in no_products(problem.layout, problem.leaves).channels.items()}
+    for what, old, new in (("method", was.method, now.method), ("policy", was.compute, now.compute)):
+        if old != new:
+            raise ValueError(f"the state has another {what}: {old}, and now it is {new}; start without state=")
+    expected = {path: x.shape for path, x in no_products(run.problem.layout, run.problem.leaves).channels.items()}
     actual = {path: x.shape for path, x in state.moments.mean["channel"].items()}
     if expected != actual:
         differing = sorted(p for p in {*expected, *actual} if expected.get(p) != actual.get(p))
         raise ValueError(f"the state belongs to other parameters or another selection: {differing} differ")
     if not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(typed(key))):
         raise ValueError("the state was started with another key; its next probe would not be the next one")
-    if state.moments.mean["total"].dtype != jnp.dtype(problem.layout.policy.sums):
-        raise ValueError(f"the state's sums are not in {problem.layout.policy.sums}: it has another policy")
+    if int(state.count) > num_probes:
+        raise ValueError(
+            f"the state has {int(state.count)} probes already, more than num_probes={num_probes}, the number that the "
+            "mean holds in the end; probes cannot be taken out of it"
+        )

@@ -23,9 +23,9 @@ from ehap_jax.curvature.devices import (
     size_of,
     sum_over_data,
 )
-from ehap_jax.curvature.estimate import PRODUCTS, Moments, TraceState
+from ehap_jax.curvature.estimate import Moments, Origin, TraceState
 from ehap_jax.curvature.precision import LARGEST_LOSS_SCALE, SMALLEST_SCALE, Policy
-from ehap_jax.curvature.probes import rademacher
+from ehap_jax.curvature.probes import rademacher, typed
 from ehap_jax.curvature.problem import Layout, Problem
 from ehap_jax.curvature.products import (
     Linearization,
@@ -45,7 +45,6 @@ __all__ = [
     "linearizations",
     "not_finite",
     "scales_of",
-    "typed",
 ]
 
 
@@ -58,12 +57,18 @@ class Run:
       problem: prepared, and divided over the mesh.
       product: one of `PRODUCTS`.
       mesh: the devices, or None for the one that the parameters are on.
+      method: what the probes estimate, as in `Origin`.
     """
 
     given: Callable
     problem: Problem
     product: str
     mesh: Mesh | None = None
+    method: str = "hutchinson"
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.method, self.problem.layout.policy.compute, self.product)
 
     @cached_property
     def loss(self) -> Callable:
@@ -280,9 +285,9 @@ def _update(layout: Layout, state: TraceState, found: Products) -> TraceState:
         rejected=state.rejected + bad.astype(jnp.int32),
         loss_scale=jnp.where(bad & lower_loss, half, state.loss_scale),
         probe_scale=jnp.where(bad & ~lower_loss, half, state.probe_scale),
-        product=state.product,
         failure=jnp.where(exhausted, jnp.argmax(found.leaf_bad).astype(jnp.int32), state.failure),
         moments=keep(state.moments, Moments(mean, squares)),
+        origin=state.origin,
     )
 
 
@@ -310,8 +315,8 @@ def blank_state(run: Run, key: jax.Array, policy: Policy) -> TraceState:
         loss_scale=scales[0],
         probe_scale=scales[1],
         failure=jnp.int32(-1),
-        product=jnp.int32(PRODUCTS.index(run.product)),
         moments=Moments(zero, jax.tree.map(jnp.zeros_like, zero)),
+        origin=run.origin,
     )
     return place(run.mesh, state, SAME)
 
@@ -340,11 +345,6 @@ def scales_of(policy: Policy, otherwise: float = 1.0) -> tuple[jax.Array, jax.Ar
         jnp.asarray(policy.loss_scale or otherwise, policy.sums),
         jnp.asarray(policy.probe_scale or 1.0, policy.sums),
     )
-
-
-def typed(key: jax.Array) -> jax.Array:
-    """A key of the new style, made of one of either."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def not_finite(layout: Layout, leaf: int, state: TraceState) -> FloatingPointError:
