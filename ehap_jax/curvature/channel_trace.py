@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,6 +25,7 @@ from ehap_jax.curvature.estimate import TraceEstimate, TraceState, estimate_of, 
 from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.hvp import require_same_shapes
 from ehap_jax.curvature.memory import choose_product
+from ehap_jax.curvature.overflow import where_not_finite
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probe_loop import (
     Run,
@@ -132,7 +132,8 @@ def channel_trace(
         is of another key, method, dtype of the policy or set of leaves, or has more than ``num_probes`` probes;
         ``save_to`` is of something else, or comes with ``state``; options out of range.
       FileNotFoundError: the folder of ``save_to`` does not exist.
-      FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale; names the first such leaf.
+      FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale or because activations overflow; says
+        which of the two, and names the first layer concerned in the order of the network.
 
     >>> import jax, jax.numpy as jnp
     >>> def loss(p, batch):
@@ -154,8 +155,6 @@ def channel_trace(
     check_mesh(mesh)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    if method != "hutchinson" and model is None:
-        raise ValueError(f'method="{method}" needs the model beside the loss: model=, a function (params, x) -> logits')
     options: dict[str, Any] = {"policy": policy, "microbatch": microbatch}
     options |= {"select": select, "channel_axis": channel_axis}
     problem = prepare(loss, params, batch, shards=size_of(mesh, DATA), **options)
@@ -221,9 +220,10 @@ def channel_trace(
         if linear_scale != float(now.loss_scale):
             linear, linear_scale = linearizations(run, now), float(now.loss_scale)
         now = advance(run, linear, now, done, min(done + chunk, num_probes))
-        done, failure = (int(x) for x in jax.device_get((now.count, now.failure)))
-        if failure >= 0:
-            raise not_finite(problem.layout, failure, now)
+        count, failed = jax.device_get((now.count, now.failure))
+        if failed.any():
+            raise not_finite(run, failed, now)
+        done = int(count)
         file.save(partial(estimate, now))
         if progress is not None:
             progress(done, num_probes)
@@ -278,8 +278,8 @@ def probe_channel_products(
     for examples, weight in zip(problem.chunks, problem.weights, strict=True):
         found = add_products(loss, layout, problem.leaves, directions, examples, weight, scales, found)
     if bool(found.any_bad):
-        leaf = layout.paths[int(jnp.argmax(found.leaf_bad))]
-        raise FloatingPointError(f"Hv is not finite at {leaf!r} in {policy.compute}")
+        where = where_not_finite(loss, problem, None, jax.device_get(found.suspects))
+        raise FloatingPointError(f"Hv is not finite in {policy.compute}; {where}")
     return layout.like_params(found.channels)
 
 

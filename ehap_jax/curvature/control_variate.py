@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ehap_jax.curvature.gauss_newton import gauss_newton_trace
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.problem import Batches, batch_size
-from ehap_jax.curvature.residual_loss import ResidualLoss, mean_head_loss
+from ehap_jax.curvature.residual_loss import mean_head_loss, residual_loss
 from ehap_jax.curvature.tapped_model import unproven_kernels
 
 __all__ = ["METHODS", "Split", "split_curvature"]
@@ -47,7 +47,7 @@ def split_curvature(
     params: PyTree,
     batch: PyTree,
     *,
-    model: Callable[[PyTree, PyTree], jax.Array],
+    model: Callable[[PyTree, PyTree], jax.Array] | None,
     head: Callable,
     method: str,
     known: Mapping[str, jax.Array] | None,
@@ -65,13 +65,15 @@ def split_curvature(
       known: the known part from an earlier run, which is then not computed again.
 
     Raises:
-      ValueError: a head whose loss is not known; ``loss`` is not the mean of the head's loss on the model's logits,
-        with both values; what `gauss_newton_trace` lists.
+      ValueError: no model; a head whose loss is not known; ``loss`` is not the mean of the head's loss on the model's
+        logits, with both values; what `gauss_newton_trace` lists.
     """
-    _require_agreement(loss, model, head, params, batch)
-    if known is None:
+    rest = residual_loss(method, model, head)
+    _require_agreement(loss, rest.model, head, params, batch)
+    traces = known
+    if traces is None:
         exact = gauss_newton_trace(
-            model,
+            rest.model,
             params,
             batch,
             head=head,
@@ -85,11 +87,11 @@ def split_curvature(
             mesh=mesh if jax.process_count() == 1 else None,
             progress=progress,
         )
-        known = exact.state.moments.mean["channel"]
-    left = frozenset(known)
+        traces = exact.state.moments.mean["channel"]
+    left = frozenset(traces)
     if method == "auto":
-        left = frozenset(unproven_kernels(model, params, batch, policy=policy, select=select))
-    return Split(ResidualLoss(model, head), left, dict(known))
+        left = frozenset(unproven_kernels(rest.model, params, batch, policy=policy, select=select))
+    return Split(rest, left, dict(traces))
 
 
 def _require_agreement(loss, model, head, params, batch) -> None:

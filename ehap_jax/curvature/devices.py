@@ -61,7 +61,7 @@ def size_of(mesh: Mesh | None, axis: str) -> int:
 
 
 def _automatic(mesh: Mesh) -> Mesh:
-    """The same devices with shardings left to the compiler; `jax.make_mesh` makes them a part of types to be matched."""
+    """The same devices with shardings left to the compiler: those of `jax.make_mesh` are types that must match."""
     return Mesh(mesh.devices, mesh.axis_names)
 
 

@@ -54,7 +54,7 @@ class TraceState(NamedTuple):
       count: probes that are in the mean.
       rejected: products that were not finite and were repeated with a lower scale.
       loss_scale, probe_scale: the float16 scales now in use.
-      failure: -1, or the number of the first leaf whose product stayed non-finite at the smallest scale.
+      failure: ``(leaves,)``, whose products stayed non-finite where no lower scale could help.
       moments: of the traces of one probe: ``{"channel": {path: (channels,)}, "layer": {path: ()}, "total": ()}``.
       origin: of what, and how; going on with ``product="auto"`` keeps to its product.
     """
@@ -191,7 +191,7 @@ def exact_state(
         rejected=jnp.int32(rejected),
         loss_scale=jnp.ones((), policy.sums),
         probe_scale=jnp.ones((), policy.sums),
-        failure=jnp.int32(-1),
+        failure=jnp.zeros(0, bool),
         moments=Moments(zero, zero) if moments is None else moments,
         origin=Origin(method, policy.compute),
     )

@@ -26,7 +26,7 @@ from ehap_jax.curvature.problem import Layout
 from ehap_jax.curvature.taps import Taps, find_taps
 from ehap_jax.graph import trace_graph
 
-__all__ = ["Linearization", "Products", "add_linear_products", "add_products", "linearize", "no_products"]
+__all__ = ["Linearization", "Products", "add_linear_products", "add_products", "linearize", "no_products", "taps_of"]
 
 PyTree = Any
 
@@ -36,6 +36,7 @@ class Products(NamedTuple):
 
     Attributes:
       channels: ``{path: (channels,)}``.
+      loss_bad: the loss is not finite; it depends on neither the probe nor a scale.
       gradient_bad: the gradient of the scaled loss is not finite; it does not depend on the probe.
       tangent_bad: the slope of the loss along the probe is not finite; it does not depend on the loss scale.
       leaf_bad: ``(leaves,)``: the gradient or the product of this leaf is not finite.
@@ -43,6 +44,7 @@ class Products(NamedTuple):
     """
 
     channels: dict[str, jax.Array]
+    loss_bad: jax.Array
     gradient_bad: jax.Array
     tangent_bad: jax.Array
     leaf_bad: jax.Array
@@ -50,7 +52,12 @@ class Products(NamedTuple):
 
     @property
     def any_bad(self) -> jax.Array:
-        return self.gradient_bad | self.tangent_bad | self.leaf_bad.any()
+        return self.loss_bad | self.gradient_bad | self.tangent_bad | self.leaf_bad.any()
+
+    @property
+    def suspects(self) -> jax.Array:
+        """``(leaves,)``: those that are not finite; all of them where only something else is not."""
+        return self.leaf_bad | ~self.leaf_bad.any()
 
 
 class _Gradient(NamedTuple):
@@ -107,13 +114,14 @@ def no_products(layout: Layout, leaves: list[jax.Array]) -> Products:
         path: jnp.zeros(leaves[place].shape[axis], layout.policy.sums)
         for path, place, axis in zip(layout.paths, layout.places, layout.axes, strict=True)
     }
-    return Products(channels, jnp.array(False), jnp.array(False), jnp.zeros(len(layout.paths), bool), jnp.array(False))
+    no = jnp.array(False)
+    return Products(channels, no, no, no, jnp.zeros(len(layout.paths), bool), no)
 
 
 @partial(jax.jit, static_argnames=("loss", "layout"))
 def add_products(loss, layout: Layout, leaves, v, examples, weight, scales, found: Products) -> Products:
     """Add ``weight * v_c . (H v)_c`` of one chunk to ``found``, by jvp of grad."""
-    taps = _taps(loss, layout, leaves, examples)
+    taps = taps_of(loss, layout, leaves, examples)
     gradient, probed = _gradient(layout, taps, leaves, examples, scales[0])
     at, along = jax.jvp(gradient, (probed,), (_direction(layout, v, scales[1]),))
     return _collect(layout, taps, v, at, at.not_finite(layout, taps), along, weight, scales, found)
@@ -122,7 +130,7 @@ def add_products(loss, layout: Layout, leaves, v, examples, weight, scales, foun
 @partial(jax.jit, static_argnames=("loss", "layout"))
 def linearize(loss, layout: Layout, leaves, examples, loss_scale) -> Linearization:
     """Linearise the gradient of ``loss_scale * loss`` on one chunk."""
-    taps = _taps(loss, layout, leaves, examples)
+    taps = taps_of(loss, layout, leaves, examples)
     gradient, probed = _gradient(layout, taps, leaves, examples, loss_scale)
     at, pushforward = jax.linearize(gradient, probed)
     # What a kernel reads is among the residuals, too. As one array it is stored once, and the compiler sees that the
@@ -143,7 +151,8 @@ def add_linear_products(layout: Layout, linear: Linearization, v, weight, scales
     return _collect(layout, linear.taps, v, at, linear.gradient_bad, along, weight, scales, found)
 
 
-def _taps(loss, layout: Layout, leaves, examples) -> Taps:
+def taps_of(loss, layout: Layout, leaves, examples) -> Taps:
+    """The taps of the loss on examples of these shapes; the same object for the same function and shapes."""
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (leaves, examples))
     leaves, structure = jax.tree.flatten(structs)
     described = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
@@ -179,12 +188,13 @@ def _gradient(layout: Layout, taps: Taps, leaves, examples, loss_scale):
         def scaled_loss(added, own):
             whole = jax.tree.leaves(layout.join({**p, **own}, rest))
             (loss,), read = taps.run([*whole, *jax.tree.leaves(examples)], added)
-            return jnp.asarray(loss).astype(layout.policy.sums) * loss_scale, read
+            loss = jnp.asarray(loss).astype(layout.policy.sums)
+            return loss * loss_scale, (loss, read)
 
         outputs = [site.node.outputs[0] for site in taps.sites]
         zeros = [jnp.zeros(out.shape, out.dtype) for out in outputs]
         own = {path: p[path] for path in layout.paths if path not in tapped}
-        (loss, read), (cotangents, by_path) = jax.value_and_grad(scaled_loss, (0, 1), has_aux=True)(zeros, own)
+        (_, (loss, read)), (cotangents, by_path) = jax.value_and_grad(scaled_loss, (0, 1), has_aux=True)(zeros, own)
         return _Gradient(loss, read, cotangents, by_path)
 
     return gradient, probed
@@ -217,6 +227,7 @@ def _collect(
     bad = ~jnp.stack([jnp.isfinite(products[path]).all() for path in layout.paths])
     return Products(
         {path: found.channels[path] + weight * products[path] for path in layout.paths},
+        found.loss_bad | ~jnp.isfinite(at.loss),
         found.gradient_bad | gradient_bad.any(),
         found.tangent_bad | ~jnp.isfinite(along.loss),
         found.leaf_bad | gradient_bad | bad,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ehap_jax.curvature.heads import inputs_and_targets, second_derivative, softmax_cross_entropy, squared_error
 
-__all__ = ["ResidualLoss", "mean_head_loss"]
+__all__ = ["ResidualLoss", "mean_head_loss", "residual_loss"]
 
 PyTree = Any
 
@@ -30,6 +30,13 @@ class ResidualLoss:
         logits, targets = _logits_and_targets(self.model, params, batch)
         slopes = jax.vmap(jax.grad(_example_loss(self.head)))(logits, *targets)
         return (jax.lax.stop_gradient(slopes) * logits).sum() / logits.shape[0]
+
+
+def residual_loss(method: str, model: Callable[[PyTree, PyTree], jax.Array] | None, head: Callable) -> ResidualLoss:
+    """What ``method`` leaves to probes; a ValueError where there is no model."""
+    if model is None:
+        raise ValueError(f'method="{method}" needs the model beside the loss: model=, a function (params, x) -> logits')
+    return ResidualLoss(model, head)
 
 
 def mean_head_loss(model: Callable, head: Callable, params: PyTree, batch: PyTree) -> jax.Array:

@@ -22,7 +22,7 @@ from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel, typed
 from ehap_jax.curvature.problem import Batches, layout_of, path_name
-from ehap_jax.curvature.residual_loss import ResidualLoss
+from ehap_jax.curvature.residual_loss import residual_loss
 from ehap_jax.graph import program_digest
 
 __all__ = ["TraceFile", "TraceFingerprint", "fingerprint", "load_trace", "save_trace"]
@@ -99,9 +99,7 @@ def fingerprint(
     layout = layout_of(params, policy, select, channel_axis)
     one = batch[0] if isinstance(batch, Batches) else batch
     if method != "hutchinson":
-        if model is None:
-            raise ValueError(f'method="{method}" needs the model beside the loss')
-        method += f" of {program_digest(ResidualLoss(model, head), params, one, derivatives=2)}"
+        method += f" of {program_digest(residual_loss(method, model, head), params, one, derivatives=2)}"
     return TraceFingerprint(
         weights=_digest(params),
         batch=_digest(tuple(batch) if isinstance(batch, Batches) else batch),
