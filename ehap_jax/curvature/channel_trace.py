@@ -81,7 +81,7 @@ def channel_trace(
 
     Args:
       loss: ``loss(params, batch)`` returning the mean loss of the batch. It is given the floating-point leaves
-        of both in the policy's dtype (integers as they are), and takes its softmax in float32 itself.
+        of both in the policy's dtype (integers as they are), and takes its softmax and its mean in float32 itself.
       params: pytree of arrays; may hold constants such as running statistics beside the weights.
       batch: pytree of arrays with a common first axis of examples; or `Batches`, several of them.
       key: probe i is drawn from ``jax.random.fold_in(key, i)``: the same for every policy and chunking.
@@ -126,7 +126,8 @@ def channel_trace(
       A `TraceEstimate`.
 
     Raises:
-      TypeError: the loss does not return one floating-point scalar; a selected parameter is an integer.
+      TypeError: the loss does not return one floating-point scalar, or returns it in the policy's 16 bits; a selected
+        parameter is an integer.
       ValueError: nothing is selected; batch leaves differ in length; NaN or infinity in ``params`` or ``batch``,
         named by path; the loss is not deterministic, or with ``microbatch`` not a mean over examples; ``state``
         is of another key, method, dtype of the policy or set of leaves, or has more than ``num_probes`` probes;

@@ -167,6 +167,7 @@ def _find_taps(loss, layout: Layout, structure, described, mesh) -> Taps:
     """
     leaves, examples = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*found) for found in described])
     graph = trace_graph(loss, on_unknown="freeze")(jax.tree.unflatten(layout.structure, leaves), examples)
+    layout.policy.require_full_loss(graph.body.outputs[0].dtype)
     taps = find_taps(graph, layout.paths)
     axes = dict(zip(layout.paths, layout.axes, strict=True))
     indirect = {

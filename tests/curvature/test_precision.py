@@ -222,6 +222,18 @@ def test_probes_have_equal_weights_unlike_the_released_float16_code():
     assert np.abs(moved).max() > 1e-3
 
 
+@pytest.mark.parametrize("compute", ["float16", "bfloat16"])
+def test_a_softmax_in_16_bits_is_an_error(problem, compute):
+    params, batch = problem
+
+    def loss(p, batch):
+        y = jax.nn.log_softmax(network.logits(p, batch["image"]))
+        return -jnp.take_along_axis(y, batch["label"][:, None], axis=1).mean()
+
+    with pytest.raises(TypeError, match=rf"comes back in {compute}.*logits\.astype\(jnp\.float32\)"):
+        channel_trace(loss, params, batch, key=KEY, num_probes=1, policy=Policy(compute))
+
+
 @pytest.mark.parametrize("arguments", [("float8",), ("float16", 3.0), ("float16", 1.0, 0.0), ("float16", -2.0)])
 def test_a_policy_that_makes_no_sense_is_an_error(arguments):
     with pytest.raises(ValueError, match=r"compute must be one of|power of two"):
