@@ -31,6 +31,7 @@ from ehap_jax.curvature.probe_loop import (
     Run,
     advance,
     first_state,
+    hopeless,
     linearizations,
     not_finite,
     scales_of,
@@ -222,7 +223,8 @@ def channel_trace(
             linear, linear_scale = linearizations(run, now), float(now.loss_scale)
         now = advance(run, linear, now, done, min(done + chunk, num_probes))
         count, failed = jax.device_get((now.count, now.failure))
-        if failed.any():
+        # Where not one probe came through, what is wrong may be out of reach of the scales.
+        if failed.any() or (count == done and hopeless(run)):
             raise not_finite(run, failed, now)
         done = int(count)
         file.save(partial(estimate, now))

@@ -54,7 +54,7 @@ class TraceState(NamedTuple):
       count: probes that are in the mean.
       rejected: products that were not finite and were repeated with a lower scale.
       loss_scale, probe_scale: the float16 scales now in use.
-      failure: ``(leaves,)``, whose products stayed non-finite where no lower scale could help.
+      failure: ``(leaves,)``, whose products stayed non-finite at the smallest scale.
       moments: of the traces of one probe: ``{"channel": {path: (channels,)}, "layer": {path: ()}, "total": ()}``.
       origin: of what, and how; going on with ``product="auto"`` keeps to its product.
     """

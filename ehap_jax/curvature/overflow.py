@@ -16,7 +16,12 @@ from ehap_jax.curvature.problem import Layout, Problem
 from ehap_jax.curvature.products import taps_of
 from ehap_jax.graph import Node, evaluate
 
-__all__ = ["where_not_finite"]
+__all__ = ["loss_overflows", "where_not_finite"]
+
+
+def loss_overflows(loss: Callable, problem: Problem, mesh: Mesh | None) -> bool:
+    """Whether the loss itself is not finite in the policy's dtype; ``problem`` is divided over the mesh."""
+    return bool(_forward(loss, problem, mesh)[-1])
 
 
 def where_not_finite(loss: Callable, problem: Problem, mesh: Mesh | None, failed: np.ndarray) -> str:
@@ -31,12 +36,12 @@ def where_not_finite(loss: Callable, problem: Problem, mesh: Mesh | None, failed
     """
     layout, leaves, chunks, _ = problem
     uses = taps_of(loss, layout, leaves, chunks[0]).uses
-    bad = np.any([jax.device_get(_overflows(loss, layout, mesh, leaves, chunk)) for chunk in chunks], axis=0)
+    bad = _forward(loss, problem, mesh)
     if bad.any():
-        _, paths = uses[int(np.argmax(bad))]
+        where = [*(", ".join(map(repr, sorted(paths))) for _, paths in uses), "the loss, after the last of them"]
         return (
             f"activations overflow in {layout.policy.compute}, which no scale can help: the first layer whose output "
-            f"is not finite is {', '.join(map(repr, sorted(paths)))}"
+            f"is not finite is {where[int(np.argmax(bad))]}"
         )
     used = [path for _, paths in uses for path in sorted(paths)]
     concerned = [path for path, bad in zip(layout.paths, failed, strict=True) if bad]
@@ -44,9 +49,15 @@ def where_not_finite(loss: Callable, problem: Problem, mesh: Mesh | None, failed
     return f"activations are finite, and the first layer concerned is {first!r}"
 
 
+def _forward(loss: Callable, problem: Problem, mesh: Mesh | None) -> np.ndarray:
+    """`_overflows` over all chunks."""
+    layout, leaves, chunks, _ = problem
+    return np.any([jax.device_get(_overflows(loss, layout, mesh, leaves, chunk)) for chunk in chunks], axis=0)
+
+
 @partial(jax.jit, static_argnames=("loss", "layout", "mesh"))
 def _overflows(loss, layout: Layout, mesh, leaves, examples) -> jax.Array:
-    """Of every use of a kernel, in order, whether its output is not finite for one of the examples: ``(uses,)``."""
+    """Whether the output of every use of a kernel, in order, and the loss are not finite: ``(uses + 1,)``."""
 
     def here(leaves, examples):
         taps = taps_of(loss, layout, leaves, examples)
@@ -56,10 +67,14 @@ def _overflows(loss, layout: Layout, mesh, leaves, examples) -> jax.Array:
             if id(node) not in nodes:
                 return None
             outputs = _compat.bind(node.primitive, inputs, node.params)
-            found.append(~jnp.array([jnp.isfinite(x).all() for x in outputs]).all())
+            found.append(_not_finite(outputs))
             return outputs
 
-        evaluate(taps.body, [*leaves, *jax.tree.leaves(examples)], look)
+        found.append(_not_finite(evaluate(taps.body, [*leaves, *jax.tree.leaves(examples)], look)))
         return sum_over_data(mesh, jnp.array(found, bool).astype(jnp.int32))
 
     return on_devices(mesh, here, (SAME, EXAMPLES), SAME)(leaves, examples) > 0
+
+
+def _not_finite(arrays: list[jax.Array]) -> jax.Array:
+    return ~jnp.array([jnp.isfinite(x).all() for x in arrays]).all()

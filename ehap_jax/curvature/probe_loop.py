@@ -25,7 +25,7 @@ from ehap_jax.curvature.devices import (
     sum_over_data,
 )
 from ehap_jax.curvature.estimate import Moments, Origin, TraceState
-from ehap_jax.curvature.overflow import where_not_finite
+from ehap_jax.curvature.overflow import loss_overflows, where_not_finite
 from ehap_jax.curvature.precision import LARGEST_LOSS_SCALE, SMALLEST_SCALE, Policy
 from ehap_jax.curvature.probes import rademacher, typed
 from ehap_jax.curvature.problem import Layout, Problem
@@ -44,6 +44,7 @@ __all__ = [
     "advance",
     "blank_state",
     "first_state",
+    "hopeless",
     "linearizations",
     "not_finite",
     "scales_of",
@@ -279,7 +280,7 @@ def _update(layout: Layout, state: TraceState, found: Products) -> TraceState:
     keep = partial(jax.tree.map, lambda old, new: jnp.where(found.any_bad | found.stale, old, new))
     lower_loss = _lowers_loss(found, state)
     guilty = jnp.where(lower_loss, state.loss_scale, state.probe_scale)
-    exhausted = bad & (found.loss_bad | (guilty <= SMALLEST_SCALE)) if layout.policy.backs_off else bad
+    exhausted = bad & (guilty <= SMALLEST_SCALE) if layout.policy.backs_off else bad
     lowers, half = bad & ~exhausted, guilty / 2
     return TraceState(
         key=state.key,
@@ -330,13 +331,14 @@ def first_state(run: Run, key: jax.Array, policy: Policy) -> TraceState:
 
 
 def _search_scales(run: Run, state: TraceState) -> TraceState:
+    first = state
     while True:
         found = _first_of(run.mesh, one_probe(run, linearizations(run, state), state))
         if not bool(found.any_bad):
             return state._replace(loss_scale=state.loss_scale / 4)
         lower_loss = bool(_lowers_loss(found, state))
         guilty = state.loss_scale if lower_loss else state.probe_scale
-        if bool(found.loss_bad) or float(guilty) <= SMALLEST_SCALE:
+        if float(guilty) <= SMALLEST_SCALE or (state is first and hopeless(run)):
             raise not_finite(run, jax.device_get(found.suspects), state)
         state = state._replace(**{"loss_scale" if lower_loss else "probe_scale": guilty / 4})
 
@@ -347,6 +349,11 @@ def scales_of(policy: Policy, otherwise: float = 1.0) -> tuple[jax.Array, jax.Ar
         jnp.asarray(policy.loss_scale or otherwise, policy.sums),
         jnp.asarray(policy.probe_scale or 1.0, policy.sums),
     )
+
+
+def hopeless(run: Run) -> bool:
+    """Whether no scale can make a product finite, because the loss is not finite before any scale comes in."""
+    return loss_overflows(run.given, run.problem, run.mesh)
 
 
 def not_finite(run: Run, failed: np.ndarray, state: TraceState) -> FloatingPointError:

@@ -36,7 +36,6 @@ class Products(NamedTuple):
 
     Attributes:
       channels: ``{path: (channels,)}``.
-      loss_bad: the loss is not finite; it depends on neither the probe nor a scale.
       gradient_bad: the gradient of the scaled loss is not finite; it does not depend on the probe.
       tangent_bad: the slope of the loss along the probe is not finite; it does not depend on the loss scale.
       leaf_bad: ``(leaves,)``: the gradient or the product of this leaf is not finite.
@@ -44,7 +43,6 @@ class Products(NamedTuple):
     """
 
     channels: dict[str, jax.Array]
-    loss_bad: jax.Array
     gradient_bad: jax.Array
     tangent_bad: jax.Array
     leaf_bad: jax.Array
@@ -52,7 +50,7 @@ class Products(NamedTuple):
 
     @property
     def any_bad(self) -> jax.Array:
-        return self.loss_bad | self.gradient_bad | self.tangent_bad | self.leaf_bad.any()
+        return self.gradient_bad | self.tangent_bad | self.leaf_bad.any()
 
     @property
     def suspects(self) -> jax.Array:
@@ -115,7 +113,7 @@ def no_products(layout: Layout, leaves: list[jax.Array]) -> Products:
         for path, place, axis in zip(layout.paths, layout.places, layout.axes, strict=True)
     }
     no = jnp.array(False)
-    return Products(channels, no, no, no, jnp.zeros(len(layout.paths), bool), no)
+    return Products(channels, no, no, jnp.zeros(len(layout.paths), bool), no)
 
 
 @partial(jax.jit, static_argnames=("loss", "layout"))
@@ -189,13 +187,12 @@ def _gradient(layout: Layout, taps: Taps, leaves, examples, loss_scale):
         def scaled_loss(added, own):
             whole = jax.tree.leaves(layout.join({**p, **own}, rest))
             (loss,), read = taps.run([*whole, *jax.tree.leaves(examples)], added)
-            loss = jnp.asarray(loss).astype(layout.policy.sums)
-            return loss * loss_scale, (loss, read)
+            return jnp.asarray(loss).astype(layout.policy.sums) * loss_scale, read
 
         outputs = [site.node.outputs[0] for site in taps.sites]
         zeros = [jnp.zeros(out.shape, out.dtype) for out in outputs]
         own = {path: p[path] for path in layout.paths if path not in tapped}
-        (_, (loss, read)), (cotangents, by_path) = jax.value_and_grad(scaled_loss, (0, 1), has_aux=True)(zeros, own)
+        (loss, read), (cotangents, by_path) = jax.value_and_grad(scaled_loss, (0, 1), has_aux=True)(zeros, own)
         return _Gradient(loss, read, cotangents, by_path)
 
     return gradient, probed
@@ -228,7 +225,6 @@ def _collect(
     bad = ~jnp.stack([jnp.isfinite(products[path]).all() for path in layout.paths])
     return Products(
         {path: found.channels[path] + weight * products[path] for path in layout.paths},
-        found.loss_bad | ~jnp.isfinite(at.loss),
         found.gradient_bad | gradient_bad.any(),
         found.tangent_bad | ~jnp.isfinite(along.loss),
         found.leaf_bad | gradient_bad | bad,

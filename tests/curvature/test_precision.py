@@ -153,12 +153,12 @@ CHAIN = {name: jnp.eye(4) for name in ("z_first", "m", "a_last")}
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("loss_scale", [None, 1.0])
-def test_an_overflow_on_the_way_forward_is_called_one_and_placed(loss_scale, product):
-    """No scale can help, so none is tried, and the layer is that where it happens, not the alphabet's first."""
+@pytest.mark.parametrize(("loss_scale", "last"), [(None, 2.0**20), (1.0, 0.5)])
+def test_an_overflow_on_the_way_forward_is_called_one_and_placed(loss_scale, last, product):
+    """No scale can help, so hardly any is tried, and the layer is that where it happens, not the alphabet's first."""
     p = CHAIN | {"z_first": 1e3 * jnp.eye(4), "m": 1e3 * jnp.eye(4)}
-    policy, first = Policy("float16", loss_scale), re.escape(f"loss scale {loss_scale or 2.0**20:g} and")
-    with pytest.raises(FloatingPointError, match=rf"{first}.*activations overflow in float16.* is 'm'\. Use"):
+    policy, scale = Policy("float16", loss_scale), re.escape(f"loss scale {last:g} and")
+    with pytest.raises(FloatingPointError, match=rf"{scale}.*activations overflow in float16.* is 'm'\. Use"):
         channel_trace(chain, p, jnp.eye(4), key=KEY, num_probes=1, policy=policy, product=product)
     with pytest.raises(FloatingPointError, match=r"activations overflow in float16.* is 'm'"):
         probe_channel_products(chain, p, p, jnp.eye(4), policy=Policy("float16"))
