@@ -247,7 +247,10 @@ def probe_channel_products(
 ) -> PyTree:
     """``v_c . (H v)_c`` per output channel for one explicit probe: what `channel_trace` averages.
 
+    The host waits for the result, to see whether it is finite, so this does not work inside `jax.jit`; `hvp` does.
+
     Args:
+      loss, params, batch, policy, microbatch, select, channel_axis: of `channel_trace`.
       v: like ``params``; leaves that are not selected are ignored. The policy casts it to its dtype. The scales
         are the policy's own (1 where it names none): nothing is searched or repeated.
 
@@ -255,7 +258,8 @@ def probe_channel_products(
       Like ``params``: ``(channels,)`` in float32 (float64 for that policy), None for leaves not selected.
 
     Raises:
-      FloatingPointError: ``Hv`` is not finite. ValueError and TypeError as `channel_trace`.
+      FloatingPointError: ``Hv`` is not finite; names the first layer concerned. ValueError and TypeError as
+        `channel_trace`.
 
     >>> import jax.numpy as jnp
     >>> loss = lambda p, batch: (p["kernel"] ** 2).sum() + 0 * batch.sum()

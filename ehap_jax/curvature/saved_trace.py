@@ -118,6 +118,24 @@ def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) 
 
     The file is written under another name in the same folder, flushed to the disk and then renamed: whoever reads
     ``path``, after a kill at any moment too, finds the old trace or the new one, whole.
+
+    Args:
+      path: the file; its folder is made.
+      estimate: of `channel_trace`.
+      of: what it was made from, as `fingerprint` says.
+
+    Raises:
+      OSError: the file cannot be written; what was there is as it was.
+
+    >>> import tempfile
+    >>> from ehap_jax.curvature import channel_trace
+    >>> loss, p, batch = (lambda p, b: (p["w"] ** 2).sum()), {"w": jnp.ones((2, 2))}, jnp.ones(1)
+    >>> options = {"key": jax.random.key(0), "num_probes": 1}
+    >>> of = fingerprint(loss, p, batch, **options)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_trace(f"{folder}/trace.npz", channel_trace(loss, p, batch, **options), of)
+    ...     load_trace(f"{folder}/trace.npz", p, of).total()
+    8.0
     """
     state = estimate.state
     arrays: dict[str, Any] = {
@@ -156,7 +174,15 @@ def read_arrays(path: str | Path, expected: TraceFingerprint) -> dict[str, np.nd
 
 
 def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> TraceEstimate:
-    """Read what `save_trace` wrote, for a network with the structure of ``params``.
+    """Read what `save_trace` wrote, for a network with the structure of ``params``; an example is there.
+
+    Args:
+      path: the file.
+      params: like those the trace is of; only their structure is read.
+      expected: what the trace must be of, as `fingerprint` says.
+
+    Returns:
+      The estimate as it was saved; its ``state`` goes on from there.
 
     Raises:
       FileNotFoundError: there is no such file.
