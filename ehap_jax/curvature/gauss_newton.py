@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ehap_jax.curvature.devices import DATA, EXAMPLES, SAME, check_mesh, place, size_of
-from ehap_jax.curvature.estimate import NO_PRODUCT, Moments, TraceEstimate, TraceState, estimate_of
+from ehap_jax.curvature.estimate import Moments, TraceEstimate, estimate_of, exact_state
 from ehap_jax.curvature.heads import Head, inputs_and_targets, root_of, softmax_cross_entropy
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
@@ -405,14 +405,5 @@ def _estimate(layout: Layout, by_column: dict, random: bool, columns: int, rejec
     mean = jax.tree.map(lambda s: reduce(s, axis=0), samples)
     squares = jax.tree.map(lambda s, m: ((s - m) ** 2).sum(0) if random else np.zeros_like(m), samples, mean)
     moments = Moments(*jax.tree.map(lambda m: jnp.asarray(m, sums), (mean, squares)))
-    state = TraceState(
-        key=key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key),
-        count=jnp.int32(columns),
-        rejected=jnp.int32(rejected),
-        loss_scale=jnp.ones((), sums),
-        probe_scale=jnp.ones((), sums),
-        failure=jnp.int32(-1),
-        product=jnp.int32(NO_PRODUCT),
-        moments=moments,
-    )
+    state = exact_state("gauss_newton", layout.policy, key, moments, columns, rejected)
     return estimate_of(layout.like_params, state)

@@ -109,7 +109,7 @@ def one_process(output):
     found["first scales"] = [float(scale) for scale in scales]
     bytes_needed = [product_memory(loss, *problem(), mesh=m).needs["linearize"] for m in (mesh(1, 8), mesh(8, 1))]
     found["needs"] = bytes_needed
-    found["exact"] = [exact(), exact(mesh(8, 1)), exact(mesh(2, 4))]
+    found["exact"] = [exact(), exact(mesh(8, 1)), exact(mesh(2, 4)), exact(jax.make_mesh((8,), ("data",)))]
     with mock.patch.object(gauss_newton, "_chunk_function", lambda leaves: gauss_newton._whole_chunk):
         found["exact"].append(exact(mesh(8, 1)))
     output.write_text(json.dumps(found))
