@@ -47,6 +47,16 @@ def layer(activation):
     return lambda p, x: activation(x @ p["a"]) @ p["b"]
 
 
+def complex_pairs(activation):
+    """The activation of h_i + i h_(i+1), and its real part, or as it is where it is real."""
+
+    def network(h):
+        imaginary = 1j * jnp.roll(h, 1, 1).astype(complex)
+        return jnp.real(activation(h.astype(complex) + imaginary)).astype(h.dtype)
+
+    return layer(network)
+
+
 def looped(p, x):
     return jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["a"]), None), x, None, length=2)[0] @ p["b"]
 
@@ -110,7 +120,13 @@ UNPROVEN = {
     "rule that calls itself": (layer(calls_itself), "a", "tanh is not known"),
     "loop": (looped, "a", "scan is not known"),
     "smooth inside a checkpoint": (layer(jax.checkpoint(jnp.tanh)), "a", "tanh is not known"),
+    "complex abs": (complex_pairs(jnp.abs), "a", "of complex values is not known"),
     "hard swish": (layer(jax.nn.hard_swish), "a", "used twice in a product: mul"),
+}
+# name: (network, what the reason says about "a"), where automatic differentiation sees no remainder
+CAUTIOUS = {
+    "complex sign": (complex_pairs(jnp.sign), "of complex values is not known"),  # its derivative is zero to JAX
+    "complex linear": (complex_pairs(lambda z: z + jnp.conj(z)), "of complex values is not known"),
 }
 
 
@@ -175,6 +191,14 @@ def test_not_proven_where_the_remainder_is_not_zero(name):
         else:
             assert found[path] is True, found[path]
             assert rest <= 1e-12
+
+
+@pytest.mark.parametrize("name", CAUTIOUS)
+def test_not_proven_out_of_caution(name):
+    network, expected = CAUTIOUS[name]
+    found = verdicts(network)
+    assert found["b"] is True and expected in str(found["a"])
+    assert all(rest <= 1e-12 for rest, _ in remainder(network).values())
 
 
 def test_an_unknown_primitive_is_not_proven():
