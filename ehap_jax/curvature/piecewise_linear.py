@@ -92,7 +92,6 @@ _PIECEWISE = frozenset(
         "broadcast_in_dim",
         "clamp",
         "concatenate",
-        "conj",
         "copy",
         "copy_p",
         "cummax",
@@ -102,7 +101,6 @@ _PIECEWISE = frozenset(
         "dynamic_update_slice",
         "expand_dims",
         "gather",
-        "imag",
         "max",
         "min",
         "name",
@@ -111,7 +109,6 @@ _PIECEWISE = frozenset(
         "pbroadcast",
         "psum",
         "pvary",
-        "real",
         "reduce_max",
         "reduce_min",
         "reduce_precision",
@@ -119,6 +116,7 @@ _PIECEWISE = frozenset(
         "reduce_window_max",
         "reduce_window_min",
         "reduce_window_sum",
+        "rem",
         "reshape",
         "rev",
         "scatter",
@@ -169,7 +167,7 @@ _STEPS = frozenset(
 _PRODUCTS = frozenset({"conv_general_dilated", "dot_general", "mul"})
 
 DEEPEST_RULE = 3
-"""Derivative rules within derivative rules are followed so far; a rule that calls itself is not proven."""
+"""Derivative rules within derivative rules are followed so far: a rule may call itself."""
 
 
 @dataclass(frozen=True)
@@ -235,8 +233,6 @@ class _Walk:
             choosing = operands[_CHOOSING.get(name, slice(0, 0))]
             bits = _union(state.depends for state in choosing)
             return [_joined(operands, bits, f"{name} chooses by a value that depends on it {where}")] * count
-        if name == "rem":
-            return [_joined(operands, operands[1].depends, f"rem by a value that depends on it {where}")]
         return [_joined(operands, every, f"{name} is not known to be piecewise linear {where}")] * count
 
     def custom(self, node: Node, operands: list[_State], outputs: list[_State], where: str) -> list[_State]:
