@@ -101,7 +101,7 @@ def gauss_newton_trace(
       progress: called as ``progress(examples done, examples)`` after every chunk.
 
     Returns:
-      A `TraceEstimate`. ``count`` is the number of columns, or K. With ``"all"``, ``sem`` is zero.
+      A `TraceEstimate`. ``count`` is K; with ``"all"`` it is 0, for nothing is random, and ``sem`` is zero.
 
     Raises:
       ValueError: a selected kernel is not proven, with the reason; the examples are not independent (BatchNorm in
@@ -164,7 +164,7 @@ def gauss_newton_trace(
         file.save(sums, now=sums.next == size)
         if progress is not None:
             progress(sums.next, size)
-    return _estimate(layout, sums.by_path, bool(draws), columns, sums.rejected, key)
+    return _estimate(layout, sums.by_path, draws, sums.rejected, key)
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ def _add_chunk(
                 )
             sums.scale, sums.rejected = sums.scale / 4, sums.rejected + 1
         if chunk[0] == 0 and start == 0:
-            _require_independent(plan, leaves, inputs, logits)
+            _require_independent(plan, leaves, x, logits[0])
         for path, s in squares.items():
             sums.add(path, start, s)
 
@@ -360,13 +360,16 @@ def _logits(plan: _Plan, leaves, x):
     return plan.model(jax.tree.unflatten(plan.layout.structure, leaves), x)
 
 
-def _require_independent(plan: _Plan, leaves, x, logits) -> None:
-    """Check on two examples that the model gives together what it gives one by one."""
-    pair = slice(0, 2)
-    together = np.asarray(_logits(plan, leaves, jax.tree.map(lambda leaf: leaf[pair], x)), np.float64)
-    alone = np.asarray(logits[pair], np.float64)
+def _require_independent(plan: _Plan, leaves, x, alone) -> None:
+    """Check that the first example's logits are those it has ``alone`` also before the second one and after it."""
+    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], x) for i in (0, 1))
+    if not len(jax.tree.leaves(second)[0]):  # a batch of one example has nothing to couple
+        return
+    pairs = [jax.tree.map(lambda *parts: jnp.concatenate(parts), *pair) for pair in ((first, second), (second, first))]
+    beside = np.stack([np.asarray(_logits(plan, leaves, pair)[i], np.float64) for i, pair in enumerate(pairs)])
+    alone = np.asarray(alone, np.float64)
     tolerance = {"float64": 1e-6, "float32": 1e-3}.get(plan.layout.policy.compute, 0.1)
-    if not np.abs(together - alone).max() <= tolerance * max(np.abs(alone).max(), 1e-30):
+    if not np.abs(beside - alone).max() <= tolerance * max(np.abs(alone).max(), 1e-30):
         raise ValueError(
             "the logits of two examples together differ from those of each alone: the examples are not independent. "
             "Use normalisation with running statistics (eval mode)"
@@ -395,19 +398,19 @@ def _on_cpu(leaves) -> bool:
     return next(iter(leaves[0].devices())).platform == "cpu"
 
 
-def _estimate(layout: Layout, by_column: dict, random: bool, columns: int, rejected: int, key) -> TraceEstimate:
-    """Traces with the moments over random combinations; exact ones have no deviation."""
+def _estimate(layout: Layout, by_column: dict, draws: int, rejected: int, key) -> TraceEstimate:
+    """Traces with the moments over random combinations; without any, exact ones."""
     channel = dict(by_column)
     layer = {path: s.sum(1) for path, s in channel.items()}
     samples = {"channel": channel, "layer": layer, "total": np.sum(list(layer.values()), axis=0)}
     sums = layout.policy.sums
-    reduce: Callable[..., Any] = np.mean if random else np.sum
+    reduce: Callable[..., Any] = np.mean if draws else np.sum
     mean = jax.tree.map(lambda s: reduce(s, axis=0), samples)
-    squares = jax.tree.map(lambda s, m: ((s - m) ** 2).sum(0) if random else np.zeros_like(m), samples, mean)
+    squares = jax.tree.map(lambda s, m: ((s - m) ** 2).sum(0) if draws else np.zeros_like(m), samples, mean)
     moments = Moments(*jax.tree.map(lambda m: jnp.asarray(m, sums), (mean, squares)))
     state = TraceState(
         key=key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key),
-        count=jnp.int32(columns),
+        count=jnp.int32(draws),
         rejected=jnp.int32(rejected),
         loss_scale=jnp.ones((), sums),
         probe_scale=jnp.ones((), sums),
