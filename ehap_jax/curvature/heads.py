@@ -73,8 +73,9 @@ def squared_error(logits: jax.Array, *targets: Any) -> jax.Array:
     Returns:
       S, ``(*logits.shape, logits.size)``.
 
-    >>> squared_error(jnp.zeros(2)).round(3).tolist()
-    [[1.414, 0.0], [0.0, 1.414]]
+    >>> S = squared_error(jnp.zeros(2))
+    >>> (S @ S.T).round(3).tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
     """
     return jnp.moveaxis(_squared_root_times(logits, jnp.eye(logits.size, dtype=logits.dtype)), 0, -1)
 
