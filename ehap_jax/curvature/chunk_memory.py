@@ -62,9 +62,9 @@ def examples_together(each: int, microbatch: int | None, budget: int | None, on_
     if budget is not None and each * least > budget:
         raise ValueError(
             f"memory_budget={budget}: {least} {'example needs' if least == 1 else 'examples at a time need'} about "
-            f"{each * least} bytes" + (f"; microbatch={budget // each} fits" if budget >= each else "")
+            f"{each * least} bytes" + (f"; microbatch={int(budget // each)} fits" if budget >= each else "")
         )
     if microbatch is not None:
         return microbatch
-    affordable = max(1, (DEFAULT_BUDGET if budget is None else budget) // each)
+    affordable = max(1, int((DEFAULT_BUDGET if budget is None else budget) // each))
     return min(affordable, CPU_EXAMPLES) if on_cpu else affordable

@@ -85,15 +85,16 @@ def gauss_newton_trace(
       policy: the numerical precision. Each cotangent is scaled by a power of two that is divided out of the squares,
         in float16 by up to 2**10 and less where that overflows.
       microbatch: examples at a time; by default as many as ``memory_budget`` allows, 16 at most on CPU.
-      memory_budget: bytes that intermediate arrays may take, by estimate (the head's included): fewer than
-        ``microbatch`` examples need, or one, are an error. By default 1 GiB, or what one example needs if that is more.
+      memory_budget: bytes that intermediate arrays may take, by estimate, the head's included. It is an error if
+        ``microbatch`` examples, or one, need more. By default 1 GiB, or what one example needs if that is more.
       select: ``select(path, leaf)``, whether to report a leaf; by default those with two axes or more.
       channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
       on_unproven: ``"gauss_newton"`` reports the trace of G for kernels where it is not proven to be the Hessian's.
       mesh: devices of this process to divide the examples over, along the mesh's axis ``"data"``; ``microbatch`` and
         ``memory_budget`` count per device.
       save_to: a file for the sums so far, written about every ``save_every`` seconds and at the end. If it is there
-        already, it must be of the same arguments, and the run goes on from it, with an identical result.
+        already, it must be of the same arguments, and the run goes on from it, with an identical result. Other devices,
+        another ``microbatch`` or ``memory_budget`` change only the rounding.
       save_every: seconds between two writes.
       progress: called as ``progress(examples done, examples)`` after every chunk.
 
