@@ -51,7 +51,7 @@ class TraceState(NamedTuple):
 
     Attributes:
       key: the random key; probe i is drawn from ``fold_in(key, i)``.
-      count: probes that are in the mean.
+      count: probes that are in the mean; 0 if it is exact.
       rejected: products that were not finite and were repeated with a lower scale.
       loss_scale, probe_scale: the float16 scales now in use.
       failure: ``(leaves,)``, whose products stayed non-finite at the smallest scale.
@@ -81,8 +81,8 @@ class TraceEstimate:
     Attributes:
       mean: like ``params``: ``(channels,)`` for a probed leaf, the estimated trace of the Hessian block of each
         output channel; None for the others. Divide by the weights in a channel for HAP's average.
-      sem: like ``mean``: the standard error of the mean over probes (ddof = 1; NaN after one probe).
-      count: the number of probes.
+      sem: like ``mean``: the standard error of the mean over probes (ddof = 1; NaN after one probe, 0 where exact).
+      count: the number of probes, or of random combinations by `gauss_newton_trace`; 0 if nothing is random.
       rejected: how many float16 products were repeated with a lower scale.
       state: pass it to `channel_trace` to add probes.
       known: ``{path: (channels,)}``, the part of ``mean`` that was computed exactly and added to that of the probes.
@@ -154,7 +154,7 @@ def _added(probed: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
 
 def _sem(squares, count: int):
     squares = np.asarray(squares)
-    if count == 0:  # no probes were needed
+    if count == 0:  # exact
         return np.zeros_like(squares)
     return np.sqrt(squares / (count - 1) / count) if count > 1 else np.full_like(squares, np.nan)
 
