@@ -23,7 +23,7 @@ from typing import Annotated
 import tyro
 
 from recipes.cells import CellsConfig, compare_cells
-from recipes.command import RunOptions, run_command
+from recipes.command import TrainingOptions, run_command
 from recipes.lab import Phase
 
 
@@ -63,7 +63,7 @@ VARIANTS = {
 }
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     compare_cells(config, options, name="comparison", plot="accuracy.png", cost="params")
 
 

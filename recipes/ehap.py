@@ -25,13 +25,13 @@ from typing import NamedTuple
 from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import count_cost
 from ehap_jax.report import stage_table, write_report
-from ehap_jax.training import Deadline, Progress, RunDirectory
-from recipes.command import RunOptions, run_command
+from ehap_jax.training import Deadline, Progress
+from recipes.command import TrainingOptions, run_command
 from recipes.criteria import ScoreConfig
 from recipes.int8 import train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases, train
 from recipes.model_directory import write_model_directory
-from recipes.network import Architecture, Network, load_network, new_network, save_network, save_plan
+from recipes.network import Network, load_data, load_network, network_for, save_network, save_plan
 from recipes.pruned import PruneConfig, Pruned, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise, write_scores
 
@@ -113,28 +113,20 @@ def run_seed(lab: Lab, config: Config, network: Network, seed: int) -> SeedResul
     return SeedResult(stages, pruned)
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     started, deadline = time.perf_counter(), Deadline(options.max_minutes)
     if config.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
-    network = None if config.dense is None else load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=network and network.architecture.normalisation)
-    dataset = limit_training(dataset, config.train_images)
-    check_phases(
-        dataset,
-        pretrain=config.pretrain,
-        finetune=config.finetune,
-        int8=config.int8,
-        prune_between=config.prune.between,
-    )
-    if network is None:
-        given = {"shortcut": config.shortcut, "widths": config.widths}
-        model_options = {name: value for name, value in given.items() if value is not None}
-        normalisation = (dataset.mean, dataset.std)
-        shape = dataset.image_shape
-        network = new_network(Architecture(config.model, dataset.num_classes, shape, normalisation, model_options), 0)
+    if config.dense is None:
+        dataset = limit_training(load_dataset(config.data), config.train_images)
+        check_phases(dataset, {"--pretrain": config.pretrain})
+        network = network_for(dataset, config.model, shortcut=config.shortcut, widths=config.widths)
+    else:
+        network = load_network(config.dense)
+        dataset = load_data(network, config.data, config.train_images)
+    check_phases(dataset, {"--finetune": config.finetune, "--int8": config.int8}, taught=("--finetune",))
     check_pruning(dataset, network.graph(), config.prune)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    run = options.create_run(config, "report")
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         results = [run_seed(lab, config, network, seed) for seed in range(config.seeds)]

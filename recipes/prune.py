@@ -25,14 +25,13 @@ from typing import Annotated
 
 import tyro
 
-from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import count_cost
 from ehap_jax.report import stage_table, write_report
-from ehap_jax.training import Deadline, Progress, RunDirectory
-from recipes.command import RunOptions, run_command
+from ehap_jax.training import Deadline, Progress
+from recipes.command import TrainingOptions, run_command
 from recipes.lab import Lab, Phase, accuracy, check_phases
 from recipes.model_directory import write_model_directory
-from recipes.network import load_network, save_network
+from recipes.network import load_data, load_network, save_network
 from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise, write_scores
 
@@ -68,15 +67,14 @@ VARIANTS = {
 }
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     started, deadline = time.perf_counter(), Deadline(options.max_minutes)
     dense = load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=dense.architecture.normalisation)
-    dataset = limit_training(dataset, config.train_images)
-    check_phases(dataset, finetune=config.finetune, prune_between=config.prune.between)
+    dataset = load_data(dense, config.data, config.train_images)
+    check_phases(dataset, {"--finetune": config.finetune}, taught=("--finetune",))
     graph = dense.graph()
     check_pruning(dataset, graph, config.prune)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    run = options.create_run(config, "report")
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         pruned = prune_network(lab, config.seed, dense, graph, config.prune)

@@ -28,7 +28,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, NamedTuple
@@ -39,16 +38,16 @@ import numpy as np
 import tyro
 
 from ehap_jax import INT8, fake_quant
-from ehap_jax.data import limit_training, load_dataset, normalise
+from ehap_jax.data import normalise
 from ehap_jax.graph import Cost, count_cost
 from ehap_jax.quant import IntegerNetwork, rounded_activations, save_onnx, to_integer, to_onnx
 from ehap_jax.report import stage_table, write_report
-from ehap_jax.training import Deadline, Progress, RunDirectory
-from recipes.command import Missed, RunOptions, run_command
+from ehap_jax.training import Deadline, Progress
+from recipes.command import Missed, TrainingOptions, run_command
 from recipes.int8 import Int8Network, calibrate, int8_network, train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases, train
 from recipes.model_directory import write_model_directory
-from recipes.network import Network, load_network, save_network
+from recipes.network import Network, load_data, load_network, save_network
 from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise
 
@@ -81,7 +80,7 @@ class Config:
     observed: float = 0.4
     """Share of the training that moves the ranges; then they are frozen."""
     onnx: bool = True
-    """Write ONNX files and run them; needs the packages onnx and onnxruntime."""
+    """Write ONNX files and run them; needs the packages onnx and onnxruntime, --no-onnx does not."""
 
 
 VARIANTS = {
@@ -162,7 +161,7 @@ def prepare(lab: Lab, seed: int, network: Network, config: Config) -> Network:
 
 
 def train_float(lab: Lab, seed: int, network: Network, phase: Phase) -> dict[str, Any]:
-    """The control: the weights after `train_int8` without its rounding; what differs from it is the rounding's doing."""
+    """The control: the weights after `train_int8` without its rounding."""
 
     def frozen(variables, x):
         return network.apply(variables, x), {}
@@ -258,22 +257,17 @@ def check_config(config: Config, lab_images: int) -> None:
         raise ValueError(f"--observed must be in (0, 1], got {config.observed}")
     if config.compared_images < 1:
         raise ValueError(f"--compared-images must be at least 1, got {config.compared_images}")
-    if config.onnx:
-        missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
-        if missing:
-            raise ImportError(f"no {' or '.join(missing)} here: pip install 'ehap-jax[onnx]', or give --no-onnx")
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     started, deadline = time.perf_counter(), Deadline(options.max_minutes)
     dense = load_network(config.network)
-    dataset = load_dataset(config.data, normalisation=dense.architecture.normalisation)
-    dataset = limit_training(dataset, config.train_images)
-    check_phases(dataset, finetune=config.finetune, qat=config.qat)
+    dataset = load_data(dense, config.data, config.train_images)
+    check_phases(dataset, {"--finetune": config.finetune, "--qat": config.qat}, taught=("--finetune",))
     check_config(config, len(dataset.x_train))
     if config.prune.keep != 1 and dense.plan is None:
         check_pruning(dataset, dense.graph(), config.prune)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    run = options.create_run(config, "report", *(("onnx",) if config.onnx else ()))
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         results = [run_seed(lab, seed, dense, config) for seed in range(config.seeds)]

@@ -23,11 +23,10 @@ from typing import Annotated, Any
 import tyro
 
 from ehap_jax.curvature import TraceEstimate
-from ehap_jax.data import load_dataset
 from ehap_jax.graph import count_cost
 from ehap_jax.pruning import hessian_scores
 from ehap_jax.report import write_report
-from ehap_jax.training import Deadline, Progress, RunDirectory
+from ehap_jax.training import Deadline, Progress
 from recipes.command import RunOptions, run_command
 from recipes.criteria import (
     Compute,
@@ -40,7 +39,7 @@ from recipes.criteria import (
     probed_trace,
 )
 from recipes.lab import Lab, accuracy, training_batch
-from recipes.network import load_network
+from recipes.network import load_data, load_network
 from recipes.ranking import spearman
 from recipes.summary import Stage, probe_costs, summarise, write_scores
 
@@ -71,12 +70,12 @@ def main(config: Config, options: RunOptions) -> None:
     if not config.computes or len(set(config.computes)) < len(config.computes):
         raise ValueError(f"--computes must be different precisions, at least one; got {config.computes}")
     network = load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
+    dataset = load_data(network, config.data)
     check_scores(dataset, config.scores, "--scores")
     batch = training_batch(dataset, config.scores.examples, config.seed)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    run = options.create_run(config, "report")
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline, options.sinks(config))
+        lab = Lab(dataset, run, progress, deadline)
         graph = network.graph()
         traces: dict[str, TraceEstimate] = {}
         for compute in config.computes:
@@ -111,7 +110,7 @@ def main(config: Config, options: RunOptions) -> None:
 
 def command(arguments: Sequence[str] | None = None) -> int:
     """Parse and run."""
-    return run_command(main, VARIANTS, arguments, name="trace")
+    return run_command(main, VARIANTS, arguments, name="trace", options=RunOptions)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ from ehap_jax import INT8, fake_quant
 from ehap_jax.data import limit_training, load_dataset, normalise
 from ehap_jax.pruning import PruningPlan
 from ehap_jax.report import read_run
-from ehap_jax.training import Deadline, Progress, RunDirectory, load_variables
+from ehap_jax.training import Deadline, OutOfTime, Progress, RunDirectory, load_variables
 from recipes import (
+    cells,
+    command,
     compare_criteria,
+    compare_estimators,
     compare_precision,
     criteria,
     ehap,
@@ -28,9 +31,11 @@ from recipes import (
     quantize,
     reproduce,
     reproduction,
+    spectrum,
     sweep,
     trace,
 )
+from recipes.command import Missed, run_command
 from recipes.lab import Lab, Phase
 from recipes.network import load_network
 
@@ -128,9 +133,7 @@ def test_the_control_of_quantize_is_int8_training_without_rounding(pruned, tmp_p
 def test_the_bounds_of_quantize():
     agree, apart = {quantize.ONNX: {"differ": 0, "of": 9}}, {quantize.ONNX: {"differ": 2, "of": 9}}
     assert quantize.misses(0.3, [agree, {}]) == [] and quantize.misses(100 * abs(0.92 - 0.917), [agree]) == []
-    assert quantize.misses(0.31, [agree]) == [
-        "the integers are 0.31 points from float training, beyond 0.3"
-    ]
+    assert quantize.misses(0.31, [agree]) == ["the integers are 0.31 points from float training, beyond 0.3"]
     assert quantize.misses(0.0, [agree, apart]) == ["seed 1: 2 of 9 integers differ between JAX and ONNX Runtime"]
     assert len(quantize.misses(float("nan"), [apart])) == 2
 
@@ -231,6 +234,17 @@ def test_criteria_stop_at_the_limit_and_resume(stopped):
     assert "Accuracy against MACs" in (output / "report.html").read_text()
 
 
+def test_cells_that_prune_step_by_step_do_not_share_what_they_trained(dense, tmp_path):
+    given = ["short", str(dense), "--data", "digits", "--cells.criteria", "magnitude", "random", "--cells.keeps", "0.4"]
+    given += ["--cells.prune.steps", "2", *phase("cells.prune.between"), *phase("cells.finetune")]
+    assert sweep.command([*given, "--train-images", "256", "--output", str(tmp_path / "run")]) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    pruned = ("magnitude-0.4", "random-0.4")
+    assert [row["stage"] for row in metrics] == ["dense-1", *(s for c in pruned for s in (f"{c}-step1", c))]
+    _, one, other = read(tmp_path / "run" / "sweep.json")["statistics"]
+    assert one["params"] != other["params"]
+
+
 def test_sweep(dense, tmp_path):
     given = ["short", str(dense), "--data", "digits", "--cells.criteria", "magnitude", "--cells.keeps", "0.5"]
     given += [*phase("cells.finetune"), "--train-images", "256", "--output", str(tmp_path / "run")]
@@ -251,6 +265,9 @@ def test_ehap_from_a_trained_network(dense, tmp_path):
     assert (tmp_path / "run" / "seed0" / "model" / "plan.json").is_file() == installed
 
 
+REPRODUCE = ["cpu", "DENSE", "--train-images", "512"]
+
+
 @pytest.mark.parametrize(
     ("recipe", "arguments", "message"),
     [
@@ -265,8 +282,39 @@ def test_ehap_from_a_trained_network(dense, tmp_path):
         (prune, ["short", "nowhere"], "no checkpoint or run directory nowhere"),
         (reproduce, ["cpu", "nowhere"], "no checkpoint or run directory nowhere"),
         (trace, ["short", "DENSE", "--scores.examples", "100000"], "100000 images"),
-        (compare_criteria, ["short", "DENSE", "--cells.keeps", "1.5"], "--keeps are fractions"),
-        (compare_criteria, ["short", "DENSE", "--cells.seeds", "0"], "--seeds"),
+        (
+            compare_criteria,
+            ["short", "DENSE", "--train-images", "512", "--cells.keeps", "1.5"],
+            "--cells.keeps are fractions",
+        ),
+        (compare_criteria, ["short", "DENSE", "--train-images", "512", "--cells.seeds", "0"], "--cells.seeds"),
+        (
+            sweep,
+            [
+                "short",
+                "DENSE",
+                "--train-images",
+                "512",
+                "--cells.prune.steps",
+                "2",
+                "--cells.prune.between.epochs",
+                "0",
+            ],
+            "--cells.prune.between.epochs",
+        ),
+        (reproduce, [*REPRODUCE, "--cells.int8.batch-size", "99999"], "--cells.int8.batch-size 99999"),
+        (reproduce, [*REPRODUCE, "--cells.keeps", "1.5"], "--cells.keeps are fractions"),
+        (reproduce, [*REPRODUCE, "--cells.keeps", "0.0001"], "out of reach"),
+        (reproduce, [*REPRODUCE, "--cells.prune.steps", "0"], "--cells.prune.steps must be at least 1"),
+        (reproduce, [*REPRODUCE, "--precision.scores.examples", "9999"], "--precision.scores.examples"),
+        (pretrain, ["digits", "--phase.distill", "0.5"], "--phase.distill 0.5: this phase has no teacher"),
+        (ehap, ["digits", "--int8.distill", "0.5"], "--int8.distill 0.5"),
+        (quantize, ["short", "DENSE", "--train-images", "512", "--qat.distill", "0.5"], "--qat.distill 0.5"),
+        (
+            prune,
+            ["short", "DENSE", "--train-images", "512", "--prune.steps", "2", "--prune.between.distill", "0.5"],
+            "--prune.between.distill 0.5",
+        ),
         (compare_precision, ["short", "DENSE", "--computes", "float32", "float32"], "--computes"),
         (sweep, ["short", "DENSE", "--max-minutes", "0"], "positive number of minutes"),
         (sweep, ["short", "DENSE", "--train-images", "512", "--cells.keeps", "0.001"], "out of reach"),
@@ -286,12 +334,70 @@ def test_bad_settings_fail_before_anything_is_written(dense, tmp_path, capsys, r
     assert not (tmp_path / "run").exists()
 
 
+DATA_OF_ANOTHER_KIND = [(12, (8, 8, 1), "10 classes apart, .* has 12"), (10, (16, 16, 1), "8 × 8 × 1, .* 16 × 16 × 1")]
+
+
+@pytest.mark.parametrize(("classes", "shape", "message"), DATA_OF_ANOTHER_KIND)
+@pytest.mark.parametrize(
+    "recipe",
+    [prune, trace, compare_criteria, compare_precision, compare_estimators, quantize, spectrum, reproduce, ehap],
+)
+def test_data_that_does_not_fit_the_network(dense, tmp_path, capsys, recipe, classes, shape, message):
+    def images(count):
+        return np.zeros((count, *shape), np.uint8), np.arange(count) % classes
+
+    (x_train, y_train), (x_test, y_test) = images(10 * classes), images(classes)
+    np.savez(tmp_path / "data.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    variant = {reproduce: "cpu", ehap: "digits"}.get(recipe, "short")
+    network = ["--dense", str(dense)] if recipe is ehap else [str(dense)]
+    given = [variant, *network, "--data", f"npz:{tmp_path / 'data.npz'}", "--output", str(tmp_path / "run")]
+    assert recipe.command(given) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (FloatingPointError("the training loss of epoch 1 is nan"), 2),
+        (ArithmeticError("the shrunk network differs from the masked one"), 2),
+        (NotImplementedError("no rule for this primitive"), 2),
+        (Missed("the integers are 1.00 points from float training"), 1),
+        (OutOfTime("stopped after 1 minutes"), 3),
+    ],
+)
+def test_a_run_that_failed_is_told_from_one_that_missed_its_bounds(capsys, tmp_path, error, status):
+    def main(*_):
+        raise error
+
+    assert run_command(main, pretrain.VARIANTS, ["digits", "--output", str(tmp_path)], name="pretrain") == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pretrain: {error}")
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "message"),
+    [
+        ("tensorboard", ["--tensorboard"], "no tensorboard here: .*ehap-jax.tensorboard"),
+        ("wandb", ["--wandb"], "pip install wandb"),
+        ("jinja2", [], "no jinja2 here: .*ehap-jax.report"),
+    ],
+)
+def test_a_missing_package_is_found_before_anything_is_written(
+    tmp_path, capsys, monkeypatch, missing, options, message
+):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == missing else name)
+    given = ["digits", *MODEL, *options, "--output", str(tmp_path / "run")]
+    assert pretrain.command(given) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
 def test_a_run_that_holds_no_network_says_so(stopped):
     with pytest.raises(FileNotFoundError, match=r"has no network\.json"):
         load_network(stopped[1])
 
 
-def test_reproduce_and_the_table_of_claims(dense, tmp_path):
+def test_reproduce_and_the_table_of_claims(dense, tmp_path, monkeypatch):
     given = ["cpu", str(dense), "--data", "digits", "--train-images", "256", "--output", str(tmp_path / "run")]
     given += [
         "--precision.scores.examples",
@@ -306,6 +412,16 @@ def test_reproduce_and_the_table_of_claims(dense, tmp_path):
     # Time for nothing but the first network: what is finished is collected, and the rest is said not to have run.
     assert reproduce.command([*given, "--max-minutes", "1e-6"]) == 3
     assert read(tmp_path / "run" / "reproduction.json") == {}
+
+    def too_late(*_):
+        raise OutOfTime("stopped after 1 epoch")
+
+    # Time for the precisions, and for no cell of the criteria: they have a result, and nothing to draw.
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "run_cell", too_late)
+        assert reproduce.command([*given, "--resume"]) == 3
+    assert read(tmp_path / "run" / "reproduction.json")["criteria"]["result"]["cells_done"] == 0
+    assert "float16 against float32" in (tmp_path / "run" / "report.html").read_text()
     assert reproduce.command([*given, "--resume"]) == 0
     found = read(tmp_path / "run" / "reproduction.json")
     assert set(found) == {"precision", "criteria"} and found["criteria"]["config"]["dense"] == "run"
