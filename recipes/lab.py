@@ -38,6 +38,10 @@ from ehap_jax.training import (
 )
 
 
+CHECKPOINT_SECONDS = 60.0
+"""What a kill costs, or an epoch where that takes longer."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """One phase of training: SGD with Nesterov momentum and a cosine learning rate."""
@@ -154,7 +158,7 @@ def train(
             dataset.y_train,
             epochs=phase.epochs,
             checkpoints=saved,
-            checkpoint_every=max(phase.epochs // 4, 1),
+            checkpoint_seconds=CHECKPOINT_SECONDS,
             on_epoch=on_epoch,
             deadline=lab.deadline,
         )
