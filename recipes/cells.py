@@ -121,7 +121,7 @@ def compare_cells(
         try:
             run_cells(lab, network, config.cells)
         finally:
-            result = comparison(lab, config.cells, start)
+            result = {"model": network.architecture.model, **comparison(lab, config.cells, start)}
             run.write_json(f"{name}.json", result)
             run.write_text(f"{name}.txt", cells_table(result))
             if result["rows"]:
@@ -167,7 +167,10 @@ def _file(cell: Cell) -> str:
 
 
 def run_cell(lab: Lab, network: Network, cell: Cell, config: CellsConfig) -> dict[str, Any]:
-    """Prune, fine-tune and, where asked for, train in INT8; accuracies are of the test split, once per stage."""
+    """Prune, fine-tune and, where asked for, train in INT8; accuracies are of the test split, once per stage.
+
+    `accuracy_int8` is that of the fake-quantised network, `bytes_int8` those of the integers it stands for.
+    """
     started = time.perf_counter()
     graph, name = network.graph(), f"{cell.criterion}-{cell.keep:g}"
     found: dict[str, Any] = {"accuracy_pruned": None, "negative_scores": 0, "accuracy_int8": None, "bytes_int8": None}

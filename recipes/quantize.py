@@ -40,11 +40,12 @@ import tyro
 from ehap_jax import INT8, fake_quant
 from ehap_jax.data import normalise
 from ehap_jax.graph import Cost, count_cost
-from ehap_jax.quant import IntegerNetwork, rounded_activations, save_onnx, to_integer, to_onnx
+from ehap_jax.quant import IntegerNetwork, rounded_activations
 from ehap_jax.report import stage_table, write_report
 from ehap_jax.training import Deadline, Progress
 from recipes.command import Missed, TrainingOptions, run_command
 from recipes.int8 import Int8Network, calibrate, int8_network, train_int8
+from recipes.integers import float_onnx, int8_onnx, integer_network, run_integers, write_onnx
 from recipes.lab import Lab, Phase, accuracy, check_phases, train
 from recipes.model_directory import write_model_directory
 from recipes.network import Network, load_data, load_network, save_network
@@ -172,8 +173,7 @@ def train_float(lab: Lab, seed: int, network: Network, phase: Phase) -> dict[str
 def measure(lab: Lab, int8: Int8Network, cost: Cost, compared: int) -> Measured:
     """Accuracy as fake-quantised and as integers, and the integers that differ between the two."""
     weights, ranges = int8.variables["variables"], int8.variables["ranges"]
-    example = jnp.zeros((1, *lab.dataset.image_shape))
-    integers = to_integer(int8.quantized, weights, ranges, example=example)
+    integers = integer_network(lab, int8)
     cost = cost._replace(bytes=int8.bytes)
     x = normalise(jnp.asarray(lab.dataset.x_test[:compared]), lab.dataset.mean, lab.dataset.std)
     fake = jax.jit(partial(rounded_activations, int8.quantized))(weights, ranges, x)
@@ -183,11 +183,6 @@ def measure(lab: Lab, int8: Int8Network, cost: Cost, compared: int) -> Measured:
         "integer": Stage(accuracy(lab, run_integers, integers), cost),
     }
     return Measured(stages, compare_tensors(fake, {name: real[name] for name in fake}), real)
-
-
-def run_integers(network: IntegerNetwork, x: jax.Array) -> jax.Array:
-    """Logits."""
-    return network(x)
 
 
 def integer_tensors(network: IntegerNetwork, x: jax.Array) -> dict[str, jax.Array]:
@@ -206,33 +201,19 @@ def run_onnx(
     lab: Lab, seed: int, network: Network, int8: Int8Network, integers: Mapping[str, Any], compared: int
 ) -> Onnx:
     """Write the float file, and run the INT8 one."""
-    weights, ranges = int8.variables["variables"], int8.variables["ranges"]
-    example = jax.ShapeDtypeStruct((1, *lab.dataset.image_shape), jnp.float32)
-    described = {"seed": seed, "model": network.architecture.model, "normalisation": network.architecture.normalisation}
-    options: dict[str, Any] = {"example": example, "plan": network.plan, "metadata": described, "dynamic_batch": True}
-    floats, whole = (
-        to_onnx(network.apply, network.variables, **options),
-        to_onnx(int8.quantized, weights, ranges, **options),
-    )
-    write_onnx(lab, floats, f"seed{seed}/float.onnx")
+    write_onnx(lab, float_onnx(lab, seed, network), f"seed{seed}/float.onnx")
+    whole = int8_onnx(lab, seed, network, int8)
     dataset, runtime = lab.dataset, session(whole)
     right = 0
     for start in range(0, len(dataset.x_test), BATCH):
         x = onnx_inputs(lab, start, start + BATCH)
         (logits,) = runtime.run(None, {"x": x})
         right += int(np.sum(np.argmax(logits, axis=1) == dataset.y_test[start : start + BATCH]))
-    exposed = session(to_onnx(int8.quantized, weights, ranges, expose=True, **options))
+    exposed = session(int8_onnx(lab, seed, network, int8, expose=True))
     names = [out.name.removesuffix("/out") for out in exposed.get_outputs()]
     theirs = dict(zip(names, exposed.run(None, {"x": onnx_inputs(lab, 0, compared)}), strict=True))
     difference = compare_tensors(integers, {name: theirs[name] for name in integers})
     return Onnx(right / len(dataset.x_test), difference, whole)
-
-
-def write_onnx(lab: Lab, model: Any, name: str) -> None:
-    """Write a file of the run, in place of an earlier one."""
-    path = lab.run.file(name)
-    path.unlink(missing_ok=True)
-    save_onnx(model, path)
 
 
 def onnx_inputs(lab: Lab, start: int, end: int) -> np.ndarray:

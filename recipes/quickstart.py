@@ -2,11 +2,14 @@
 
 Trains a small CIFAR-style ResNet on scikit-learn's handwritten digits, measures the Hessian trace of every channel in
 float32, bfloat16 and float16 with the same probes (EHAP, arXiv 2306.07030), prunes the least sensitive channels,
-proves masked == shrunk, fine-tunes, trains with INT8 fake quantisation, and writes a report.
+proves masked == shrunk, fine-tunes, trains with INT8 fake quantisation, and writes a report. "int8" in it is the
+fake-quantised network, and its bytes are those of the integers it stands for; `recipes.ehap` and `recipes.quantize` run
+the integers.
 
-    python -m recipes.quickstart                # three seeds
+    python -m recipes.quickstart                # three seeds, 2.4 minutes
     python -m recipes.quickstart --seeds 1
 
+Expect 99 % dense, fine-tuned and in INT8, at 14 % of the parameters and 4 % of the bytes (``results/quickstart.json``).
 A killed run continues with ``--resume`` and ends in the same numbers. The test split is evaluated once per stage, for
 the table; no step of a run reads it.
 """
