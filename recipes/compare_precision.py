@@ -21,15 +21,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import tyro
 
+from ehap_jax.curvature import ProductMemory
 from ehap_jax.graph import Cost, Graph, count_cost
 from ehap_jax.pruning import PruningPlan, hessian_scores
 from ehap_jax.report import write_report
 from ehap_jax.training import Deadline, Progress
 from recipes.cells import aligned, percent, spread
 from recipes.command import TrainingOptions, run_command
-from recipes.criteria import Compute, Course, ScoreConfig, probe_bytes, probed_trace
+from recipes.criteria import Compute, Course, ScoreConfig, probe_bytes, probe_memory, probed_trace
 from recipes.lab import Lab, Phase, accuracy, check_phases, training_batch
 from recipes.network import Network, load_data, load_network, save_plan
 from recipes.pruned import TargetConfig, check_target, finetune, plan_of, shrink_network
@@ -55,6 +57,9 @@ class Config:
     """`estimator` and `compute` in its scores do not matter here."""
     finetune: Phase = field(default_factory=lambda: Phase(epochs=300, learning_rate=0.0512, weight_decay=5e-4))
 
+
+DOUBLINGS = 3
+"""Of the Hessian batch, for the largest that fits; each is compiled."""
 
 VARIANTS = {
     "short": (
@@ -129,13 +134,41 @@ def main(config: Config, options: TrainingOptions) -> None:
             "probes": config.prune.scores.probes,
             "examples": config.prune.scores.examples,
             "machine_shared": any(row["machine_shared"] for row in rows),
-            "precisions": [precision(rows, compute, config.computes[0]) for compute in config.computes],
+            "precisions": [
+                precision(rows, compute, config.computes[0])
+                | {"largest_batch": largest_batch(lab, network, config, compute)}
+                for compute in config.computes
+            ],
             "rows": rows,
         }
         run.write_json("precision.json", result)
         run.write_text("precision.txt", precision_table(result))
         write_report_of(lab, network, graph, config, rows, result["precisions"])
         progress.note((run.path / "precision.txt").read_text())
+
+
+def largest_batch(lab: Lab, network: Network, config: Config, compute: Compute) -> int | None:
+    """How many images fit, in this precision, into the memory that a probe of the first precision needs for its batch.
+
+    By doubling that batch, at most `DOUBLINGS` times, and by what the compiler says: nothing runs. None where the two
+    precisions compute their products in different ways, which cannot be compared.
+    """
+    batch = training_batch(lab.dataset, config.prune.scores.examples, 0)
+
+    def memory(batch, compute: Compute) -> ProductMemory:
+        settings = replace(config.prune.scores, compute=compute)
+        return probe_memory(network.apply, network.variables, batch, settings)
+
+    first = memory(batch, config.computes[0])
+    if memory(batch, compute).product != first.product:
+        return None
+    for _ in range(DOUBLINGS):
+        twice = tuple(jnp.concatenate([part, part]) for part in batch)
+        needed = memory(twice, compute)
+        if needed.product != first.product or needed.needs[needed.product] > first.needs[first.product]:
+            break
+        batch = twice
+    return len(batch[1])
 
 
 def write_report_of(

@@ -37,7 +37,6 @@ from ehap_jax.training import (
     training_inputs,
 )
 
-
 CHECKPOINT_SECONDS = 60.0
 """What a kill costs, or an epoch where that takes longer."""
 
