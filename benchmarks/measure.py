@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -98,6 +100,42 @@ def provenance() -> dict[str, Any]:
         "versions": versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def torch_device(precision: str, gpu: bool) -> Any:
+    """Where PyTorch computes, with TF32 switched as the precision asks and a thread for every core it may use.
+
+    Raises:
+      RuntimeError: a GPU was asked for, and PyTorch sees none.
+    """
+    import torch
+
+    if gpu and not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def about() -> dict[str, Any]:
+    """`provenance`, with the version of PyTorch where it is installed."""
+    found = provenance()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["versions"]["packages"]["torch"] = importlib.metadata.version("torch")
+    return found
+
+
+def torch_provenance(device: Any) -> dict[str, Any]:
+    """`about`, of PyTorch's device: JAX is kept off the accelerator here, as it would take its memory."""
+    import torch
+
+    found = {**about(), "torch_threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        name = {"backend": "gpu", "kind": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
+        found["versions"]["device"] = name
+    return found
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.probe_parts                       # ResNet-32, batch 128, then results/probe_parts.json
     python -m benchmarks.probe_parts --quick --out /tmp/parts.json
 
-A probe on a linearised gradient is five convolutions for every kernel (benchmarks/channel_trace.py, `PASSES`): x' * w,
+A probe on a linearised gradient is five convolutions for every kernel (benchmarks/probe_rows.py, `PASSES`): x' * w,
 x * v and x' * v forward, and two backward through the transpose. For every size of kernel in the network the script
 times one forward and one backward alone, in seconds; then two pairs that one wider convolution could compute: the
 sum x' * w + x * v with inputs and kernels side by side (`sum`), and x' * w, x' * v with the kernels side by side
@@ -25,8 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.channel_trace import NETWORKS, Row, loss_and_start
 from benchmarks.measure import least, provenance, write_results
+from benchmarks.probe_rows import NETWORKS, Row, loss_and_start
 from ehap_jax.curvature import Policy
 from ehap_jax.curvature.probe_loop import Run, add_linear_chunk, begin, blank_state, linearizations
 from ehap_jax.curvature.probes import is_kernel

@@ -78,8 +78,6 @@ def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
 
 def logits_pair(nets: Pair, images: np.ndarray, batch_size: int = 128) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, classes) of normalised images, by JAX and by PyTorch, computed in batches."""
-    import torch
-
     forward = jax.jit(nets.apply)
     ours, theirs = [], []
     for start in range(0, len(images), batch_size):
@@ -87,8 +85,7 @@ def logits_pair(nets: Pair, images: np.ndarray, batch_size: int = 128) -> tuple[
         short = batch_size - len(part)
         padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if start else part
         ours.append(np.asarray(forward(nets.variables, padded))[: len(part)])
-        with torch.no_grad():
-            theirs.append(nets.module(torch_images(part)).numpy())
+        theirs.append(torch_logits(nets.module, part))
     return np.concatenate(ours), np.concatenate(theirs)
 
 
@@ -96,10 +93,9 @@ def gradient_pair(nets: Pair, images: np.ndarray, labels: np.ndarray) -> tuple[A
     """The gradient of the mean loss in every trainable parameter, eval mode."""
     import torch
 
-    batch = (images, labels.astype(np.int32))
-    ours = jax.jit(jax.grad(nets.loss))(nets.variables["params"], batch)
+    ours = jax.jit(jax.grad(nets.loss))(nets.variables["params"], jax_batch(images, labels))
     names = dict(nets.module.named_parameters())
-    found = torch.autograd.grad(_torch_loss(nets, images, labels), list(names.values()))
+    found = torch.autograd.grad(_torch_loss(nets.module, images, labels), list(names.values()))
     theirs = {name: value.numpy() for name, value in zip(names, found, strict=True)}
     return nets.named(ours), theirs
 
@@ -111,9 +107,9 @@ def hessian_vector_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, seed
     from interop.reference.trace import kernels
 
     v, torch_probe = probe_pair(nets, seed)
-    Hv = jax.jit(hvp(nets.loss))(nets.variables["params"], v, (images, labels.astype(np.int32)))
+    Hv = jax.jit(hvp(nets.loss))(nets.variables["params"], v, jax_batch(images, labels))
     params = kernels(nets.module)
-    gradients = torch.autograd.grad(_torch_loss(nets, images, labels), list(params.values()), create_graph=True)
+    gradients = torch.autograd.grad(_torch_loss(nets.module, images, labels), list(params.values()), create_graph=True)
     found = torch.autograd.grad(gradients, list(params.values()), [torch_probe[name] for name in params])
     theirs = {name: value.numpy() for name, value in zip(params, found, strict=True)}
     ours = nets.named(Hv)
@@ -122,11 +118,9 @@ def hessian_vector_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, seed
 
 def trace_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, seeds: Sequence[int]) -> tuple[Arrays, Arrays]:
     """Channel traces averaged over the same probes: `probe_channel_products` and the PyTorch reference."""
-    import torch
-
     from interop.reference.trace import fixed_trace
 
-    batch = (jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
+    batch = jax_batch(images, labels)
     sums: Arrays = {}
     probes = []
     for seed in seeds:
@@ -135,7 +129,7 @@ def trace_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, seeds: Sequen
         for name, value in nets.named(products).items():
             sums[name] = sums.get(name, 0) + value.astype(np.float64)
         probes.append(probe)
-    reference = fixed_trace(nets.module, torch_images(images), torch.from_numpy(labels.astype(np.int64)), probes)
+    reference = fixed_trace(nets.module, *torch_batch(images, labels), probes)
     ours = {name: value / len(seeds) for name, value in sums.items()}
     return ours, {name: value.numpy() for name, value in reference.mean.items()}
 
@@ -167,8 +161,7 @@ def sgd_pair(nets: Pair, images: np.ndarray, labels: np.ndarray, rate: float) ->
     stepped = jax.jit(lambda p: jax.tree.map(lambda w, g: w - jnp.asarray(rate, w.dtype) * g, p, jax.grad(loss)(p)))
     module = copy.deepcopy(nets.module).train()
     optimizer = torch.optim.SGD(module.parameters(), lr=rate)
-    logits = module(torch_images(images))
-    torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels.astype(np.int64))).backward()
+    _torch_loss(module, images, labels).backward()
     optimizer.step()
     return nets.named(stepped(params)), {name: p.detach().numpy() for name, p in module.named_parameters()}
 
@@ -180,8 +173,6 @@ def pruned_pair(
 
     JAX runs `shrink(apply, plan)`, PyTorch a module of the shrunk widths loaded from `to_torch(variables, plan)`.
     """
-    import torch
-
     from interop.torch_models import load
 
     graph = trace_graph(nets.apply)(nets.variables, images)
@@ -189,9 +180,7 @@ def pruned_pair(
     plan = allocate(graph, scores, channels=channels, coupling=coupling)
     small = shrink_variables(nets.variables, plan)
     ours = np.asarray(jax.jit(shrink(nets.apply, plan))(small, images))
-    with torch.no_grad():
-        theirs = load(to_torch(small, plan))(torch_images(images)).numpy()
-    return ours, theirs
+    return ours, torch_logits(load(to_torch(small, plan)), images)
 
 
 def probe_pair(nets: Pair, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -219,8 +208,28 @@ def torch_images(images: np.ndarray) -> Any:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def _torch_loss(nets: Pair, images: np.ndarray, labels: np.ndarray) -> Any:
+def jax_batch(images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """The batch that `Pair.loss` takes, on JAX's device."""
+    return jnp.asarray(images), jnp.asarray(labels.astype(np.int32))
+
+
+def torch_batch(images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
+    """The same images and labels as tensors on the CPU."""
     import torch
 
-    logits = nets.module(torch_images(images))
-    return torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels.astype(np.int64)))
+    return torch_images(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def torch_logits(module: Any, images: np.ndarray) -> np.ndarray:
+    """Logits (N, classes) of normalised images (N, H, W, C)."""
+    import torch
+
+    with torch.no_grad():
+        return module(torch_images(images)).numpy()
+
+
+def _torch_loss(module: Any, images: np.ndarray, labels: np.ndarray) -> Any:
+    import torch
+
+    x, y = torch_batch(images, labels)
+    return torch.nn.functional.cross_entropy(module(x), y)

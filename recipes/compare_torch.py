@@ -5,746 +5,38 @@
 Takes any checkpoint that `interop.from_torch` reads and answers, JAX beside PyTorch: are logits, gradient,
 Hessian-vector product and channel traces the same numbers; do the scores rank and prune the same channels; how
 accurate is the pruned network in both; are the integers of the INT8 network the same; how long does a probe take and
-how much memory. Then it repeats the schedule of
-EHAP's released mixed-precision code (arXiv 2306.07030), whose probe i carries the weight 2^(16 - 8i), and says what
-that does to the ranking. Writes a table, `comparison.json` and two plots to a run directory, and exits with status 1
-where a figure is beyond its limit.
+how much memory. It also repeats the schedule of EHAP's released mixed-precision code (arXiv 2306.07030), whose probe i
+carries the weight 2^(16 - 8i), and says what that does to the ranking. Writes a table, `comparison.json` and two plots
+to a run directory, and exits with status 1 where a figure is beyond its limit.
 
 JAX runs on its default device, PyTorch on the CPU; time and memory of PyTorch are measured on a GPU where it sees one.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from ehap_jax.curvature import channel_trace, gauss_newton_trace, is_kernel, rademacher
-from ehap_jax.data import load_dataset
-from ehap_jax.graph import Graph, trace_graph
-from ehap_jax.graph.structure import Coupling
-from ehap_jax.pruning import (
-    PruningPlan,
-    Scores,
-    allocate,
-    hessian_scores,
-    mask_variables,
-    shrink,
-    shrink_variables,
-)
-from ehap_jax.quant import INT8, fake_quant, to_integer
-from ehap_jax.report import score_scatter
+from ehap_jax.pruning import Scores
 from ehap_jax.training import Progress, RunDirectory
-from interop.compare import LIMITS
-from interop.forms import RESNET, to_torch_axes
-from interop.parity import (
-    Arrays,
-    Pair,
-    gradient_pair,
-    hessian_vector_pair,
-    logits_pair,
-    normalise,
-    pair,
-    relative,
-    torch_images,
-    trace_pair,
-)
-from interop.to_torch import to_torch
-from recipes.ranking import kept_overlap, spearman
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-SAME = (
-    "logits_max_abs",
-    "predictions_that_differ",
-    "gradient_relative",
-    "hessian_vector_relative",
-    "trace_relative",
-)
-"""The figures with a limit, those of `interop.compare`."""
-
-VANISHED_AFTER = 20
-"""The published scale of probe i is 2^(16 - 8i), which float32 rounds to 0 from i = 21 on."""
-
-PRECISION = "highest"
-"""Of float32 products, in JAX and in PyTorch: the default of an accelerator is coarser than float32."""
-
-MEANING = {
-    "identity": "JAX against PyTorch on the same weights, images and probes. relative: ‖JAX - PyTorch‖ / ‖PyTorch‖ "
-    "over all elements; max_abs: the largest difference. limits: what is allowed.",
-    "scores": "HAP's score of every output channel from the same probes in both. spearman: rank correlation over all "
-    "channels; kept_overlap: for every kept fraction of channels, intersection over union of the kept channels.",
-    "schedule": "Per number of probes, against the reference ranking: fixed weighs all probes alike (JAX), published "
-    "weighs probe i by 2^(16 - 8i) as the released code does (PyTorch, the same probes). In float32 throughout, so "
-    "that the schedule is the only difference. same_kept_as_fixed: overlap of the two.",
-    "reference": "exact: the trace without probes (the Gauss-Newton trace, proven equal to the Hessian's); "
-    "probes: many equally weighted probes, drawn independently of those compared.",
-    "pruned": "Test accuracy right after pruning, without fine-tuning, per criterion and kept fraction of channels. "
-    "JAX runs the masked network, PyTorch the shrunk one; logits_max_abs is the largest difference between the two.",
-    "int8": "The dense network and the one pruned most, in INT8 with ranges from the training images, no training: "
-    "every quantised activation of the compared test images as `to_integer` and `interop.torch_integer` compute it. "
-    "not_comparable: what has no integer form in one of the two.",
-    "method": "Under union coupling of a post-activation ResNet: each framework ranks and prunes by itself, from its "
-    "own scores of the same probes (`interop.reference.union`). channels_that_differ: kept by one of the two only.",
-    "cost": "Each framework in a process of its own, the same images, float32 products as precise as for the figures "
-    "above (`precision`): first_call_seconds compiles, the others are from the second call. On a machine that "
-    "others use (load_average above the number of cores) compare the CPU seconds. not_measured: why there are none. "
-    "Memory in MiB of resident memory (on a GPU, of its memory); memory_before has both frameworks imported.",
-}
-
-
-@dataclass(frozen=True)
-class Config:
-    """What is compared; every setting is part of the result."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A PyTorch or safetensors file."""
-    data: str
-    """"npz:PATH", images uint8, with x_train, y_train, x_test and y_test."""
-    layout: str = "auto"
-    """How the checkpoint names its tensors."""
-    images: int = 64
-    """Training images for the derivatives."""
-    test_images: int = 256
-    """Test images for logits and accuracies."""
-    probes: tuple[int, ...] = (1, 10, 100, 300)
-    """Numbers of probes at which rankings are compared."""
-    same_probes: int = 4
-    """Probes given to both frameworks for traces and scores, and timed."""
-    ratios: tuple[float, ...] = (0.75, 0.5, 0.25)
-    """Kept fractions of the prunable channels."""
-    coupling: Coupling = "group"
-    reference: Literal["auto", "exact", "probes"] = "auto"
-    """What rankings are compared with; "auto" is exact where that is proven to be the Hessian."""
-    reference_probes: int = 1000
-    """Probes of the reference where it is not exact."""
-    int8_images: int = 32
-    """Test images on which every INT8 integer is compared."""
-    cost: bool = True
-    """Measure time and memory, too."""
-    seed: int = 0
-
-
-class Job(NamedTuple):
-    """One network in both frameworks, its structure, and what it is fed (normalised)."""
-
-    config: Config
-    nets: Pair
-    graph: Graph
-    train: np.ndarray
-    labels: np.ndarray
-    test: np.ndarray
-    truth: np.ndarray
-    progress: Progress
-
-    @property
-    def batch(self) -> tuple[jax.Array, jax.Array]:
-        """The Hessian batch on JAX's device."""
-        return jnp.asarray(self.train), jnp.asarray(self.labels.astype(np.int32))
-
-
-def prepare(config: Config, progress: Progress) -> Job:
-    """Load everything and check every setting before any work starts.
-
-    Raises:
-        ValueError: a setting, a checkpoint or data that do not fit each other. FileNotFoundError: no such file.
-    """
-    if not config.probes or min(config.probes) < 1:
-        raise ValueError(f"--probes must be numbers from 1 on, got {config.probes}")
-    if not config.ratios or not all(0 < ratio < 1 for ratio in config.ratios):
-        raise ValueError(f"--ratios are kept fractions between 0 and 1, got {config.ratios}")
-    if config.same_probes < 1 or config.reference_probes < 2:
-        raise ValueError("--same-probes must be at least 1, --reference-probes at least 2")
-    dataset = load_dataset(config.data)
-    counts = {"images": len(dataset.x_train), "test_images": len(dataset.x_test), "int8_images": config.test_images}
-    for name, count in counts.items():
-        if not 1 <= getattr(config, name) <= count:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} {getattr(config, name)} is not between 1 and the {count} there are")
-    nets = pair(config.checkpoint, config.layout)
-    spec = nets.info.spec
-    if nets.info.indices:
-        raise ValueError("this checkpoint was pruned before and adds by index; it cannot be pruned further in PyTorch")
-    if dataset.image_shape[-1] != spec.image_channels:
-        raise ValueError(f"the network reads {spec.image_channels} channels, the images have {dataset.image_shape[-1]}")
-    if dataset.num_classes > spec.num_classes:
-        raise ValueError(f"the network has {spec.num_classes} classes, the labels go up to {dataset.num_classes - 1}")
-    train = normalise(dataset.x_train[: config.images], nets.info)
-    test = normalise(dataset.x_test[: config.test_images], nets.info)
-    graph = trace_graph(nets.apply)(nets.variables, train[:1])
-    truth = dataset.y_test[: config.test_images]
-    return Job(config, nets, graph, train, dataset.y_train[: config.images], test, truth, progress)
-
-
-def compare_identity(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
-    """Are they the same numbers? Also the scores of both from the same probes."""
-    nets, seed = job.nets, job.config.seed
-    ours, theirs = logits_pair(nets, job.test)
-    answers, expected = ours.argmax(axis=1), theirs.argmax(axis=1)
-    seeds = [seed + i for i in range(job.config.same_probes)]
-    traces = trace_pair(nets, job.train, job.labels, seeds)
-    identity = {
-        "logits_max_abs": float(np.abs(ours - theirs).max()),
-        "predictions_that_differ": int(np.sum(answers != expected)),
-        "gradient_relative": relative(*gradient_pair(nets, job.train, job.labels)),
-        "hessian_vector_relative": relative(*hessian_vector_pair(nets, job.train, job.labels, seed)),
-        "trace_relative": relative(*traces),
-        "accuracy_jax": float(np.mean(answers == job.truth)),
-        "accuracy_torch": float(np.mean(expected == job.truth)),
-    }
-    by_path = {_path(nets, name): value for name, value in traces[0].items() if name in traces[1]}
-    scores = hessian_scores(job.graph, nets.variables, by_path)
-    return identity, {"JAX": scores, "PyTorch": torch_scores(nets, traces[1], scores.norms)}
-
-
-def torch_scores(nets: Pair, traces: Arrays, norms: Mapping[str, np.ndarray]) -> Scores:
-    """The reference's own scores, computed by PyTorch from its traces, under JAX's paths."""
-    import torch
-
-    from interop.reference.trace import ReferenceTrace
-
-    reference = ReferenceTrace(
-        {name: torch.from_numpy(np.asarray(value))[None] for name, value in traces.items()}, torch.ones(1)
-    )
-    found = reference.sensitivity(nets.module)
-    return Scores({_path(nets, name): value.double().numpy() for name, value in found.items()}, norms, "hessian")
-
-
-def reference_scores(job: Job) -> tuple[str, Scores]:
-    """How the reference was found, and its scores."""
-    config, nets = job.config, job.nets
-    if config.reference != "probes":
-        try:
-            with job.progress.stage("exact trace", 1) as advance:
-                trace = gauss_newton_trace(nets.apply, nets.variables, job.batch)
-                advance()
-            return "exact", hessian_scores(job.graph, nets.variables, trace)
-        except ValueError:
-            if config.reference == "exact":
-                raise
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    with job.progress.stage("reference probes", 1) as advance:
-        trace = channel_trace(
-            nets.loss, nets.variables["params"], job.batch, key=key, num_probes=config.reference_probes
-        )
-        advance()
-    return f"{config.reference_probes} probes", hessian_scores(job.graph, nets.variables, trace)
-
-
-def fixed_scores(job: Job) -> dict[int, Scores]:
-    """Number of probes -> scores, every probe weighing the same: each estimate goes on from the one before."""
-    params, state, found = job.nets.variables["params"], None, {}
-    counts = sorted(set(job.config.probes))
-    with job.progress.stage("fixed schedule", counts[-1]) as advance:
-        done = 0
-        for count in counts:
-            key = jax.random.key(job.config.seed)
-            trace = channel_trace(job.nets.loss, params, job.batch, key=key, num_probes=count, state=state)
-            state, found[count] = trace.state, hessian_scores(job.graph, job.nets.variables, trace)
-            advance(count - done)
-            done = count
-    return found
-
-
-def published_scores(job: Job, norms: Mapping[str, np.ndarray]) -> tuple[dict[int, Scores], float]:
-    """Number of probes -> scores by the published schedule in PyTorch from the same probes; the first one's weight.
-
-    Later probes than `VANISHED_AFTER` have the scale 0 and are not computed: they add exact zeros.
-    """
-    import torch
-
-    from interop.reference.trace import published_trace
-
-    counts = sorted(set(job.config.probes))
-    computed = min(counts[-1], VANISHED_AFTER)
-    images, labels = torch_images(job.train), torch.from_numpy(job.labels.astype(np.int64))
-    with job.progress.stage("published schedule", computed) as advance:
-
-        def probes():
-            for i in range(computed):
-                yield same_probe(job, i)
-                advance()
-
-        trace = published_trace(job.nets.module, images, labels, probes())
-    found = {}
-    for count in counts:
-        means = {name: (p[:count].double().sum(dim=0) / count).numpy() for name, p in trace.products.items()}
-        found[count] = torch_scores(job.nets, means, norms)
-    return found, float(trace.weights[0] / trace.weights.sum())
-
-
-def same_probe(job: Job, index: int) -> dict[str, Any]:
-    """Probe `index` of `channel_trace` as PyTorch tensors."""
-    import torch
-
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(job.nets.variables["params"])
-    }
-    kernels = {path: leaf for path, leaf in leaves.items() if is_kernel(path, leaf)}
-    drawn = rademacher(jax.random.fold_in(jax.random.key(job.config.seed), index), kernels)
-    named = {
-        job.nets.info.form.key_at(f"params/{path}"): np.ascontiguousarray(to_torch_axes(np.asarray(v)))
-        for path, v in drawn.items()
-    }
-    return {name: torch.from_numpy(named[name]) for name, p in job.nets.module.named_parameters() if name in named}
-
-
-def plan_of(job: Job, scores: Scores, ratio: float) -> PruningPlan:
-    return allocate(job.graph, scores, channels=ratio, coupling=job.config.coupling)
-
-
-def agreement(job: Job, found: Scores, expected: Scores) -> dict[str, Any]:
-    """Rank correlation and the overlap of the kept channels at every ratio."""
-    plans = {ratio: (plan_of(job, found, ratio), plan_of(job, expected, ratio)) for ratio in job.config.ratios}
-    return {
-        "spearman": spearman(found, expected),
-        "kept_overlap": {f"{ratio:g}": kept_overlap(*both) for ratio, both in plans.items()},
-    }
-
-
-def pruned_accuracies(job: Job, criteria: Mapping[str, Scores]) -> list[dict[str, Any]]:
-    """Test accuracy after pruning in both frameworks, and how far their logits differ."""
-    from interop.torch_models import load
-
-    rows = []
-    forward = jax.jit(job.nets.apply)
-    with job.progress.stage("pruned accuracy", len(criteria) * len(job.config.ratios)) as advance:
-        for ratio in job.config.ratios:
-            for criterion, scores in criteria.items():
-                plan = plan_of(job, scores, ratio)
-                ours = np.asarray(forward(mask_variables(job.nets.variables, plan), job.test))
-                module = load(to_torch(shrink_variables(job.nets.variables, plan), plan))
-                theirs = _torch_logits(module, job.test)
-                rows.append(
-                    {
-                        "kept_channels": ratio,
-                        "criterion": criterion,
-                        "accuracy_jax": float(np.mean(ours.argmax(axis=1) == job.truth)),
-                        "accuracy_torch": float(np.mean(theirs.argmax(axis=1) == job.truth)),
-                        "logits_max_abs": float(np.abs(ours - theirs).max()),
-                    }
-                )
-                advance()
-    return rows
-
-
-def compare_method(job: Job, ours: Scores, theirs: Scores) -> list[dict[str, Any]]:
-    """Ranking and pruning in each framework by its own scores, where `interop.reference.union` has them; else nothing.
-
-    PyTorch starts from the full network and its scores, and knows nothing of JAX's graph, plan or weights.
-    """
-    nets, config = job.nets, job.config
-    if config.coupling != "union" or nets.info.form is not RESNET:
-        return []
-    import torch
-
-    from interop.reference.union import prune_union
-
-    names = {path: nets.info.form.key_at(path).removesuffix(".weight") for path in theirs.values}
-    names = {path: name for path, name in names.items() if name != "linear"}
-    own = {name: torch.from_numpy(theirs.values[path]) for path, name in names.items()}
-    forward, rows = jax.jit(nets.apply), []
-    with job.progress.stage("pruned by each framework", len(config.ratios)) as advance:
-        for ratio in config.ratios:
-            plan = plan_of(job, ours, ratio)
-            logits = np.asarray(forward(mask_variables(nets.variables, plan), job.test))
-            kept = torch_kept(own, ratio)
-            torch_logits = _torch_logits(prune_union(nets.module, kept), job.test)
-            rows.append(
-                {
-                    "kept_channels": ratio,
-                    "channels_that_differ": sum(
-                        len(np.setxor1d(plan.keep.get(path, np.arange(len(own[name]))), kept[name].numpy()))
-                        for path, name in names.items()
-                    ),
-                    "logits_max_abs": float(np.abs(logits - torch_logits).max()),
-                    "accuracy_jax": float(np.mean(logits.argmax(axis=1) == job.truth)),
-                    "accuracy_torch": float(np.mean(torch_logits.argmax(axis=1) == job.truth)),
-                }
-            )
-            advance()
-    return rows
-
-
-def torch_kept(scores: Mapping[str, Any], ratio: float) -> dict[str, Any]:
-    """What PyTorch keeps, at most this part of all: what layers at their limit keep beyond it, others give up.
-
-    Scores of exactly zero are of dead channels, which go before those estimated to be negative, as in `allocate`.
-    """
-    from interop.reference.union import kept_channels
-
-    scores = {name: values.masked_fill(values == 0, -np.inf) for name, values in scores.items()}
-    total = sum(len(values) for values in scores.values())
-    most = int(ratio * total + 1e-9)
-    for asked in range(most, 0, -1):
-        kept = kept_channels(scores, asked / total)
-        if sum(map(len, kept.values())) <= most:
-            return kept
-    raise ValueError(f"PyTorch cannot keep as few as {ratio:g} of the channels: every layer keeps some")
-
-
-def compare_int8(job: Job, scores: Scores) -> list[dict[str, Any]]:
-    """Do both run the same integers? The dense network, and the one that keeps the least."""
-    nets, ratio = job.nets, min(job.config.ratios)
-    plan = plan_of(job, scores, ratio)
-    networks = {1.0: (nets.apply, nets.variables)}
-    networks[ratio] = (shrink(nets.apply, plan), shrink_variables(nets.variables, plan))
-    rows = []
-    with job.progress.stage("INT8 integers", len(networks)) as advance:
-        for kept, (apply, variables) in networks.items():
-            row: dict[str, Any] = {"kept_channels": kept}
-            try:
-                row |= _same_integers(job, apply, variables)
-            except NotImplementedError as error:
-                row["not_comparable"] = str(error)
-            rows.append(row)
-            advance()
-    return rows
-
-
-def _same_integers(job: Job, apply: Any, variables: Any) -> dict[str, Any]:
-    from interop.torch_integer import IntegerModule
-
-    images = job.test[: job.config.int8_images]
-    quantized = fake_quant(apply, rules=INT8)
-    observe = jax.jit(partial(quantized.apply, update=True))
-    _, ranges = observe(variables, quantized.init(variables, job.train[:1]), job.train)
-    integers = to_integer(quantized, variables, ranges, example=images)
-    module = IntegerModule(integers, images.shape[1:])
-    ours, logits = jax.device_get(jax.jit(lambda network, x: (network.tensors(x), network(x)))(integers, images))
-    theirs = {name: value.numpy() for name, value in module.tensors(torch_images(images)).items()}
-    torch_logits, truth = module(torch_images(images)).numpy(), job.truth[: len(images)]
-    return {
-        "integers": int(sum(value.size for value in ours.values())),
-        "integers_that_differ": int(sum(np.sum(ours[name] != theirs[name]) for name in ours)),
-        "logits_that_differ": int(np.sum(logits != torch_logits)),
-        "accuracy_jax": float(np.mean(logits.argmax(axis=1) == truth)),
-        "accuracy_torch": float(np.mean(torch_logits.argmax(axis=1) == truth)),
-    }
-
-
-def _torch_logits(module: Any, images: np.ndarray) -> np.ndarray:
-    import torch
-
-    with torch.no_grad():
-        return module(torch_images(images)).numpy()
-
-
-def measure(framework: str, checkpoint: Path, layout: str, images, labels, probes: int) -> dict[str, Any]:
-    """Time and memory of a trace; meant for a process of its own, whose precision it sets. Memory in MiB."""
-    with jax.default_matmul_precision(PRECISION):
-        return _measure(framework, checkpoint, layout, images, labels, probes)
-
-
-def _measure(framework: str, checkpoint: Path, layout: str, images, labels, probes: int) -> dict[str, Any]:
-    nets = pair(checkpoint, layout)
-    before = _memory()["now"]
-    if framework == "JAX":
-        batch = (jnp.asarray(images), jnp.asarray(labels.astype(np.int32)))
-        key, precision = jax.random.key(0), jax.config.jax_default_matmul_precision  # pyright: ignore
-
-        def trace() -> None:
-            estimate = channel_trace(nets.loss, nets.variables["params"], batch, key=key, num_probes=probes)
-            jax.block_until_ready(estimate.mean)
-    else:
-        import torch
-
-        from interop.reference.trace import fixed_trace, rademacher_probes
-
-        torch.set_float32_matmul_precision(PRECISION)
-        torch.backends.cudnn.allow_tf32 = False
-        precision = torch.get_float32_matmul_precision()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        module = nets.module.to(device)
-        drawn = list(rademacher_probes(module, probes, seed=0))
-        x, y = torch_images(images).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
-
-        def trace() -> None:
-            fixed_trace(module, x, y, drawn)  # checks its products, and so waits for them
-
-    seconds, cpu_seconds = [], []
-    for _ in range(2):
-        started, cpu_started = time.perf_counter(), time.process_time()
-        trace()
-        seconds.append(time.perf_counter() - started)
-        cpu_seconds.append(time.process_time() - cpu_started)
-    where, on_device = _device_peak(framework)
-    return {
-        "device": where,
-        "precision": precision,
-        "first_call_seconds": seconds[0],
-        "seconds_per_probe": seconds[1] / probes,
-        "cpu_seconds_per_probe": cpu_seconds[1] / probes,
-        "memory_before": before,
-        "peak_memory": _memory()["peak"] if on_device is None else on_device,
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
-    }
-
-
-def _device_peak(framework: str) -> tuple[str, float | None]:
-    """The device that was measured, and the most memory it had in use, in MiB; None on a CPU."""
-    if framework == "JAX":
-        device = jax.devices()[0]
-        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-        return str(device.device_kind), None if peak is None else peak / 2**20
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu", None
-    return torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
-
-
-def _memory() -> dict[str, float]:
-    """Resident memory of this process in MiB, now and at most (`ru_maxrss` counts the parent's, too, on Linux)."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return {name: int(lines[entry].split()[0]) / 1024 for name, entry in (("now", "VmRSS"), ("peak", "VmHWM"))}
-    except (OSError, KeyError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        return {"now": peak, "peak": peak}
-
-
-def compare_cost(job: Job) -> dict[str, Any]:
-    """`measure` for each framework, one after the other, each in a fresh process; or why it could not be measured."""
-    config, cost = job.config, {}
-    with job.progress.stage("time and memory", 2) as advance:
-        for framework in ("JAX", "PyTorch"):
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                arguments = (config.checkpoint, config.layout, job.train, job.labels, config.same_probes)
-                try:
-                    cost[framework] = pool.submit(measure, framework, *arguments).result()
-                except (RuntimeError, MemoryError, OSError) as error:  # it died, or found too little memory
-                    cost[framework] = {"not_measured": f"{type(error).__name__}: {error}"}
-            advance()
-    return cost
-
-
-def compare(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
-    """Everything but the cost, as plain numbers for JSON, and the scores of both frameworks for the plot."""
-    config = job.config
-    with job.progress.stage("same numbers", 1) as advance:
-        identity, both = compare_identity(job)
-        advance()
-    how, reference = reference_scores(job)
-    fixed = fixed_scores(job)
-    published, first_weight = published_scores(job, reference.norms)
-    schedule = [
-        {
-            "probes": count,
-            "fixed": agreement(job, fixed[count], reference),
-            "published": agreement(job, published[count], reference),
-            "same_kept_as_fixed": agreement(job, published[count], fixed[count])["kept_overlap"],
-        }
-        for count in fixed
-    ]
-    last = max(fixed)
-    criteria = {
-        "reference": reference,
-        f"fixed, {last} probes": fixed[last],
-        f"published, {last} probes": published[last],
-    }
-    info = job.nets.info
-    method = compare_method(job, both["JAX"], both["PyTorch"])
-    limits = {name: LIMITS[name] for name in SAME} | {"pruned_logits_max_abs": LIMITS["logits_max_abs"]}
-    limits["int8_integers_that_differ"] = 0
-    if method:
-        limits |= {"method_channels_that_differ": 0, "method_logits_max_abs": LIMITS["logits_max_abs"]}
-    document = {
-        "checkpoint": {
-            "file": config.checkpoint.name,
-            "layout": info.layout,
-            "depth": info.depth,
-            "shortcut": info.shortcut,
-            "classes": info.num_classes,
-            "channels_scored": int(sum(len(values) for values in reference.values.values())),
-        },
-        "identity": identity,
-        "limits": limits,
-        "scores": agreement(job, both["JAX"], both["PyTorch"]),
-        "reference": how,
-        "schedule": schedule,
-        "weight_of_the_first_published_probe": first_weight,
-        "pruned": pruned_accuracies(job, criteria),
-        "method": method,
-        "int8": compare_int8(job, reference),
-        "cost": {},
-        "meaning": MEANING,
-    }
-    return document, both
-
-
-def beyond_limits(document: Mapping[str, Any]) -> list[str]:
-    """The names of the figures that are beyond their limits (NaN included)."""
-    found = {name: document["identity"][name] for name in SAME}
-    found |= _worst(document)
-    return [name for name, value in found.items() if not value <= document["limits"][name]]
-
-
-def _worst(document: Mapping[str, Any]) -> dict[str, float]:
-    """The limited figures that several rows have; those of INT8 and of the method only where they were compared."""
-    int8 = [row["integers_that_differ"] for row in document["int8"] if "not_comparable" not in row]
-    worst = {"pruned_logits_max_abs": _largest(document["pruned"], "logits_max_abs")}
-    if document["method"]:
-        figures = ("channels_that_differ", "logits_max_abs")
-        worst |= {f"method_{figure}": _largest(document["method"], figure) for figure in figures}
-    return worst | ({"int8_integers_that_differ": sum(int8)} if int8 else {})
-
-
-def _largest(rows: Sequence[Mapping[str, Any]], figure: str) -> float:
-    return float(np.max([row[figure] for row in rows]))  # NaN where one is
-
-
-def tables(document: Mapping[str, Any]) -> list[Table]:
-    """The comparison for people to read."""
-    beyond, limits = beyond_limits(document), document["limits"]
-    name = document["checkpoint"]["file"]
-    same = Table("JAX against PyTorch", "found", "at most", title=f"{name}: the same numbers?", title_justify="left")
-    found = document["identity"] | _worst(document)
-    for figure, limit in limits.items():
-        value = f"{found[figure]:.3g}{' !' if figure in beyond else ''}" if figure in found else "not comparable"
-        same.add_row(figure.replace("_", " "), value, f"{limit:g}")
-    identity, scores = document["identity"], document["scores"]
-    same.add_row("accuracy", f"{identity['accuracy_jax']:.2%} | {identity['accuracy_torch']:.2%}", "")
-    same.add_row("scores, Spearman", f"{scores['spearman']:.6f}", "")
-    for ratio, overlap in scores["kept_overlap"].items():
-        same.add_row(f"kept channels in common, {ratio} kept", f"{overlap:.4f}", "")
-
-    ratios = list(scores["kept_overlap"])
-    title = f"Against the {document['reference']} ranking: probes weighed alike | as published"
-    ranking = Table("probes", "Spearman", *[f"kept in common, {r} kept" for r in ratios], title=title)
-    ranking.title_justify = "left"
-    for row in document["schedule"]:
-        fixed, published = row["fixed"], row["published"]
-        cells = [f"{fixed['spearman']:.4f} | {published['spearman']:.4f}"]
-        cells += [f"{fixed['kept_overlap'][r]:.3f} | {published['kept_overlap'][r]:.3f}" for r in ratios]
-        ranking.add_row(str(row["probes"]), *cells)
-
-    pruned = Table("kept channels", "criterion", "JAX", "PyTorch", title="Accuracy after pruning, not fine-tuned")
-    pruned.title_justify = "left"
-    for row in document["pruned"]:
-        pruned.add_row(f"{row['kept_channels']:g}", row["criterion"], *_accuracies(row))
-
-    method = Table("kept channels", "kept by one only", "logits", "JAX", "PyTorch", title="Ranked and pruned by each")
-    method.title_justify = "left"
-    for row in document["method"]:
-        cells = (str(row["channels_that_differ"]), f"{row['logits_max_abs']:.3g}", *_accuracies(row))
-        method.add_row(f"{row['kept_channels']:g}", *cells)
-
-    int8 = Table("kept channels", "integers", "differ", "accuracy, JAX", "PyTorch", title="INT8, not trained")
-    int8.title_justify = "left"
-    for row in document["int8"]:
-        if "not_comparable" in row:
-            int8.add_row(f"{row['kept_channels']:g}", f"not comparable: {row['not_comparable']}")
-            continue
-        integers = (f"{row['integers']:,}", str(row["integers_that_differ"]))
-        int8.add_row(f"{row['kept_channels']:g}", *integers, *_accuracies(row))
-
-    cost = Table("", *document["cost"], title="Cost of a trace, each in a process of its own", title_justify="left")
-    devices = [each.get("device") or f"not measured: {each['not_measured']}" for each in document["cost"].values()]
-    cost.add_row("device", *devices)
-    for key, what in (
-        ("seconds_per_probe", "seconds per probe"),
-        ("cpu_seconds_per_probe", "CPU seconds per probe"),
-        ("first_call_seconds", "first call, s"),
-        ("memory_before", "memory before, MiB"),
-        ("peak_memory", "peak memory, MiB"),
-        ("load_average", "load average meanwhile"),
-    ):
-        cost.add_row(what, *[f"{each[key]:.4g}" if key in each else "" for each in document["cost"].values()])
-    return [same, ranking, pruned, *([method] if method.rows else []), int8, *([cost] if document["cost"] else [])]
-
-
-def _accuracies(row: Mapping[str, Any]) -> list[str]:
-    return [f"{row[f'accuracy_{framework}']:.2%}" for framework in ("jax", "torch")]
-
-
-def schedule_figure(document: Mapping[str, Any]) -> Figure:
-    """Agreement with the reference over the number of probes, for both schedules."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'ehap-jax[report]'") from error
-    rows = document["schedule"]
-    ratio = list(document["scores"]["kept_overlap"])[-1]
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, title in zip(panels, ("Spearman of all scores", f"kept channels in common, {ratio} kept"), strict=True):
-        for schedule, colour, label in (
-            ("fixed", "#0072B2", "probes weighed alike"),
-            ("published", "#D55E00", "published schedule"),
-        ):
-            values = [
-                row[schedule]["spearman"] if axes is panels[0] else row[schedule]["kept_overlap"][ratio] for row in rows
-            ]
-            axes.plot([row["probes"] for row in rows], values, marker="o", markersize=4, color=colour, label=label)
-        axes.set_xscale("log")
-        axes.set_xlabel("probes")
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axes.grid(color="#e6e6e6")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    figure.suptitle(f"Agreement with the {document['reference']} ranking", x=0.01, ha="left", fontsize=10)
-    return figure
-
-
-def write_results(run: RunDirectory, document: dict[str, Any], both: Mapping[str, Scores], console: Console) -> None:
-    """The table on the screen and as text, the JSON file and the two plots."""
-    shown = tables(document)
-    for table in shown:
-        console.print(table)
-    plain = Console(record=True, width=110, file=StringIO())
-    for table in shown:
-        plain.print(table)
-    run.write_text("comparison.txt", plain.export_text())
-    run.write_json("comparison.json", document)
-    scatter = score_scatter(both["PyTorch"].values, both["JAX"].values, ("PyTorch", "JAX"))
-    for name, figure in (("schedule.png", schedule_figure(document)), ("scores.png", scatter)):
-        partial = run.file(f".{name}")
-        figure.savefig(partial, dpi=150, format="png")
-        partial.replace(run.file(name))
-
-
-def main(config: Config, output: Path, overwrite: bool) -> list[str]:
-    """Compare and write; returns what is beyond its limit."""
-    started = time.perf_counter()
-    if config.cost:  # leave the memory of a GPU to the processes that are measured
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with Progress() as progress, jax.default_matmul_precision(PRECISION):
-        job = prepare(config, progress)
-        run = RunDirectory.create(output, config, overwrite=overwrite)
-        document, both = compare(job)
-        document = {
-            "config": run.read_json("config.json")
-            | {"checkpoint": config.checkpoint.name, "data": file_name(config.data)},
-            "versions": run.read_json("versions.json") | {"torch": version("torch")},
-            **document,
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-        if config.cost:
-            run.write_json("comparison.json", document)  # stands, whatever becomes of the processes
-            document |= {"cost": compare_cost(job), "seconds": round(time.perf_counter() - started, 1)}
-        write_results(run, document, both, Console())
-        progress.note(f"written to {run.path}")
-    return beyond_limits(document)
+from recipes.published_schedule import compare_schedules, fixed_scores, published_scores, reference_scores
+from recipes.torch_cost import compare_cost
+from recipes.torch_identity import compare_identity
+from recipes.torch_integers import compare_int8
+from recipes.torch_job import PRECISION, Config, Job, prepare
+from recipes.torch_limits import beyond_limits, limits
+from recipes.torch_pruning import compare_method, pruned_accuracies
+from recipes.torch_report import MEANING, write_results
+from recipes.torch_scores import agreement
 
 
 @dataclass(frozen=True)
@@ -755,6 +47,67 @@ class CommandLine(Config):
     """Run directory."""
     overwrite: bool = False
     """Delete an earlier run of that name first."""
+
+
+def main(config: Config, output: Path, overwrite: bool) -> list[str]:
+    """Compare and write; returns what is beyond its limit."""
+    started = time.perf_counter()
+    if config.cost:  # leave the memory of a GPU to the processes that are measured
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with Progress() as progress, jax.default_matmul_precision(PRECISION):
+        job = prepare(config, progress)
+        run = RunDirectory.create(output, config, overwrite=overwrite)
+        identity, both = compare_identity(job)
+        how, reference = reference_scores(job)
+        fixed = fixed_scores(job)
+        published, first_weight = published_scores(job, reference.norms)
+        last = max(fixed)
+        criteria = {
+            "reference": reference,
+            f"fixed, {last} probes": fixed[last],
+            f"published, {last} probes": published[last],
+        }
+        method = compare_method(job, both["JAX"], both["PyTorch"])
+        document = {
+            **subject(job, run, reference),
+            "identity": identity,
+            "limits": limits(method),
+            "scores": agreement(job, both["JAX"], both["PyTorch"]),
+            "reference": how,
+            "schedule": compare_schedules(job, fixed, published, reference),
+            "weight_of_the_first_published_probe": first_weight,
+            "pruned": pruned_accuracies(job, criteria),
+            "method": method,
+            "int8": compare_int8(job, reference),
+            "cost": {},
+            "meaning": MEANING,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        if config.cost:
+            run.write_json("comparison.json", document)  # stands, whatever becomes of the processes
+            document |= {"cost": compare_cost(job), "seconds": round(time.perf_counter() - started, 1)}
+        write_results(run, document, both)
+        progress.note(f"written to {run.path}")
+    return beyond_limits(document)
+
+
+def subject(job: Job, run: RunDirectory, scores: Scores) -> dict[str, Any]:
+    """Of what and with what a comparison is, without the folders of the machine."""
+    config, info = job.config, job.nets.info
+    kind, _, path = config.data.partition(":")
+    names = {"checkpoint": config.checkpoint.name, "data": f"{kind}:{Path(path).name}" if path else kind}
+    return {
+        "config": run.read_json("config.json") | names,
+        "versions": run.read_json("versions.json") | {"torch": version("torch")},
+        "checkpoint": {
+            "file": config.checkpoint.name,
+            "layout": info.layout,
+            "depth": info.depth,
+            "shortcut": info.shortcut,
+            "classes": info.num_classes,
+            "channels_scored": sum(map(len, scores.values.values())),
+        },
+    }
 
 
 def command(arguments: Sequence[str] | None = None) -> int:
@@ -769,17 +122,6 @@ def command(arguments: Sequence[str] | None = None) -> int:
     if beyond:
         print(f"compare_torch: beyond the limit: {', '.join(beyond)}", file=sys.stderr)
     return int(bool(beyond))
-
-
-def file_name(data: str) -> str:
-    """The data set without the folder it lies in."""
-    kind, _, path = data.partition(":")
-    return f"{kind}:{Path(path).name}" if path else kind
-
-
-def _path(nets: Pair, name: str) -> str:
-    """The variable path of a parameter with PyTorch's name."""
-    return nets.info.form.path_of(name)
 
 
 if __name__ == "__main__":

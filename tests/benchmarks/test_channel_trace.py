@@ -11,12 +11,15 @@ import pytest
 
 from benchmarks import channel_trace as bench
 from benchmarks.measure import ProcessFailed, read_results
+from benchmarks.probe_comparison import beside, comparable, compare, table
+from benchmarks.probe_measurement import measure, per_probe
+from benchmarks.probe_rows import PASSES, PEAKS, PRECISIONS, VARIANTS, Row, flop_per_probe, loss_and_start, planned
 from ehap_jax.curvature import Policy
 from ehap_jax.curvature.probe_loop import Run, add_chunk, add_linear_chunk, begin, blank_state, linearize_chunk
 from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import prepare
 
-ROW = bench.Row("ehap", "float32", "tiny", batch=4, side=8)
+ROW = Row("ehap", "float32", "tiny", batch=4, side=8)
 HERE = {
     "versions": {"device": {"kind": "cpu", "backend": "cpu"}, "git": {"commit": "1234567890"}},
     "cpu": "some",
@@ -29,7 +32,7 @@ CONVOLUTIONS_AND_PRODUCTS = 7 + 2 + 1
 
 
 def row(variant, precision="float32", **about):
-    sizes = asdict(bench.Row(variant, precision, "tiny", 4, 8))
+    sizes = asdict(Row(variant, precision, "tiny", 4, 8))
     return {**sizes, **TIMES, "needed_gb": 0.4, **HERE, **about}
 
 
@@ -38,12 +41,12 @@ def versions(**packages):
 
 
 def peak(variant, matmul, conv, precision="float32"):
-    return {**asdict(bench.Row(variant, precision, side=8)), "matmul_flops": matmul, "conv_flops": conv, **HERE}
+    return {**asdict(Row(variant, precision, side=8)), "matmul_flops": matmul, "conv_flops": conv, **HERE}
 
 
 @pytest.fixture(scope="module")
 def start():
-    return bench.loss_and_start(ROW)
+    return loss_and_start(ROW)
 
 
 @pytest.mark.parametrize("way", ["linearize", "jvp"])
@@ -63,7 +66,7 @@ def test_our_products_have_as_many_passes_as_are_counted(way, start):
         v, *rest = last
         lowered = add_chunk.lower(loss, layout, None, problem.leaves, v, chunk, *rest)
     text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
-    whole, less = bench.PASSES[way]
+    whole, less = PASSES[way]
     expected = whole * CONVOLUTIONS_AND_PRODUCTS - less
     assert len(re.findall(r" (?:convolution|dot)\(", text)) - expected in (0, 1)
 
@@ -86,7 +89,7 @@ def test_pytorchs_products_have_as_many_operations_as_are_counted(variant, start
     (probe,) = rademacher_probes(model, 1, seed=0)
     with FlopCounterMode(display=False) as counter:
         step(probe)
-    assert counter.get_total_flops() == pytest.approx(bench.flop_per_probe(variant, forward, first), rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(flop_per_probe(variant, forward, first), rel=0.03)
 
 
 def test_rows_are_compared_with_their_like():
@@ -101,7 +104,7 @@ def test_rows_are_compared_with_their_like():
         peak("peak-jax", 4e9, 2e9),
         peak("peak-torch", 8e9, 1e9),
     ]
-    ours, half, *_ = found = bench.compare(rows)
+    ours, half, *_ = found = compare(rows)
     both = {"cpu_ms": 1.5, "ms": 3.0, "commits": ["1234567890"] * 2, "load_averages": [0.5, 2.0]}
     assert ours["times_as_fast_as"].keys() == {"torch-vectorised", "torch-affine"}
     assert ours["times_as_fast_as"]["torch-vectorised"] == both
@@ -113,11 +116,11 @@ def test_rows_are_compared_with_their_like():
     assert (base["cpu_ms"], base["ms"]) == (3.0, 4.0) and half["times_as_fast_as"]["torch-func"]["ms"] == 2.0
     assert (base["of_needed_gb"], base["of_peak_memory_gb"]) == (0.25, 0.5) and base["products"] == ["jvp", "linearize"]
     assert "of_conv_peak" not in half
-    text = bench.table(found)
+    text = table(found)
     assert "not done in 3 s" in text and "matmul 8 GFLOP/s" in text and "jvp against linearize" in text
     assert "PyTorch's fastest is torch-vectorised: 1.50 by CPU, 3.00 by wall clock (commits 1234567, 1234567; " in text
-    assert bench.compare(found) == found
-    assert "of_needed_gb" not in bench.beside(row("ehap", "bfloat16"), rows)["times_as_fast_as"]["ehap float32"]
+    assert compare(found) == found
+    assert "of_needed_gb" not in beside(row("ehap", "bfloat16"), rows)["times_as_fast_as"]["ehap float32"]
 
 
 def test_on_a_gpu_the_wall_clock_compares():
@@ -125,7 +128,7 @@ def test_on_a_gpu_the_wall_clock_compares():
     device = {"versions": {"device": {"kind": "some", "backend": "gpu"}}}
     rows = [row("ehap", precision, **device) for precision in ("float32", "tf32", "float16")]
     rows += [row("torch-affine", "float16", ms=3.0, **device), row("torch-vectorised", "float16", ms=1.0, **device)]
-    single, tf32, half, *_ = bench.compare(rows)
+    single, tf32, half, *_ = compare(rows)
     assert single["times_as_fast_as"] == {} and tf32["times_as_fast_as"].keys() == {"ehap float32"}
     assert half["times_as_fast_as"].keys() == {"ehap float32", "ehap tf32", "torch-affine", "torch-vectorised"}
     assert (half["fastest_pytorch"]["variant"], half["fastest_pytorch"]["by"]) == ("torch-vectorised", "ms")
@@ -140,28 +143,29 @@ def test_rows_of_other_versions_are_not_compared():
         row("torch-affine", **versions(jax="0.11", torch="2.13")),
         row("torch-published", **versions(jax="0.10", torch="2.13"), xla_flags="--some"),
     ]
-    found, *_ = bench.compare([ours, *others])
+    found, *_ = compare([ours, *others])
     assert found["times_as_fast_as"].keys() == {"torch-func", "torch-published"}
-    found, *_ = bench.compare([{**ours, "xla_flags": ""}, *others])
+    found, *_ = compare([{**ours, "xla_flags": ""}, *others])
     assert found["times_as_fast_as"].keys() == {"torch-func"}
-    assert not bench.comparable(others[0], row("torch-func", **versions(jax="0.10", torch="2.14")))
+    assert not comparable(others[0], row("torch-func", **versions(jax="0.10", torch="2.14")))
 
 
 def test_time_per_probe():
     marks = [(2, 0.0, 0.0), (4, 2.0, 3.0), (6, 3.0, 5.0), (8, 9.0, 6.0)]
-    assert bench.per_probe(marks) == {"ms": 1000.0, "least_ms": 500.0, "cpu_ms": 1000.0, "probes": 6}
+    assert per_probe(marks) == {"ms": 1000.0, "least_ms": 500.0, "cpu_ms": 1000.0, "probes": 6}
 
 
 def test_presets_name_rows_once_and_cover_every_variant():
     for preset in ("cpu", "gpu", "quick"):
-        rows = bench.planned(preset)
+        rows = planned(preset)
         assert len(set(rows)) == len(rows)
-    assert {r.variant for r in bench.planned("cpu")} == {*bench.VARIANTS, *bench.PEAKS}
-    sizes = {(r.network, r.batch) for r in bench.planned("gpu") if r.network}
+    assert {r.variant for r in planned("cpu")} == {*VARIANTS, *PEAKS}
+    sizes = {(r.network, r.batch) for r in planned("gpu") if r.network}
     assert sizes == {(n, b) for n in ("resnet32", "resnet56", "wrn28-8") for b in (128, 512)}
-    for variant in bench.VARIANTS:
-        rows = [r for r in bench.planned("gpu") if r.variant == variant]
-        assert {(r.network, r.batch, r.precision) for r in rows} == {(*s, p) for s in sizes for p in bench.PRECISIONS}
+    assert {r.network for r in planned("cpu") if r.network} == {n for n, _ in sizes}
+    for variant in VARIANTS:
+        rows = [r for r in planned("gpu") if r.variant == variant]
+        assert {(r.network, r.batch, r.precision) for r in rows} == {(*s, p) for s in sizes for p in PRECISIONS}
 
 
 def test_what_is_done_is_not_repeated(tmp_path, monkeypatch, capsys):
@@ -198,7 +202,7 @@ def test_the_limit_of_a_row_counts_from_its_first_probe(tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
     timers = []
     monkeypatch.setattr(signal, "setitimer", lambda *given: timers.append(given))
-    made = json.dumps(asdict(bench.Row("torch-published", "float32", "tiny", 4, 8)))
+    made = json.dumps(asdict(Row("torch-published", "float32", "tiny", 4, 8)))
     bench.main(["--one", made, "--seconds", "0.01", "--probes", "2", "--row-seconds", "7"])
     assert timers == [(signal.ITIMER_REAL, 7.0)]
 
@@ -221,7 +225,7 @@ def test_a_gpu_that_is_asked_for_must_be_there(monkeypatch):
     for variant in ("torch-func", "peak-torch", "ehap", "peak-jax"):
         who = "PyTorch" if "torch" in variant else "JAX"
         with pytest.raises(RuntimeError, match=f"{who} sees no GPU"):
-            bench.measure(bench.Row(variant, "float32", "tiny", 4, 8), 0.01, 2, gpu=True)
+            measure(Row(variant, "float32", "tiny", 4, 8), 0.01, 2, gpu=True)
 
 
 @pytest.mark.parametrize("over", [[True], [False, True]])
@@ -251,11 +255,11 @@ def test_a_row_runs_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "made", [bench.Row("torch-published", "float32", "tiny", 4, 8), bench.Row("peak-torch", "float32", side=8)]
+    "made", [Row("torch-published", "float32", "tiny", 4, 8), Row("peak-torch", "float32", side=8)]
 )
 def test_pytorchs_rows(made):
     pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
-    found = bench.measure(made, 0.01, 2)
+    found = measure(made, 0.01, 2)
     assert asdict(made).items() <= found.items() and "torch" in found["versions"]["packages"]
     assert found["torch_threads"] >= 1
     assert all(
@@ -263,8 +267,11 @@ def test_pytorchs_rows(made):
     )
 
 
-def test_bad_options_are_named(tmp_path, capsys):
+def test_bad_options_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "fresh_process", lambda *_: HERE)
     for line, message in (
+        (["--preset", "gpu"], "--preset gpu needs a GPU"),
+        (["--preset", "cpu", "--networks", "wrn28-8", "--variants", "torch-func"], "no row of the preset has these"),
         (["--quick"], "--quick needs an --out of its own"),
         (["--out", str(tmp_path / "a.json"), "--probes", "1"], "--probes at least 2"),
         (["--out", str(tmp_path / "a.json"), "--seconds", "0"], "must be positive"),

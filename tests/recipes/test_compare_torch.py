@@ -4,48 +4,32 @@ import json
 import re
 from io import StringIO
 
-import jax
-import numpy as np
 import pytest
 from rich.console import Console
 
-from ehap_jax.pruning import random_scores
-from ehap_jax.training import Progress
+from recipes import compare_torch, torch_cost
+from recipes.torch_limits import SAME, beyond_limits
+from recipes.torch_report import tables
+from tests.recipes import dying
 
-torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
+pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
-from interop.torch_models import cifar_resnet  # noqa: E402
-from recipes import compare_torch  # noqa: E402
-from tests.interop.conftest import lively  # noqa: E402
-from tests.recipes import dying  # noqa: E402
 
 TINY = [
     "--images", "8", "--test-images", "16", "--same-probes", "2", "--probes", "1", "2",
-    "--ratios", "0.8", "0.5", "--int8-images", "4", "--coupling", "union", "--no-cost",
+    "--ratios", "0.8", "0.5", "--int8-images", "4", "--coupling", "union",
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """(checkpoint, npz)."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("inputs")
-    torch.save(lively(cifar_resnet(4, widths=(12,), num_classes=3)).state_dict(), folder / "tiny.pt")
-    generator = np.random.default_rng(0)
-    arrays = {
-        f"{kind}_{split}": generator.integers(0, high, (30, *shape)).astype(np.uint8)
-        for split in ("train", "test")
-        for kind, high, shape in (("x", 256, (8, 8, 3)), ("y", 3, ()))
-    }
-    np.savez(folder / "tiny.npz", **arrays)
-    return folder / "tiny.pt", folder / "tiny.npz"
+def line(inputs, output, *more):
+    """The command line at a tiny size."""
+    return [str(inputs[0]), "--data", f"npz:{inputs[1]}", *TINY, *more, "--output", str(output)]
 
 
 @pytest.fixture(scope="module")
-def finished(files, tmp_path_factory):
+def finished(torch_inputs, tmp_path_factory):
     """A run whose processes for time and memory die, and what it had written before it started them."""
     output, real = tmp_path_factory.mktemp("compare") / "run", compare_torch.compare_cost
-    given = [str(files[0]), "--data", f"npz:{files[1]}", *TINY[:-1], "--cost", "--output", str(output)]
 
     def cost(job):
         (output / "comparison.json").rename(output / "before.json")
@@ -54,21 +38,21 @@ def finished(files, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         patch.setattr(compare_torch, "compare_cost", cost)
-        patch.setattr(compare_torch, "measure", dying.measure)
-        assert compare_torch.command(given) == 0
+        patch.setattr(torch_cost, "measure", dying.measure)
+        assert compare_torch.command(line(torch_inputs, output)) == 0
     return output
 
 
 def test_both_frameworks_agree(finished):
     found = json.loads((finished / "comparison.json").read_text())
-    assert all(found["identity"][name] <= found["limits"][name] for name in compare_torch.SAME)
+    assert all(found["identity"][name] <= found["limits"][name] for name in SAME)
     assert found["identity"]["accuracy_jax"] == found["identity"]["accuracy_torch"]
     assert found["scores"]["spearman"] > 0.999
     assert found["scores"]["kept_overlap"] == {"0.8": 1.0, "0.5": 1.0}
     assert found["reference"] == "exact"
     rows = found["pruned"]
     assert len(rows) == 2 * 3 and all(row["accuracy_jax"] == row["accuracy_torch"] for row in rows)
-    assert compare_torch.beyond_limits(found) == []
+    assert beyond_limits(found) == []
 
 
 def test_int8_integers_are_the_same(finished):
@@ -88,37 +72,12 @@ def test_each_framework_prunes_the_same_by_itself(finished):
     assert "Ranked and pruned by each" in (finished / "comparison.txt").read_text()
 
 
-def test_layers_at_their_limit_keep_what_others_give_up():
-    kept = compare_torch.torch_kept({"a": torch.arange(20.0) / 100, "b": torch.arange(20.0) + 1}, 0.5)
-    assert kept["a"].tolist() == [19] and kept["b"].tolist() == list(range(1, 20))
-    with pytest.raises(ValueError, match="every layer keeps some"):
-        compare_torch.torch_kept({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 0.3)
-
-
-def test_dead_channels_go_before_negative_scores():
-    assert compare_torch.torch_kept({"a": torch.tensor([0.0, -1.0, 2.0, 3.0])}, 0.75)["a"].tolist() == [1, 2, 3]
-
-
-def test_what_has_no_integers_in_pytorch_is_told(files, monkeypatch):
-    from interop import torch_integer
-
-    def refuse(*_):
-        raise NotImplementedError("a mean over windows")
-
-    config = compare_torch.Config(files[0], f"npz:{files[1]}", images=2, test_images=4, int8_images=2, ratios=(0.5,))
-    with Progress(Console(file=StringIO())) as progress:
-        job = compare_torch.prepare(config, progress)
-        monkeypatch.setattr(torch_integer, "IntegerModule", refuse)
-        rows = compare_torch.compare_int8(job, random_scores(job.graph, key=jax.random.key(0)))
-    assert rows == [{"kept_channels": kept, "not_comparable": "a mean over windows"} for kept in (1.0, 0.5)]
-
-
 def test_nothing_is_claimed_of_what_was_not_compared(finished):
     found = json.loads((finished / "comparison.json").read_text())
     found["int8"] = [{"kept_channels": 1.0, "not_comparable": "a mean over windows"}]
-    assert compare_torch.beyond_limits(found) == []
+    assert beyond_limits(found) == []
     console = Console(record=True, width=110, file=StringIO())
-    for table in compare_torch.tables(found):
+    for table in tables(found):
         console.print(table)
     text = console.export_text()
     assert re.search(r"int8 integers that differ *│ *not comparable", text) and "a mean over windows" in text
@@ -155,19 +114,9 @@ def test_run_directory_explains_itself(finished):
     assert "as published" in text and "tiny.pt" in text
 
 
-@pytest.mark.parametrize("framework", ["JAX", "PyTorch"])
-def test_time_and_memory(files, framework):
-    images, labels = np.zeros((2, 8, 8, 3), np.float32), np.zeros(2, np.int32)
-    cost = compare_torch.measure(framework, files[0], "auto", images, labels, 1)
-    assert cost["precision"] == "highest"
-    assert 0 < cost["memory_before"] <= cost["peak_memory"]
-    assert cost["seconds_per_probe"] > 0 and cost["cpu_seconds_per_probe"] > 0
-
-
 @pytest.mark.slow
-def test_time_and_memory_in_processes_of_their_own(files, tmp_path):
-    given = [str(files[0]), "--data", f"npz:{files[1]}", *TINY[:-1], "--cost", "--output", str(tmp_path / "run")]
-    assert compare_torch.command(given) == 0
+def test_time_and_memory_in_processes_of_their_own(torch_inputs, tmp_path):
+    assert compare_torch.command(line(torch_inputs, tmp_path / "run")) == 0
     assert "CPU seconds per probe" in (tmp_path / "run" / "comparison.txt").read_text()
     found = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert list(found["cost"]) == ["JAX", "PyTorch"]
@@ -182,7 +131,7 @@ def test_figures_beyond_their_limits_are_named(finished):
     found["pruned"][0]["logits_max_abs"] = 1.0
     found["int8"][1]["integers_that_differ"] = 1
     beyond = ["gradient_relative", "pruned_logits_max_abs", "int8_integers_that_differ"]
-    assert compare_torch.beyond_limits(found) == beyond
+    assert beyond_limits(found) == beyond
 
 
 @pytest.mark.parametrize(
@@ -197,9 +146,8 @@ def test_figures_beyond_their_limits_are_named(finished):
         (["--layout", "timm"], "unknown layout 'timm'"),
     ],
 )
-def test_bad_settings_fail_before_anything_is_written(files, tmp_path, capsys, arguments, message):
+def test_bad_settings_fail_before_anything_is_written(torch_inputs, tmp_path, capsys, arguments, message):
     output = tmp_path / "run"
-    given = [str(files[0]), "--data", f"npz:{files[1]}", *TINY, *arguments, "--output", str(output)]
-    assert compare_torch.command(given) == 2
+    assert compare_torch.command(line(torch_inputs, output, "--no-cost", *arguments)) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not output.exists()
