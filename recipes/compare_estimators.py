@@ -1,10 +1,10 @@
 """Does the noise of Hutchinson's probes matter for pruning, or does fine-tuning forgive it?
 
-EHAP (arXiv 2306.07030) and HAP (arXiv 2101.08940) rank channels by a few hundred probes (EHAP's released half-
-precision code by one, in effect). Here one dense network is pruned to the same fractions by 1, 10, ... probes, by the
-root mean square of a few probes' products (`TraceEstimate.probe_rms`), by the exact trace, by magnitude and by chance,
-and then fine-tuned alike. Besides accuracies it reports by how much the loss on the images of the trace rises, and
-what the second-order expansion predicts: half the sum of the exact scores of what was pruned.
+EHAP (arXiv 2306.07030) and HAP (arXiv 2101.08940) rank channels by a few hundred probes (EHAP's released
+half-precision code by one, in effect). Here one dense network is pruned to the same fractions by 1, 10, ... probes, by
+the root mean square of a few probes' products (`TraceEstimate.probe_rms`), by the exact trace, by magnitude and by
+chance, and then fine-tuned alike. Besides accuracies it reports by how much the loss on the images of the trace rises,
+and what the second-order expansion predicts: half the sum of the exact scores of what was pruned.
 
     python -m recipes.compare_estimators short resnet20.th --data npz:cifar10.npz     # two CPU cores, about an hour
     python -m recipes.compare_estimators full resnet20.th --data tfds:cifar10         # a GPU

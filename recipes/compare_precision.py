@@ -24,14 +24,13 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 import tyro
 
-from ehap_jax.curvature import ProductMemory
 from ehap_jax.graph import Cost, Graph, count_cost
 from ehap_jax.pruning import PruningPlan, hessian_scores
 from ehap_jax.report import write_report
 from ehap_jax.training import Deadline, Progress
 from recipes.cells import aligned, percent, spread
 from recipes.command import TrainingOptions, run_command
-from recipes.criteria import Compute, Course, ScoreConfig, probe_bytes, probe_memory, probed_trace
+from recipes.criteria import Compute, Course, ScoreConfig, probe_memory, probed_trace
 from recipes.lab import Lab, Phase, accuracy, check_phases, training_batch
 from recipes.network import Network, load_data, load_network, save_plan
 from recipes.pruned import TargetConfig, check_target, finetune, plan_of, shrink_network
@@ -57,9 +56,6 @@ class Config:
     """`estimator` and `compute` in its scores do not matter here."""
     finetune: Phase = field(default_factory=lambda: Phase(epochs=300, learning_rate=0.0512, weight_decay=5e-4))
 
-
-DOUBLINGS = 3
-"""Of the Hessian batch, for the largest that fits; each is compiled."""
 
 VARIANTS = {
     "short": (
@@ -88,6 +84,7 @@ def run_pair(lab: Lab, network: Network, graph: Graph, seed: int, compute: Compu
     first: Compute = config.computes[0]
     reference = probed_trace(lab, seed, network.apply, network.variables, batch, replace(settings, compute=first))
     reference_scores = hessian_scores(graph, network.variables, reference)
+    memory = probe_memory(network.apply, network.variables, batch, settings)
     reference_plan = PruningPlan.load(lab.run.file(f"seed{seed}/plan_{first}.json"))
     return {
         "seed": seed,
@@ -95,7 +92,8 @@ def run_pair(lab: Lab, network: Network, graph: Graph, seed: int, compute: Compu
         "seconds_per_probe": course.seconds_per_probe,
         "load_average": course.load_average,
         "machine_shared": course.machine_shared,
-        "probe_bytes": probe_bytes(network.apply, network.variables, batch, settings),
+        "probe_bytes": memory.needs[memory.product],
+        "product": memory.product,
         "trace_total": trace.total(),
         "trace_sem": trace.total_sem(),
         "rank_correlation": spearman(scores, reference_scores),
@@ -136,7 +134,7 @@ def main(config: Config, options: TrainingOptions) -> None:
             "machine_shared": any(row["machine_shared"] for row in rows),
             "precisions": [
                 precision(rows, compute, config.computes[0])
-                | {"largest_batch": largest_batch(lab, network, config, compute)}
+                | {"largest_batch": largest_batch(lab, network, config, rows, compute)}
                 for compute in config.computes
             ],
             "rows": rows,
@@ -147,28 +145,28 @@ def main(config: Config, options: TrainingOptions) -> None:
         progress.note((run.path / "precision.txt").read_text())
 
 
-def largest_batch(lab: Lab, network: Network, config: Config, compute: Compute) -> int | None:
-    """How many images fit, in this precision, into the memory that a probe of the first precision needs for its batch.
+def largest_batch(
+    lab: Lab, network: Network, config: Config, rows: Sequence[dict[str, Any]], compute: Compute
+) -> int | None:
+    """About how many images fit, in this precision, into what a probe of the first precision needs for its batch.
 
-    By doubling that batch, at most `DOUBLINGS` times, and by what the compiler says: nothing runs. None where the two
-    precisions compute their products in different ways, which cannot be compared.
+    By what the compiler says that this batch and twice as many images need, with so much per image in between. None
+    where products are computed in different ways, which cannot be compared.
     """
-    batch = training_batch(lab.dataset, config.prune.scores.examples, 0)
-
-    def memory(batch, compute: Compute) -> ProductMemory:
-        settings = replace(config.prune.scores, compute=compute)
-        return probe_memory(network.apply, network.variables, batch, settings)
-
-    first = memory(batch, config.computes[0])
-    if memory(batch, compute).product != first.product:
+    examples = config.prune.scores.examples
+    first, own = (
+        next(row for row in rows if (row["seed"], row["compute"]) == (0, name))
+        for name in (config.computes[0], compute)
+    )
+    if first is own:
+        return examples
+    images, labels = training_batch(lab.dataset, examples, 0)
+    twice = jnp.concatenate([images, images]), jnp.concatenate([labels, labels])
+    double = probe_memory(network.apply, network.variables, twice, replace(config.prune.scores, compute=compute))
+    if not first["product"] == own["product"] == double.product:
         return None
-    for _ in range(DOUBLINGS):
-        twice = tuple(jnp.concatenate([part, part]) for part in batch)
-        needed = memory(twice, compute)
-        if needed.product != first.product or needed.needs[needed.product] > first.needs[first.product]:
-            break
-        batch = twice
-    return len(batch[1])
+    per_image = (double.needs[double.product] - own["probe_bytes"]) / examples
+    return int(examples + (first["probe_bytes"] - own["probe_bytes"]) / per_image)
 
 
 def write_report_of(

@@ -119,11 +119,11 @@ def precision_rows(part: dict[str, Any] | None, network: str) -> list[Row]:
 
 def batch_row(claim: str, network: str, result: dict[str, Any], need: float, low: dict[str, Any], state: str) -> Row:
     """How many images fit in half precision where the batch fits in single precision."""
-    if not low.get("largest_batch"):
+    if low.get("largest_batch") is None:
         return Row(claim, network, "", NOT_RUN)
     here = (
         f"in the {need:.0f} MB that FP32 needs for {result['examples']} images, by the compiler, "
-        f"FP16 takes {low['largest_batch']}, found by doubling"
+        f"FP16 takes about {low['largest_batch']}"
     )
     return Row(claim, network, here, state)
 

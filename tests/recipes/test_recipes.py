@@ -517,8 +517,8 @@ def test_reproduce_and_the_table_of_claims(dense, tmp_path, monkeypatch):
     shortened = "ran shortened: 1 of 300 epochs of fine-tuning, 1 of 30 of INT8, 256 training images, 1 of 3 seeds"
     assert f"{shortened}; without hessian |" in text
     assert "17 of 300 probes, 8 of 512 images in the Hessian batch |" in text
-    assert [entry["largest_batch"] // 8 for entry in (first, second)] in ([1, 1], [1, 2], [1, 4])
-    assert f"for 8 images, by the compiler, FP16 takes {second['largest_batch']}, found by doubling" in text
+    assert first["largest_batch"] == 8 < second["largest_batch"]
+    assert f"for 8 images, by the compiler, FP16 takes about {second['largest_batch']} |" in text
     assert "INT8 training keeps the accuracy" in text and "| not run |" in text
 
 
