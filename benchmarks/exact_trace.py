@@ -265,6 +265,8 @@ def estimates(
     state = None
     if counts and kept is not None and kept.exists():
         state = load_trace(kept, found.variables, made_from).state
+        if int(state.count) > counts[0]:  # what was measured on the way there is lost, and is measured again
+            state = None
     for count in counts:
         options = {"probes_per_step": 5, "state": state, "until": lambda _: deadline.passed}
         estimate = found.probes(key, policy, count, **options)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,28 +19,27 @@ from ehap_jax.curvature.devices import (
     divide,
     fetch,
     place,
-    same_everywhere,
     size_of,
-    wait_for_all,
 )
-from ehap_jax.curvature.estimate import NO_PRODUCT, PRODUCTS, TraceEstimate, TraceState, estimate_of, no_probes
+from ehap_jax.curvature.estimate import TraceEstimate, TraceState, estimate_of, exact_state
 from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.hvp import require_same_shapes
 from ehap_jax.curvature.memory import choose_product
+from ehap_jax.curvature.overflow import where_not_finite
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probe_loop import (
     Run,
     advance,
     first_state,
+    hopeless,
     linearizations,
     not_finite,
     scales_of,
-    typed,
 )
-from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import Problem, prepare
+from ehap_jax.curvature.probes import is_kernel, typed
+from ehap_jax.curvature.problem import prepare
 from ehap_jax.curvature.products import add_products, no_products
-from ehap_jax.curvature.saved_trace import fingerprint, load_trace, save_trace
+from ehap_jax.curvature.saved_trace import TraceFile, fingerprint
 
 __all__ = ["channel_trace", "probe_channel_products"]
 
@@ -84,7 +82,7 @@ def channel_trace(
 
     Args:
       loss: ``loss(params, batch)`` returning the mean loss of the batch. It is given the floating-point leaves
-        of both in the policy's dtype (integers as they are), and takes its softmax in float32 itself.
+        of both in the policy's dtype (integers as they are), and takes its softmax and its mean in float32 itself.
       params: pytree of arrays; may hold constants such as running statistics beside the weights.
       batch: pytree of arrays with a common first axis of examples; or `Batches`, several of them.
       key: probe i is drawn from ``jax.random.fold_in(key, i)``: the same for every policy and chunking.
@@ -97,13 +95,15 @@ def channel_trace(
       rtol: stop early once the standard error of the total trace is at most ``rtol * |total|``, looked at after
         every chunk once there are 16 probes.
       state: ``TraceEstimate.state`` of an earlier call with the same arguments, to add probes to it. The result
-        is bit-identical to that of one uninterrupted call.
+        is bit-identical to that of one uninterrupted call. Loss, weights and batch are not in a state: that they are
+        the same is up to you, while ``save_to`` checks them.
       select: ``select(path, leaf)``, whether to probe a leaf; by default those with two axes or more.
       channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
       method: ``"hutchinson"``; or with ``model``, ``"control_variate"``: the exact Gauss-Newton traces plus
         Hutchinson's estimate of what is left of the Hessian, from the same probes: unbiased, and as a rule less noisy
         (`variance_reduction` measures it); or ``"auto"``: no probes for the kernels where nothing is left, which the
-        graph of the model proves (see `piecewise_linear_kernels`), and the control variate for the others.
+        graph of the model proves (see `piecewise_linear_kernels`), and the control variate for the others. The exact
+        part comes first, and is not computed again where it is in ``save_to``.
       model: ``model(params, x) -> logits``, with batches as for `gauss_newton_trace`.
       head: of the loss: `softmax_cross_entropy`, `squared_error` or ``second_derivative(loss of one example)``.
       until: stop early once ``until(estimate)`` is true, looked at when ``rtol`` is.
@@ -111,26 +111,31 @@ def channel_trace(
         ``"jvp"`` differentiates the gradient anew, slower and with less memory; ``"remat"`` also forgets what lies
         between segments of the network and computes it again (see `rematerialized`). ``"auto"`` is the first of them
         that fits into ``memory_budget``; `product_memory` tells which, and what each needs. They round differently.
-      memory_budget: bytes per device for ``"auto"``; half of the free memory by default.
+      memory_budget: bytes per device for ``product="auto"``, half of the free memory by default; and for the exact
+        part of the other methods, see `gauss_newton_trace`.
       mesh: devices to share the work: examples are divided over its axis ``"data"``, probes over its axis ``"probe"``.
-        The probes are the same ones, and the result is that of one device to rounding (docs/many_devices.md).
-      save_to: a file for the state. It is written about every ``save_every`` seconds, between chunks, and at the
-        end. If it is there already, it must be of the same arguments (see `fingerprint`), and the run goes on from
+        The probes are the same ones, and the result is that of one device to rounding (docs/many_devices.md). The
+        exact part of the other methods is divided over the devices of one process; of several, each computes all of it.
+      save_to: a file for the trace. It is written about every ``save_every`` seconds, between chunks of probes, and at
+        the end. If it is there already, it must be of the same arguments (see `fingerprint`), and the run goes on from
         it: a run killed at any moment and repeated gives bit-identical results.
       save_every: seconds between two writes.
-      progress: called as ``progress(done, num_probes)`` after every chunk.
+      progress: called as ``progress(done, num_probes)`` after every chunk; before that, where the method has an exact
+        part, as ``progress(done, examples)`` after every chunk of its examples.
 
     Returns:
       A `TraceEstimate`.
 
     Raises:
-      TypeError: the loss does not return one floating-point scalar; a selected parameter is an integer.
+      TypeError: the loss does not return one floating-point scalar, or returns it in the policy's 16 bits; a selected
+        parameter is an integer.
       ValueError: nothing is selected; batch leaves differ in length; NaN or infinity in ``params`` or ``batch``,
         named by path; the loss is not deterministic, or with ``microbatch`` not a mean over examples; ``state``
-        is of another key, policy or set of leaves; ``save_to`` is of something else, or comes with ``state``;
-        options out of range.
+        is of another key, method, dtype of the policy or set of leaves, or has more than ``num_probes`` probes;
+        ``save_to`` is of something else, or comes with ``state``; options out of range.
       FileNotFoundError: the folder of ``save_to`` does not exist.
-      FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale; names the first such leaf.
+      FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale or because activations overflow; says
+        which of the two, and names the first layer concerned in the order of the network.
 
     >>> import jax, jax.numpy as jnp
     >>> def loss(p, batch):
@@ -152,39 +157,54 @@ def channel_trace(
     check_mesh(mesh)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    options: dict[str, Any] = {"policy": policy, "channel_axis": channel_axis, "microbatch": microbatch}
-    problem = prepare(loss, params, batch, select=select, shards=size_of(mesh, DATA), **options)
-    like_params, known = problem.layout.like_params, {}
-    if method != "hutchinson":
-        loss, select, known = split_curvature(
-            loss, params, batch, model=model, head=head, method=method, select=select, **options
-        )
-        if not any(select(path, problem.leaves[0]) for path in problem.layout.paths):
-            return estimate_of(like_params, no_probes(typed(key), policy.sums), known)
-        problem = prepare(loss, params, batch, select=select, shards=size_of(mesh, DATA), check_loss=False, **options)
-    problem = divide(problem, mesh)
+    options: dict[str, Any] = {"policy": policy, "microbatch": microbatch}
+    options |= {"select": select, "channel_axis": channel_axis}
+    problem = prepare(loss, params, batch, shards=size_of(mesh, DATA), **options)
+    like_params = problem.layout.like_params
     made_from = None
     if save_to is not None:
-        made_from = fingerprint(
+        how = {"method": method, "model": model, "head": head}
+        made_from = fingerprint(loss, params, batch, key=key, num_probes=num_probes, **how, **options)
+    file = TraceFile(save_to, made_from, save_every)
+    saved = file.read(params)
+    if saved is not None:
+        if state is not None:
+            raise ValueError(f"both state= and a saved trace, {save_to}: give one of them to go on from")
+        state = saved.state
+    probed, known = "hutchinson", {}
+    if method != "hutchinson":
+        probed = "control_variate"
+        loss, left, known = split_curvature(
             loss,
             params,
             batch,
-            key=key,
-            num_probes=num_probes,
-            select=select,
+            model=model,
+            head=head,
+            method=method,
+            known=None if saved is None else saved.known,
+            memory_budget=memory_budget,
+            mesh=mesh,
+            progress=progress,
             **options,
         )
-        if same_everywhere(Path(save_to).exists(), f"whether {save_to} exists"):
-            if state is not None:
-                raise ValueError(f"both state= and a saved trace, {save_to}: give one of them to go on from")
-            state = load_trace(save_to, params, made_from).state
+        if not left:
+            exact = estimate_of(like_params, exact_state(probed, policy, key), known)
+            file.save(lambda: exact, last=True)
+            return exact
+        options |= {"select": lambda path, leaf: path in left, "check_loss": False}
+        problem = prepare(loss, params, batch, shards=size_of(mesh, DATA), **options)
+    problem = divide(problem, mesh)
+
+    def run_by(product: str) -> Run:
+        return Run(loss, problem, product, mesh, probed)
+
     if state is not None:
-        _require_same_run(state, problem, key)
+        _require_same_run(state, run_by(product), key, num_probes)
         if product == "auto":
-            product = PRODUCTS[int(state.product)]
-    product = choose_product(product, memory_budget, lambda way: Run(loss, problem, way, mesh), key, policy).product
-    run = Run(loss, problem, product, mesh)
-    now: TraceState = first_state(run, key, policy) if state is None else place(mesh, fetch(state), SAME)
+            product = state.origin.product or product
+    run = run_by(choose_product(product, memory_budget, run_by, key, policy).product)
+    now = first_state(run, key, policy) if state is None else place(mesh, fetch(state), SAME)
+    now = now._replace(origin=run.origin)
 
     def estimate(state: TraceState) -> TraceEstimate:
         return estimate_of(like_params, state if mesh is None else fetch(state), known)
@@ -196,27 +216,21 @@ def channel_trace(
         precise = rtol is not None and found.total_sem() <= rtol * abs(found.total())
         return precise or (until is not None and bool(until(found)))
 
-    def save(state: TraceState) -> None:
-        if made_from is not None and save_to is not None and jax.process_index() == 0:
-            save_trace(save_to, estimate(state), made_from)
-
-    done, saved_at = int(now.count), time.monotonic()
+    done = int(now.count)
     linear, linear_scale = [], None
     while done < num_probes and not enough(now):
         if linear_scale != float(now.loss_scale):
             linear, linear_scale = linearizations(run, now), float(now.loss_scale)
         now = advance(run, linear, now, done, min(done + chunk, num_probes))
-        done, failure = (int(x) for x in jax.device_get((now.count, now.failure)))
-        if failure >= 0:
-            raise not_finite(problem.layout, failure, now)
-        if time.monotonic() - saved_at >= save_every:
-            save(now)
-            saved_at = time.monotonic()
+        count, failed = jax.device_get((now.count, now.failure))
+        # Where not one probe came through, what is wrong may be out of reach of the scales.
+        if failed.any() or (count == done and hopeless(run)):
+            raise not_finite(run, failed, now)
+        done = int(count)
+        file.save(partial(estimate, now))
         if progress is not None:
             progress(done, num_probes)
-    save(now)
-    if save_to is not None:
-        wait_for_all(f"{save_to} is written")
+    file.save(partial(estimate, now), last=True)
     return estimate(now)
 
 
@@ -233,7 +247,10 @@ def probe_channel_products(
 ) -> PyTree:
     """``v_c . (H v)_c`` per output channel for one explicit probe: what `channel_trace` averages.
 
+    The host waits for the result, to see whether it is finite, so this does not work inside `jax.jit`; `hvp` does.
+
     Args:
+      loss, params, batch, policy, microbatch, select, channel_axis: of `channel_trace`.
       v: like ``params``; leaves that are not selected are ignored. The policy casts it to its dtype. The scales
         are the policy's own (1 where it names none): nothing is searched or repeated.
 
@@ -241,7 +258,8 @@ def probe_channel_products(
       Like ``params``: ``(channels,)`` in float32 (float64 for that policy), None for leaves not selected.
 
     Raises:
-      FloatingPointError: ``Hv`` is not finite. ValueError and TypeError as `channel_trace`.
+      FloatingPointError: ``Hv`` is not finite; names the first layer concerned. ValueError and TypeError as
+        `channel_trace`.
 
     >>> import jax.numpy as jnp
     >>> loss = lambda p, batch: (p["kernel"] ** 2).sum() + 0 * batch.sum()
@@ -267,20 +285,28 @@ def probe_channel_products(
     for examples, weight in zip(problem.chunks, problem.weights, strict=True):
         found = add_products(loss, layout, problem.leaves, directions, examples, weight, scales, found)
     if bool(found.any_bad):
-        leaf = layout.paths[int(jnp.argmax(found.leaf_bad))]
-        raise FloatingPointError(f"Hv is not finite at {leaf!r} in {policy.compute}")
+        where = where_not_finite(loss, problem, None, jax.device_get(found.suspects))
+        raise FloatingPointError(f"Hv is not finite in {policy.compute}; {where}")
     return layout.like_params(found.channels)
 
 
-def _require_same_run(state: TraceState, problem: Problem, key: jax.Array) -> None:
-    if int(state.product) == NO_PRODUCT:
+def _require_same_run(state: TraceState, run: Run, key: jax.Array, num_probes: int) -> None:
+    """Raise a ValueError that says in what the state differs from those of ``run``."""
+    was, now = state.origin, run.origin
+    if was.method == "gauss_newton":
         raise ValueError("the state is of an exact trace, to which no probes can be added; start without state=")
-    expected = {path: x.shape for path, x in no_products(problem.layout, problem.leaves).channels.items()}
+    for what, old, new in (("method", was.method, now.method), ("policy", was.compute, now.compute)):
+        if old != new:
+            raise ValueError(f"the state has another {what}: {old}, and now it is {new}; start without state=")
+    expected = {path: x.shape for path, x in no_products(run.problem.layout, run.problem.leaves).channels.items()}
     actual = {path: x.shape for path, x in state.moments.mean["channel"].items()}
     if expected != actual:
         differing = sorted(p for p in {*expected, *actual} if expected.get(p) != actual.get(p))
         raise ValueError(f"the state belongs to other parameters or another selection: {differing} differ")
     if not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(typed(key))):
         raise ValueError("the state was started with another key; its next probe would not be the next one")
-    if state.moments.mean["total"].dtype != jnp.dtype(problem.layout.policy.sums):
-        raise ValueError(f"the state's sums are not in {problem.layout.policy.sums}: it has another policy")
+    if int(state.count) > num_probes:
+        raise ValueError(
+            f"the state has {int(state.count)} probes already, more than num_probes={num_probes}, the number that the "
+            "mean holds in the end; probes cannot be taken out of it"
+        )

@@ -60,6 +60,11 @@ def size_of(mesh: Mesh | None, axis: str) -> int:
     return 1 if mesh is None else mesh.shape.get(axis, 1)
 
 
+def _automatic(mesh: Mesh) -> Mesh:
+    """The same devices with shardings left to the compiler: those of `jax.make_mesh` are types that must match."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 def _spec(mesh: Mesh, kind: str) -> P:
     if kind == OWN:
         return P(mesh.axis_names)
@@ -85,7 +90,7 @@ def on_devices(mesh: Mesh | None, function: Callable, given: Sequence[str], retu
         return jax.tree.map(lambda x: x[None], found) if returned == OWN else found
 
     specs = tuple(_spec(mesh, kind) for kind in given)
-    return jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=_spec(mesh, returned), check_vma=False)
+    return jax.shard_map(here, mesh=_automatic(mesh), in_specs=specs, out_specs=_spec(mesh, returned), check_vma=False)
 
 
 def place(mesh: Mesh | None, tree: PyTree, kind: str) -> PyTree:
@@ -95,7 +100,7 @@ def place(mesh: Mesh | None, tree: PyTree, kind: str) -> PyTree:
     """
     if mesh is None:
         return tree
-    sharding = NamedSharding(mesh, _spec(mesh, kind))
+    sharding = NamedSharding(_automatic(mesh), _spec(mesh, kind))
 
     def one(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

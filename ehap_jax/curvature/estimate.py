@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["NO_PRODUCT", "PRODUCTS", "TraceEstimate", "TraceState"]
+from ehap_jax.curvature.precision import Policy
+from ehap_jax.curvature.probes import typed
+
+__all__ = ["PRODUCTS", "Origin", "TraceEstimate", "TraceState"]
 
 PyTree = Any
 
 PRODUCTS = ("jvp", "linearize", "remat")
-"""The ways to a Hessian-vector product; a state holds the place of its way in this tuple."""
-
-NO_PRODUCT = -1
-"""In a state: no Hessian-vector product went into it."""
+"""The ways to a Hessian-vector product."""
 
 
 class Moments(NamedTuple):
@@ -29,18 +29,34 @@ class Moments(NamedTuple):
     squares: PyTree
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Origin:
+    """What the numbers of a state are. It is fixed at compile time: a pytree without leaves.
+
+    Attributes:
+      method: ``"hutchinson"``, probes on the Hessian; ``"control_variate"``, probes on what the Gauss-Newton matrix
+        leaves of it; ``"gauss_newton"``, the exact traces of that matrix.
+      compute: the dtype of the policy.
+      product: how products are computed, one of `PRODUCTS`; None where there are none.
+    """
+
+    method: str
+    compute: str
+    product: str | None = None
+
+
 class TraceState(NamedTuple):
     """Where an estimate stands, all of it on the device; pass it back to go on.
 
     Attributes:
       key: the random key; probe i is drawn from ``fold_in(key, i)``.
-      count: probes that are in the mean.
+      count: probes that are in the mean; 0 if it is exact.
       rejected: products that were not finite and were repeated with a lower scale.
       loss_scale, probe_scale: the float16 scales now in use.
-      failure: -1, or the number of the first leaf whose product stayed non-finite at the smallest scale.
-      product: how products are computed, a place in `PRODUCTS`; going on with ``product="auto"`` keeps to
-        it. `NO_PRODUCT` where there are none.
+      failure: ``(leaves,)``, whose products stayed non-finite at the smallest scale.
       moments: of the traces of one probe: ``{"channel": {path: (channels,)}, "layer": {path: ()}, "total": ()}``.
+      origin: of what, and how; going on with ``product="auto"`` keeps to its product.
     """
 
     key: jax.Array
@@ -49,8 +65,8 @@ class TraceState(NamedTuple):
     loss_scale: jax.Array
     probe_scale: jax.Array
     failure: jax.Array
-    product: jax.Array
     moments: Moments
+    origin: Origin
 
 
 @partial(
@@ -65,8 +81,8 @@ class TraceEstimate:
     Attributes:
       mean: like ``params``: ``(channels,)`` for a probed leaf, the estimated trace of the Hessian block of each
         output channel; None for the others. Divide by the weights in a channel for HAP's average.
-      sem: like ``mean``: the standard error of the mean over probes (ddof = 1; NaN after one probe).
-      count: the number of probes.
+      sem: like ``mean``: the standard error of the mean over probes (ddof = 1; NaN after one probe, 0 where exact).
+      count: the number of probes, or of random combinations by `gauss_newton_trace`; 0 if nothing is random.
       rejected: how many float16 products were repeated with a lower scale.
       state: pass it to `channel_trace` to add probes.
       known: ``{path: (channels,)}``, the part of ``mean`` that was computed exactly and added to that of the probes.
@@ -86,8 +102,7 @@ class TraceEstimate:
         ``"control_variate"``: those of the Gauss-Newton matrix, and the rest from probes. ``"gauss_newton"``: by
         `gauss_newton_trace`.
         """
-        probed = "hutchinson" if self.product else "gauss_newton"
-        found = {path: "control_variate" if path in self.known else probed for path in self._probed()}
+        found = dict.fromkeys(self._probed(), self.state.origin.method)
         return found | {path: "exact" for path in self.known if path not in found}
 
     def probe_rms(self) -> dict[str, np.ndarray]:
@@ -122,8 +137,7 @@ class TraceEstimate:
     @property
     def product(self) -> str | None:
         """How Hessian-vector products were computed, one of `PRODUCTS`; None where there are none."""
-        place = int(self.state.product)
-        return PRODUCTS[place] if place >= 0 else None
+        return self.state.origin.product
 
     def _probed(self) -> dict[str, Any]:
         return self.state.moments.mean["channel"]
@@ -140,7 +154,7 @@ def _added(probed: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
 
 def _sem(squares, count: int):
     squares = np.asarray(squares)
-    if count == 0:  # no probes were needed
+    if count == 0:  # exact
         return np.zeros_like(squares)
     return np.sqrt(squares / (count - 1) / count) if count > 1 else np.full_like(squares, np.nan)
 
@@ -166,16 +180,18 @@ def estimate_of(
     )
 
 
-def no_probes(key: jax.Array, sums) -> TraceState:
-    """The state of an estimate for which no probe was needed."""
-    zero = {"channel": {}, "layer": {}, "total": jnp.zeros((), sums)}
+def exact_state(
+    method: str, policy: Policy, key: jax.Array, moments: Moments | None = None, count: int = 0, rejected: int = 0
+) -> TraceState:
+    """The state of an estimate that needed no probes; without ``moments``, of nothing but what is known besides."""
+    zero = {"channel": {}, "layer": {}, "total": jnp.zeros((), policy.sums)}
     return TraceState(
-        key=key,
-        count=jnp.int32(0),
-        rejected=jnp.int32(0),
-        loss_scale=jnp.ones((), sums),
-        probe_scale=jnp.ones((), sums),
-        failure=jnp.int32(-1),
-        product=jnp.int32(NO_PRODUCT),
-        moments=Moments(zero, zero),
+        key=typed(key),
+        count=jnp.int32(count),
+        rejected=jnp.int32(rejected),
+        loss_scale=jnp.ones((), policy.sums),
+        probe_scale=jnp.ones((), policy.sums),
+        failure=jnp.zeros(0, bool),
+        moments=Moments(zero, zero) if moments is None else moments,
+        origin=Origin(method, policy.compute),
     )

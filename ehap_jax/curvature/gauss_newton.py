@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ehap_jax.curvature.chunk_memory import bytes_per_example, examples_together
 from ehap_jax.curvature.devices import DATA, EXAMPLES, SAME, check_mesh, place, size_of
-from ehap_jax.curvature.estimate import NO_PRODUCT, Moments, TraceEstimate, TraceState, estimate_of
-from ehap_jax.curvature.heads import Head, inputs_and_targets, root_of, softmax_cross_entropy
+from ehap_jax.curvature.estimate import Moments, TraceEstimate, estimate_of, exact_state
+from ehap_jax.curvature.heads import Head, forms_root, inputs_and_targets, root_of, root_times, softmax_cross_entropy
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
 from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import Layout, batch_size, layout_of
+from ehap_jax.curvature.problem import Layout, batch_size, layout_of, require_finite
 from ehap_jax.curvature.saved_trace import fingerprint
 from ehap_jax.curvature.tapped_model import require_proven, tapped_model
 from ehap_jax.curvature.taps import Site, Taps
@@ -31,12 +33,6 @@ PyTree = Any
 
 COLUMNS_PER_PASS = 16
 """Cotangents that go backward together."""
-
-CPU_EXAMPLES = 16
-"""Beyond this the arrays of a CIFAR ResNet fall out of a CPU's caches."""
-
-DEFAULT_BUDGET = 2**30
-"""Bytes that intermediate arrays may take, by estimate."""
 
 FIRST_FLOAT16_SCALE = 2.0**10
 """Cotangents are scaled to about this in float16, less where that overflows."""
@@ -89,24 +85,30 @@ def gauss_newton_trace(
       policy: the numerical precision. Each cotangent is scaled by a power of two that is divided out of the squares,
         in float16 by up to 2**10 and less where that overflows.
       microbatch: examples at a time; by default as many as ``memory_budget`` allows, 16 at most on CPU.
-      memory_budget: bytes that intermediate arrays may take, by estimate; by default 1 GiB.
+      memory_budget: bytes that intermediate arrays may take, by estimate, the head's included. It is an error if
+        ``microbatch`` examples, or one, need more. By default 1 GiB, or what one example needs if that is more.
       select: ``select(path, leaf)``, whether to report a leaf; by default those with two axes or more.
       channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
       on_unproven: ``"gauss_newton"`` reports the trace of G for kernels where it is not proven to be the Hessian's.
       mesh: devices of this process to divide the examples over, along the mesh's axis ``"data"``; ``microbatch`` and
         ``memory_budget`` count per device.
       save_to: a file for the sums so far, written about every ``save_every`` seconds and at the end. If it is there
-        already, it must be of the same arguments, and the run goes on from it, with an identical result.
+        already, it must be of the same arguments, and the run goes on from it, with an identical result. Other devices,
+        another ``microbatch`` or ``memory_budget`` change only the rounding.
       save_every: seconds between two writes.
       progress: called as ``progress(examples done, examples)`` after every chunk.
 
     Returns:
-      A `TraceEstimate`. ``count`` is the number of columns, or K. With ``"all"``, ``sem`` is zero.
+      A `TraceEstimate`. ``count`` is K; with ``"all"`` it is 0, for nothing is random, and ``sem`` is zero.
 
     Raises:
       ValueError: a selected kernel is not proven, with the reason; the examples are not independent (BatchNorm in
-        training mode); the head does not fit; options out of range. TypeError: the model does not return one
-        floating-point array. FloatingPointError: a trace is not finite; names the first such leaf.
+        training mode); the head does not fit the logits or the batch's targets, or is indefinite and ``classes`` is
+        not ``"all"``; NaN or infinity in ``params`` or ``batch``, named by path; nothing is selected; leaves of the
+        batch differ in length; ``memory_budget`` is too small; ``save_to`` is of something else; options out of range.
+      TypeError: the model does not return one floating-point array; a selected parameter is an integer.
+      FileNotFoundError: the folder of ``save_to`` does not exist.
+      FloatingPointError: a trace is not finite, in float16 at the smallest scale; names the first such leaf.
 
     >>> model = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
     >>> p = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
@@ -125,13 +127,19 @@ def gauss_newton_trace(
     size = batch_size(batch)
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch is a number of examples and must be at least 1; got {microbatch}")
-    leaves = jax.tree.leaves(policy.cast(params))
+    if memory_budget is not None and not memory_budget > 0:
+        raise ValueError(f"memory_budget is a number of bytes and must be positive; got {memory_budget}")
+    require_finite(params, "params")
+    require_finite(batch, "batch")
     x, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
-    x = policy.cast(x)
-    taps = tapped_model(model, jax.tree.unflatten(layout.structure, leaves), x, layout.paths)
+    x, cast = policy.cast(x), policy.cast(params)
+    require_finite(cast, "params", policy.compute)
+    require_finite(x, "batch", policy.compute)
+    taps, leaves = tapped_model(model, cast, x, layout.paths), jax.tree.leaves(cast)
     if on_unproven == "error":
         require_proven(taps)
-    columns = draws or _count_columns(taps, head, x, targets, policy)
+    root_columns = _count_columns(taps, head, targets, policy, bool(draws))
+    columns = draws or root_columns
     plan = _Plan(
         model=model,
         taps=taps,
@@ -139,18 +147,19 @@ def gauss_newton_trace(
         layout=layout,
         draws=draws,
         draw=draw,
+        root_columns=root_columns,
         columns=math.ceil(columns / math.ceil(columns / COLUMNS_PER_PASS)),
     )
-    if microbatch is None:
-        microbatch = _affordable(plan, leaves, DEFAULT_BUDGET if memory_budget is None else memory_budget)
     devices = size_of(mesh, DATA)
-    chunk = math.ceil(size / math.ceil(size / (microbatch * devices)) / devices) * devices
+    each = bytes_per_example(taps, plan.columns, root_columns if forms_root(head) else 0, policy)
+    together = devices * examples_together(each, microbatch, memory_budget, _on_cpu(leaves))
+    chunk = math.ceil(size / math.ceil(size / together) / devices) * devices
     key = jax.random.key(0) if key is None else key
     made_from = None
     if save_to is not None:
-        settings = {"policy": policy, "microbatch": chunk, "select": select, "channel_axis": channel_axis}
+        settings: dict[str, Any] = {"policy": policy, "select": select, "channel_axis": channel_axis}
         roots = fingerprint(partial(_roots, model, head, policy), params, batch, key=key, **settings)
-        made_from = replace(roots, probes=f"exact {classes} {draw if draws else ''}")
+        made_from = replace(roots, probes=f"exact {draws} {draw}" if draws else "exact all")
     file = SumsFile(save_to, made_from, save_every)
     sums = PartialSums(
         {p: (columns, leaves[i].shape[a]) for p, i, a in zip(layout.paths, layout.places, layout.axes, strict=True)},
@@ -164,7 +173,7 @@ def gauss_newton_trace(
         file.save(sums, now=sums.next == size)
         if progress is not None:
             progress(sums.next, size)
-    return _estimate(layout, sums.by_path, bool(draws), columns, sums.rejected, key)
+    return _estimate(layout, sums.by_path, draws, sums.rejected, key)
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,8 @@ class _Plan:
     layout: Layout
     draws: int  # 0: every column
     draw: str
-    columns: int  # that go backward together
+    root_columns: int  # of the head
+    columns: int  # of them, or combinations, that go backward together
 
 
 def _draws(classes, draw: str, key, head) -> int:
@@ -185,19 +195,21 @@ def _draws(classes, draw: str, key, head) -> int:
         raise ValueError(f'draw must be "signs" or "labels"; got {draw!r}')
     if classes == "all":
         return 0
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+    draws = operator.index(classes) if hasattr(classes, "__index__") and not isinstance(classes, bool) else 0
+    if draws < 1:
         raise ValueError(f'classes must be "all" or a positive number of random combinations; got {classes!r}')
     if key is None:
         raise ValueError("random combinations need a key, for example key=jax.random.key(0)")
     if draw == "labels" and head is not softmax_cross_entropy:
         raise ValueError('draw="labels" draws from the softmax: it needs head=softmax_cross_entropy')
-    return classes
+    return draws
 
 
-def _count_columns(taps: Taps, head: Head, x, targets, policy: Policy) -> int:
+def _count_columns(taps: Taps, head: Head, targets, policy: Policy, random: bool) -> int:
+    """Of the head; raises what `root_of` does."""
     logits = jax.ShapeDtypeStruct(taps.body.outputs[0].shape[1:], policy.sums)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), targets)
-    return jax.eval_shape(lambda z, t: root_of(head, z, t)[0], logits, one).shape[0]
+    return jax.eval_shape(lambda z, t: root_of(head, z, t, random)[0], logits, one).shape[0]
 
 
 def _cotangents(plan: _Plan, logits, targets, example, key, start):
@@ -205,19 +217,16 @@ def _cotangents(plan: _Plan, logits, targets, example, key, start):
     logits = logits.astype(plan.layout.policy.sums)
     which = start + jnp.arange(plan.columns, dtype=jnp.int32)
     if not plan.draws:
-        root, signs = root_of(plan.head, logits, targets)
-        missing = (0, -root.shape[0] % plan.columns)
-        root = jnp.pad(root, (missing, *((0, 0),) * logits.ndim))
-        take = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=plan.columns)
-        return take(root), take(jnp.pad(signs, missing))
+        chosen = jax.nn.one_hot(which, plan.root_columns, dtype=logits.dtype)
+        found, signs = root_times(plan.head, logits, targets, chosen)
+        return found, chosen @ signs
     inside = (which < plan.draws).astype(logits.dtype)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, example), i))(which)
     if plan.draw == "labels":
         labels = jax.vmap(lambda k: jax.random.categorical(k, logits))(keys)
         return jax.nn.softmax(logits)[None] - jax.nn.one_hot(labels, logits.size, dtype=logits.dtype), inside
-    root, signs = root_of(plan.head, logits, targets, random=True)
-    flips = jax.vmap(lambda k: jax.random.bits(k, signs.shape, jnp.uint8) & jnp.uint8(1))(keys)
-    return jnp.tensordot(1 - 2 * flips.astype(root.dtype), root, 1), inside
+    flips = jax.vmap(lambda k: jax.random.bits(k, (plan.root_columns,), jnp.uint8) & jnp.uint8(1))(keys)
+    return root_times(plan.head, logits, targets, 1 - 2 * flips.astype(logits.dtype))[0], inside
 
 
 def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale):
@@ -343,14 +352,14 @@ def _add_chunk(
             if not bad:
                 break
             if not policy.backs_off or sums.scale <= SMALLEST_SCALE:
+                wider = ' Use Policy("float32")' if policy.sums != policy.compute else ""
                 raise FloatingPointError(
                     f"the trace of {bad[0]!r} is not finite in {policy.compute} for examples {chunk[0]} to "
-                    f"{min(chunk[-1], size - 1)}. Is there NaN or infinity in params or batch? If not, use "
-                    'Policy("float32")'
+                    f"{min(chunk[-1], size - 1)}, though params and batch are: it overflows on the way.{wider}"
                 )
-            sums.scale, sums.rejected = sums.scale / 4, sums.rejected + 1
+            sums.scale, sums.rejected = sums.scale / 2, sums.rejected + 1
         if chunk[0] == 0 and start == 0:
-            _require_independent(plan, leaves, inputs, logits)
+            _require_independent(plan, leaves, x, logits[0])
         for path, s in squares.items():
             sums.add(path, start, s)
 
@@ -360,59 +369,35 @@ def _logits(plan: _Plan, leaves, x):
     return plan.model(jax.tree.unflatten(plan.layout.structure, leaves), x)
 
 
-def _require_independent(plan: _Plan, leaves, x, logits) -> None:
-    """Check on two examples that the model gives together what it gives one by one."""
-    pair = slice(0, 2)
-    together = np.asarray(_logits(plan, leaves, jax.tree.map(lambda leaf: leaf[pair], x)), np.float64)
-    alone = np.asarray(logits[pair], np.float64)
+def _require_independent(plan: _Plan, leaves, x, alone) -> None:
+    """Check that the first example's logits are those it has ``alone`` also before the second one and after it."""
+    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], x) for i in (0, 1))
+    if not len(jax.tree.leaves(second)[0]):  # a batch of one example has nothing to couple
+        return
+    pairs = [jax.tree.map(lambda *parts: jnp.concatenate(parts), *pair) for pair in ((first, second), (second, first))]
+    beside = np.stack([np.asarray(_logits(plan, leaves, pair)[i], np.float64) for i, pair in enumerate(pairs)])
+    alone = np.asarray(alone, np.float64)
     tolerance = {"float64": 1e-6, "float32": 1e-3}.get(plan.layout.policy.compute, 0.1)
-    if not np.abs(together - alone).max() <= tolerance * max(np.abs(alone).max(), 1e-30):
+    if not np.abs(beside - alone).max() <= tolerance * max(np.abs(alone).max(), 1e-30):
         raise ValueError(
             "the logits of two examples together differ from those of each alone: the examples are not independent. "
             "Use normalisation with running statistics (eval mode)"
         )
 
 
-def _affordable(plan: _Plan, leaves, budget: int) -> int:
-    """How many examples at a time the budget allows by estimate; on CPU no more than stay in its caches."""
-    item = jnp.dtype(plan.layout.policy.compute).itemsize
-    forward = sum(math.prod(out.shape) for node in plan.taps.body.nodes for out in node.outputs) * item
-    backward, largest = 0, 0
-    for site in plan.taps.sites:
-        positions, groups, read, channels = site.sizes
-        outputs = plan.columns * positions * groups * channels
-        gram = groups * positions * positions + outputs
-        inner = gram if site.uses_gram and site.direct else plan.columns * groups * read * channels
-        backward += outputs * item
-        largest = max(largest, positions * groups * read * item + 4 * inner)
-    leaf_sizes = dict(zip(plan.taps.graph.leaves, (leaf.size for leaf in leaves), strict=True))
-    copies = sum(leaf_sizes[path] for path in plan.taps.untapped) * (plan.columns + 1) * item
-    affordable = max(1, int(budget // max(forward + backward + largest + copies, 1)))
-    return min(affordable, CPU_EXAMPLES) if _on_cpu(leaves) else affordable
-
-
 def _on_cpu(leaves) -> bool:
     return next(iter(leaves[0].devices())).platform == "cpu"
 
 
-def _estimate(layout: Layout, by_column: dict, random: bool, columns: int, rejected: int, key) -> TraceEstimate:
-    """Traces with the moments over random combinations; exact ones have no deviation."""
+def _estimate(layout: Layout, by_column: dict, draws: int, rejected: int, key) -> TraceEstimate:
+    """Traces with the moments over random combinations; without any, exact ones."""
     channel = dict(by_column)
     layer = {path: s.sum(1) for path, s in channel.items()}
     samples = {"channel": channel, "layer": layer, "total": np.sum(list(layer.values()), axis=0)}
     sums = layout.policy.sums
-    reduce: Callable[..., Any] = np.mean if random else np.sum
+    reduce: Callable[..., Any] = np.mean if draws else np.sum
     mean = jax.tree.map(lambda s: reduce(s, axis=0), samples)
-    squares = jax.tree.map(lambda s, m: ((s - m) ** 2).sum(0) if random else np.zeros_like(m), samples, mean)
+    squares = jax.tree.map(lambda s, m: ((s - m) ** 2).sum(0) if draws else np.zeros_like(m), samples, mean)
     moments = Moments(*jax.tree.map(lambda m: jnp.asarray(m, sums), (mean, squares)))
-    state = TraceState(
-        key=key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key),
-        count=jnp.int32(columns),
-        rejected=jnp.int32(rejected),
-        loss_scale=jnp.ones((), sums),
-        probe_scale=jnp.ones((), sums),
-        failure=jnp.int32(-1),
-        product=jnp.int32(NO_PRODUCT),
-        moments=moments,
-    )
+    state = exact_state("gauss_newton", layout.policy, key, moments, draws, rejected)
     return estimate_of(layout.like_params, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,16 @@ def softmax_cross_entropy(logits: jax.Array, *targets: Any) -> jax.Array:
     ``S_jj = sqrt(p_j q_j / q_(j-1))`` and ``S_ij = -p_i sqrt(p_j / (q_j q_(j-1)))`` for i > j. The likeliest class
     is put last, so that no ``q`` is small unless what it divides is, too. The Hessian does not depend on the label.
 
+    Args:
+      logits: of one example, (C,).
+      targets: not used.
+
+    Returns:
+      S.
+
+    Raises:
+      ValueError: the logits are not a vector.
+
     >>> p = jnp.array([0.2, 0.3, 0.5])
     >>> S = softmax_cross_entropy(jnp.log(p))
     >>> S.shape, bool(jnp.allclose(S @ S.T, jnp.diag(p) - jnp.outer(p, p)))
@@ -36,21 +47,41 @@ def softmax_cross_entropy(logits: jax.Array, *targets: Any) -> jax.Array:
             f"softmax_cross_entropy takes the logits of one example, of shape (classes,); got {logits.shape}. "
             "For other shapes write a head: logits of one example to (*logits.shape, R) with S S^T the Hessian"
         )
+    return _softmax_root_times(logits, jnp.eye(logits.size - 1, dtype=logits.dtype)).T
+
+
+def _softmax_root_times(logits: jax.Array, v: jax.Array) -> jax.Array:
+    """``S v`` of `softmax_cross_entropy` for every row of ``v``, (K, C - 1) to (K, C), without S."""
     order = jnp.argsort(logits)
     p = jax.nn.softmax(logits[order])
     after = jnp.cumsum(p[::-1])[::-1]  # q_(j-1), with p_j in it
     before, q, p_j = after[:-1], after[1:], p[:-1]
-    lower = -p[:, None] * jnp.sqrt(p_j / (q * before))[None, :]
-    diagonal = jnp.sqrt(p_j * q / before)
-    row, column = jnp.arange(p.size)[:, None], jnp.arange(p.size - 1)[None, :]
-    root = jnp.where(row > column, lower, jnp.where(row == column, diagonal[jnp.minimum(row, p.size - 2)], 0))
-    return root[jnp.argsort(order)]
+    diagonal = v * jnp.sqrt(p_j * q / before)[None]
+    below = jnp.cumsum(v * jnp.sqrt(p_j / (q * before))[None], 1)
+    none = jnp.zeros((len(v), 1), v.dtype)
+    found = jnp.concatenate([diagonal, none], 1) - p[None] * jnp.concatenate([none, below], 1)
+    return found[:, jnp.argsort(order)]
 
 
 def squared_error(logits: jax.Array, *targets: Any) -> jax.Array:
-    """A square root of the Hessian of ``sum((logits - target) ** 2)`` of one example, which is 2 I."""
-    size = logits.size
-    return (math.sqrt(2) * jnp.eye(size, dtype=logits.dtype)).reshape(*logits.shape, size)
+    """A square root of the Hessian of ``sum((logits - target) ** 2)`` of one example, which is 2 I.
+
+    Args:
+      logits: of one example, of any shape.
+      targets: not used.
+
+    Returns:
+      S, ``(*logits.shape, logits.size)``.
+
+    >>> S = squared_error(jnp.zeros(2))
+    >>> (S @ S.T).round(3).tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
+    """
+    return jnp.moveaxis(_squared_root_times(logits, jnp.eye(logits.size, dtype=logits.dtype)), 0, -1)
+
+
+def _squared_root_times(logits: jax.Array, v: jax.Array) -> jax.Array:
+    return (math.sqrt(2) * v).reshape(-1, *logits.shape)
 
 
 @dataclass(frozen=True)
@@ -58,6 +89,10 @@ class second_derivative:
     """The head of any loss of one example: ``loss(logits, *targets) -> scalar``, by its second derivative.
 
     Its eigenvalues may be negative: their columns then count negatively, and only ``classes="all"`` is possible.
+
+    Args:
+      loss: of one example; twice differentiable in the logits. An instance is the head: of logits and targets it
+        returns S, ``(*logits.shape, logits.size)``, and the sign of every column.
 
     >>> S, signs = second_derivative(lambda z: z[0] ** 2 - z[1] ** 2)(jnp.zeros(2))
     >>> sorted(signs.tolist())
@@ -90,7 +125,13 @@ def inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
 
 
 def root_of(head: Head, logits: jax.Array, targets: tuple, random: bool = False) -> tuple[jax.Array, jax.Array]:
-    """The head's columns first: (R, *logits.shape), and their signs (R,)."""
+    """The head's columns first: (R, *logits.shape), and their signs (R,).
+
+    Raises:
+      ValueError: the head cannot be called with these targets, or returns another shape; it returns signs, and random
+        combinations of its columns are wanted.
+    """
+    _require_arguments(head, targets)
     found = head(logits, *targets)
     root, signs = found if isinstance(found, tuple) else (found, None)
     if random and signs is not None:
@@ -104,3 +145,41 @@ def root_of(head: Head, logits: jax.Array, targets: tuple, random: bool = False)
         )
     root = jnp.moveaxis(root, -1, 0).astype(logits.dtype)
     return root, jnp.ones(root.shape[0], root.dtype) if signs is None else signs.astype(root.dtype)
+
+
+def root_times(head: Head, logits: jax.Array, targets: tuple, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``S v`` for every row of ``v``, (K, R) to (K, *logits.shape), and the signs of the columns of S, (R,).
+
+    For the heads in `_ROOT_TIMES` S, of C^2 numbers per example, is not formed.
+    """
+    if not forms_root(head):
+        return _ROOT_TIMES[head](logits, v), jnp.ones(v.shape[1:], v.dtype)
+    root, signs = root_of(head, logits, targets)
+    return jnp.tensordot(v, root, 1, precision="highest"), signs
+
+
+_ROOT_TIMES: dict[Head, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    softmax_cross_entropy: _softmax_root_times,
+    squared_error: _squared_root_times,
+}
+
+
+def forms_root(head: Head) -> bool:
+    """Whether `root_times` has to form S."""
+    return head not in _ROOT_TIMES
+
+
+def _require_arguments(head: Head, targets: tuple) -> None:
+    """Raise a ValueError unless the head can be called with logits and these targets."""
+    function = head.loss if isinstance(head, second_derivative) else head
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # not every callable tells
+        return
+    try:
+        signature.bind(None, *targets)
+    except TypeError as error:
+        raise ValueError(
+            f"the head is called with the logits and the {len(targets)} targets of the batch, but takes {signature}: "
+            f'{error}. Targets are what follows x in a batch (x, *targets), or "label" in a dict'
+        ) from None

@@ -49,6 +49,10 @@ def linearized_hvp(loss: Callable[..., jax.Array], params: PyTree, *args: Any) -
 
     Args:
       loss: ``loss(params, *args)`` returning a scalar.
+      params: pytree of floating-point arrays, the point; args: the rest of the loss's arguments.
+
+    Returns:
+      A function of ``v``, a pytree of the structure, shapes and dtypes of ``params``, returning a pytree of the same.
 
     Raises:
       ValueError: (from the returned function) ``v`` and ``params`` differ in structure, or in a leaf's shape.

@@ -67,6 +67,13 @@ def product_memory(
 
     What is compiled here is what `channel_trace` runs: a call after this one compiles nothing again.
 
+    Args:
+      loss, params, batch, policy, microbatch, select, channel_axis, mesh: of `channel_trace`, for its own method.
+      memory_budget: bytes per device; half of the free memory by default.
+
+    Returns:
+      A `ProductMemory`.
+
     Raises:
       ValueError: nothing fits into ``memory_budget``; the rest as `channel_trace`.
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from ehap_jax.graph import Graph, Node
-from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Constant, Value
+from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Constant, Operand, Value
 
 __all__ = ["piecewise_linear_kernels"]
 
@@ -24,9 +24,9 @@ def piecewise_linear_kernels(graph: Graph, paths: Iterable[str] | None = None) -
     The graph is walked once. Each value carries the set of kernels it depends on and the set for which that
     dependence is not proven. Sums, convolutions and products with independent values keep it linear; maxima, ReLU,
     clipping, pooling, sorting and selection keep it piecewise linear; comparisons, rounding and indices cut it. A
-    product of two values that depend on the same kernel, a division by a dependent value and every other operation
-    are not proven, and neither is a primitive that is not known. A function with its own derivative must pass
-    on two counts: its body and the derivative rule.
+    product of two values that depend on the same kernel, a division by a dependent value, whatever is done to complex
+    values and every other operation are not proven, and neither is a primitive that is not known. A function with its
+    own derivative must pass on two counts: its body and the derivative rule.
 
     Args:
       graph: of ``trace_graph(apply)(variables, x)``; the outputs are taken to be the logits.
@@ -92,7 +92,6 @@ _PIECEWISE = frozenset(
         "broadcast_in_dim",
         "clamp",
         "concatenate",
-        "conj",
         "copy",
         "copy_p",
         "cummax",
@@ -102,7 +101,6 @@ _PIECEWISE = frozenset(
         "dynamic_update_slice",
         "expand_dims",
         "gather",
-        "imag",
         "max",
         "min",
         "name",
@@ -111,7 +109,6 @@ _PIECEWISE = frozenset(
         "pbroadcast",
         "psum",
         "pvary",
-        "real",
         "reduce_max",
         "reduce_min",
         "reduce_precision",
@@ -119,6 +116,7 @@ _PIECEWISE = frozenset(
         "reduce_window_max",
         "reduce_window_min",
         "reduce_window_sum",
+        "rem",
         "reshape",
         "rev",
         "scatter",
@@ -169,7 +167,7 @@ _STEPS = frozenset(
 _PRODUCTS = frozenset({"conv_general_dilated", "dot_general", "mul"})
 
 DEEPEST_RULE = 3
-"""Derivative rules within derivative rules are followed so far; a rule that calls itself is not proven."""
+"""Derivative rules within derivative rules are followed so far: a rule may call itself."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +206,11 @@ class _Walk:
     def node(self, node: Node, operands: list[_State], near: str) -> list[_State]:
         name, count = node.name, len(node.outputs)
         where = f"at {node.source}" if node.source else f"inside a function of JAX used after {near}"
+        every = _union(state.depends for state in operands)
+        if any(state.depends and _is_complex(value) for state, value in zip(operands, node.inputs, strict=True)):
+            # Absolute value and sign have no pieces in the plane; that other operations would do is not worth rules.
+            why = f"{name} of complex values is not known to be piecewise linear {where}"
+            return [_joined(operands, every, why)] * count
         if name in _STEPS or _rounds_to_integer(node):
             return [_FREE] * count
         if name in REMAT or name in CUSTOM_RULE:
@@ -230,9 +233,6 @@ class _Walk:
             choosing = operands[_CHOOSING.get(name, slice(0, 0))]
             bits = _union(state.depends for state in choosing)
             return [_joined(operands, bits, f"{name} chooses by a value that depends on it {where}")] * count
-        if name == "rem":
-            return [_joined(operands, operands[1].depends, f"rem by a value that depends on it {where}")]
-        every = _union(state.depends for state in operands)
         return [_joined(operands, every, f"{name} is not known to be piecewise linear {where}")] * count
 
     def custom(self, node: Node, operands: list[_State], outputs: list[_State], where: str) -> list[_State]:
@@ -293,6 +293,10 @@ def _union(sets: Iterable[int]) -> int:
 def _rounds_to_integer(node: Node) -> bool:
     inexact = [jnp.issubdtype(value.dtype, jnp.inexact) for value in (*node.inputs, *node.outputs)]
     return node.name == "convert_element_type" and inexact == [True, False]
+
+
+def _is_complex(value: Operand) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.complexfloating)
 
 
 def _is_one(node: Node) -> bool:

@@ -25,8 +25,9 @@ SMALLEST_SCALE = 2.0**-24
 class Policy:
     """In which dtype curvature is computed.
 
-    Parameters, activations and tangents are in ``compute``; the loss's softmax is the loss's own business and
-    belongs in float32; the product ``v * Hv`` and every sum are in float32 (float64 for ``"float64"``).
+    Parameters, activations and tangents are in ``compute``. The softmax and the loss belong in float32, and the loss
+    function sees to it by casting its logits: one that returns 16 bits is an error. The product ``v * Hv`` and every
+    sum are in float32 (float64 for ``"float64"``).
 
     float16 has five bits of exponent, so small cotangents vanish and large ones overflow. ``grad`` is taken
     of ``loss_scale * loss`` and the probe is ``probe_scale * v``; both are powers of two, so that multiplying
@@ -73,6 +74,14 @@ class Policy:
             raise ValueError(
                 'Policy("float64") needs 64-bit types: call jax.config.update("jax_enable_x64", True) '
                 "before any array is made"
+            )
+
+    def require_full_loss(self, dtype: Any) -> None:
+        """Raise a TypeError where a loss of this dtype shows that its softmax was taken in 16 bits."""
+        if jnp.dtype(dtype) == jnp.dtype(self.compute) != jnp.dtype(self.sums):
+            raise TypeError(
+                f"the loss comes back in {jnp.dtype(dtype)}: it must take its softmax and mean in {self.sums} itself, "
+                f"so cast the logits first: logits.astype(jnp.{self.sums})"
             )
 
     def cast(self, tree: PyTree) -> PyTree:

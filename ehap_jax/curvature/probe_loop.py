@@ -8,6 +8,7 @@ from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from ehap_jax.curvature.devices import (
@@ -23,9 +24,10 @@ from ehap_jax.curvature.devices import (
     size_of,
     sum_over_data,
 )
-from ehap_jax.curvature.estimate import PRODUCTS, Moments, TraceState
+from ehap_jax.curvature.estimate import Moments, Origin, TraceState
+from ehap_jax.curvature.overflow import loss_overflows, where_not_finite
 from ehap_jax.curvature.precision import LARGEST_LOSS_SCALE, SMALLEST_SCALE, Policy
-from ehap_jax.curvature.probes import rademacher
+from ehap_jax.curvature.probes import rademacher, typed
 from ehap_jax.curvature.problem import Layout, Problem
 from ehap_jax.curvature.products import (
     Linearization,
@@ -42,10 +44,10 @@ __all__ = [
     "advance",
     "blank_state",
     "first_state",
+    "hopeless",
     "linearizations",
     "not_finite",
     "scales_of",
-    "typed",
 ]
 
 
@@ -58,12 +60,18 @@ class Run:
       problem: prepared, and divided over the mesh.
       product: one of `PRODUCTS`.
       mesh: the devices, or None for the one that the parameters are on.
+      method: what the probes estimate, as in `Origin`.
     """
 
     given: Callable
     problem: Problem
     product: str
     mesh: Mesh | None = None
+    method: str = "hutchinson"
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.method, self.problem.layout.policy.compute, self.product)
 
     @cached_property
     def loss(self) -> Callable:
@@ -194,7 +202,7 @@ def on_device_loop(loss, layout: Layout, mesh, linear: bool, leaves, chunks, wei
 
         def going_on(state):
             fresh = (state.loss_scale == first_scale) if linear else True
-            return (state.count < target) & (state.failure < 0) & fresh
+            return (state.count < target) & ~state.failure.any() & fresh
 
         return jax.lax.while_loop(going_on, probes, state)
 
@@ -273,16 +281,16 @@ def _update(layout: Layout, state: TraceState, found: Products) -> TraceState:
     lower_loss = _lowers_loss(found, state)
     guilty = jnp.where(lower_loss, state.loss_scale, state.probe_scale)
     exhausted = bad & (guilty <= SMALLEST_SCALE) if layout.policy.backs_off else bad
-    half = guilty / 2
+    lowers, half = bad & ~exhausted, guilty / 2
     return TraceState(
         key=state.key,
         count=keep(state.count, count),
         rejected=state.rejected + bad.astype(jnp.int32),
-        loss_scale=jnp.where(bad & lower_loss, half, state.loss_scale),
-        probe_scale=jnp.where(bad & ~lower_loss, half, state.probe_scale),
-        product=state.product,
-        failure=jnp.where(exhausted, jnp.argmax(found.leaf_bad).astype(jnp.int32), state.failure),
+        loss_scale=jnp.where(lowers & lower_loss, half, state.loss_scale),
+        probe_scale=jnp.where(lowers & ~lower_loss, half, state.probe_scale),
+        failure=jnp.where(exhausted, found.suspects, state.failure),
         moments=keep(state.moments, Moments(mean, squares)),
+        origin=state.origin,
     )
 
 
@@ -309,9 +317,9 @@ def blank_state(run: Run, key: jax.Array, policy: Policy) -> TraceState:
         rejected=jnp.int32(0),
         loss_scale=scales[0],
         probe_scale=scales[1],
-        failure=jnp.int32(-1),
-        product=jnp.int32(PRODUCTS.index(run.product)),
+        failure=jnp.zeros(len(layout.paths), bool),
         moments=Moments(zero, jax.tree.map(jnp.zeros_like, zero)),
+        origin=run.origin,
     )
     return place(run.mesh, state, SAME)
 
@@ -323,14 +331,15 @@ def first_state(run: Run, key: jax.Array, policy: Policy) -> TraceState:
 
 
 def _search_scales(run: Run, state: TraceState) -> TraceState:
+    first = state
     while True:
         found = _first_of(run.mesh, one_probe(run, linearizations(run, state), state))
         if not bool(found.any_bad):
             return state._replace(loss_scale=state.loss_scale / 4)
         lower_loss = bool(_lowers_loss(found, state))
         guilty = state.loss_scale if lower_loss else state.probe_scale
-        if float(guilty) <= SMALLEST_SCALE:
-            raise not_finite(run.problem.layout, int(jnp.argmax(found.leaf_bad)), state)
+        if float(guilty) <= SMALLEST_SCALE or (state is first and hopeless(run)):
+            raise not_finite(run, jax.device_get(found.suspects), state)
         state = state._replace(**{"loss_scale" if lower_loss else "probe_scale": guilty / 4})
 
 
@@ -342,16 +351,16 @@ def scales_of(policy: Policy, otherwise: float = 1.0) -> tuple[jax.Array, jax.Ar
     )
 
 
-def typed(key: jax.Array) -> jax.Array:
-    """A key of the new style, made of one of either."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+def hopeless(run: Run) -> bool:
+    """Whether no scale can make a product finite, because the loss is not finite before any scale comes in."""
+    return loss_overflows(run.given, run.problem, run.mesh)
 
 
-def not_finite(layout: Layout, leaf: int, state: TraceState) -> FloatingPointError:
-    """The error that names the leaf whose product is not finite."""
-    policy = layout.policy
-    scales = f", down to loss scale {float(state.loss_scale):g} and probe scale {float(state.probe_scale):g}"
+def not_finite(run: Run, failed: np.ndarray, state: TraceState) -> FloatingPointError:
+    """The error that says where to look; ``failed``: ``(leaves,)``, whose products are not finite."""
+    policy = run.problem.layout.policy
+    scales = f" at loss scale {float(state.loss_scale):g} and probe scale {float(state.probe_scale):g}"
     return FloatingPointError(
         f"Hv of probe {int(state.count)} is not finite in {policy.compute}{scales if policy.backs_off else ''}; "
-        f'the first leaf concerned is {layout.paths[leaf]!r}. Use Policy("float32") or check the model there'
+        f'{where_not_finite(run.given, run.problem, run.mesh, failed)}. Use Policy("float32") or check the model there'
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from ehap_jax.curvature.precision import Policy
 
-__all__ = ["Batches", "Layout", "Problem", "layout_of", "prepare"]
+__all__ = ["Batches", "Layout", "Problem", "layout_of", "prepare", "require_finite"]
 
 PyTree = Any
 
@@ -115,18 +115,18 @@ def prepare(
         raise ValueError(f"microbatch is a number of examples and must be at least 1; got {microbatch}")
     size = batch_size(batch)
     params, batch = jax.tree.unflatten(layout.structure, leaves), _as_arrays(batch)
-    _require_finite(params, "params", "")
-    _require_finite(tuple(batch) if isinstance(batch, Batches) else batch, "batch", "")
+    require_finite(params, "params")
+    require_finite(batch, "batch")
     parts = list(batch) if isinstance(batch, Batches) else [batch]
     step = size if microbatch is None else microbatch * shards
     if check_loss:
         first, chunked = parts[0], step < size or len(parts) > 1 or shards > 1
         _require_usable_loss(loss, params, first, min(-(-step // shards), batch_size(first)), chunked)
     cast = jax.tree.leaves(policy.cast(params))
-    _require_finite(jax.tree.unflatten(layout.structure, cast), "params", f" in {policy.compute}")
+    require_finite(jax.tree.unflatten(layout.structure, cast), "params", policy.compute)
     chunks = []
     for part in policy.cast(parts):
-        _require_finite(part, "batch", f" in {policy.compute}")
+        require_finite(part, "batch", policy.compute)
         chunks += _cut(part, step)
     weights = [jnp.asarray(batch_size(chunk) / size, policy.sums) for chunk in chunks]
     return Problem(layout, cast, chunks, weights)
@@ -213,12 +213,14 @@ def _finite(leaves):
     return [jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.array(True) for x in leaves]
 
 
-def _require_finite(tree: PyTree, what: str, where: str) -> None:
-    named = jax.tree_util.tree_leaves_with_path(tree)
+def require_finite(tree: PyTree, what: str, compute: str | None = None) -> None:
+    """Raise a ValueError that names the first leaf with NaN or infinity; ``compute`` is the dtype it was cast to."""
+    named = jax.tree_util.tree_leaves_with_path(tuple(tree) if isinstance(tree, Batches) else tree)
     flags = jax.device_get(_finite([leaf for _, leaf in named]))
     for (path, _), finite in zip(named, flags, strict=True):
         if not finite:
-            raise ValueError(f"{what} leaf {path_name(path)!r} holds NaN or infinity{where}")
+            leaf = f"{what} leaf {path_name(path)!r}" if path else what
+            raise ValueError(f"{leaf} holds NaN or infinity" + (f" in {compute}" if compute else ""))
 
 
 @partial(jax.jit, static_argnames="loss")

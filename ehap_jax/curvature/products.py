@@ -26,7 +26,7 @@ from ehap_jax.curvature.problem import Layout
 from ehap_jax.curvature.taps import Taps, find_taps
 from ehap_jax.graph import trace_graph
 
-__all__ = ["Linearization", "Products", "add_linear_products", "add_products", "linearize", "no_products"]
+__all__ = ["Linearization", "Products", "add_linear_products", "add_products", "linearize", "no_products", "taps_of"]
 
 PyTree = Any
 
@@ -51,6 +51,11 @@ class Products(NamedTuple):
     @property
     def any_bad(self) -> jax.Array:
         return self.gradient_bad | self.tangent_bad | self.leaf_bad.any()
+
+    @property
+    def suspects(self) -> jax.Array:
+        """``(leaves,)``: those that are not finite; all of them where only something else is not."""
+        return self.leaf_bad | ~self.leaf_bad.any()
 
 
 class _Gradient(NamedTuple):
@@ -107,13 +112,14 @@ def no_products(layout: Layout, leaves: list[jax.Array]) -> Products:
         path: jnp.zeros(leaves[place].shape[axis], layout.policy.sums)
         for path, place, axis in zip(layout.paths, layout.places, layout.axes, strict=True)
     }
-    return Products(channels, jnp.array(False), jnp.array(False), jnp.zeros(len(layout.paths), bool), jnp.array(False))
+    no = jnp.array(False)
+    return Products(channels, no, no, jnp.zeros(len(layout.paths), bool), no)
 
 
 @partial(jax.jit, static_argnames=("loss", "layout"))
 def add_products(loss, layout: Layout, leaves, v, examples, weight, scales, found: Products) -> Products:
     """Add ``weight * v_c . (H v)_c`` of one chunk to ``found``, by jvp of grad."""
-    taps = _taps(loss, layout, leaves, examples)
+    taps = taps_of(loss, layout, leaves, examples)
     gradient, probed = _gradient(layout, taps, leaves, examples, scales[0])
     at, along = jax.jvp(gradient, (probed,), (_direction(layout, v, scales[1]),))
     return _collect(layout, taps, v, at, at.not_finite(layout, taps), along, weight, scales, found)
@@ -122,7 +128,7 @@ def add_products(loss, layout: Layout, leaves, v, examples, weight, scales, foun
 @partial(jax.jit, static_argnames=("loss", "layout"))
 def linearize(loss, layout: Layout, leaves, examples, loss_scale) -> Linearization:
     """Linearise the gradient of ``loss_scale * loss`` on one chunk."""
-    taps = _taps(loss, layout, leaves, examples)
+    taps = taps_of(loss, layout, leaves, examples)
     gradient, probed = _gradient(layout, taps, leaves, examples, loss_scale)
     at, pushforward = jax.linearize(gradient, probed)
     # What a kernel reads is among the residuals, too. As one array it is stored once, and the compiler sees that the
@@ -143,7 +149,8 @@ def add_linear_products(layout: Layout, linear: Linearization, v, weight, scales
     return _collect(layout, linear.taps, v, at, linear.gradient_bad, along, weight, scales, found)
 
 
-def _taps(loss, layout: Layout, leaves, examples) -> Taps:
+def taps_of(loss, layout: Layout, leaves, examples) -> Taps:
+    """The taps of the loss on examples of these shapes; the same object for the same function and shapes."""
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (leaves, examples))
     leaves, structure = jax.tree.flatten(structs)
     described = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
@@ -158,6 +165,7 @@ def _find_taps(loss, layout: Layout, structure, described, mesh) -> Taps:
     """
     leaves, examples = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*found) for found in described])
     graph = trace_graph(loss, on_unknown="freeze")(jax.tree.unflatten(layout.structure, leaves), examples)
+    layout.policy.require_full_loss(graph.body.outputs[0].dtype)
     taps = find_taps(graph, layout.paths)
     axes = dict(zip(layout.paths, layout.axes, strict=True))
     indirect = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,15 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax._whole_files import written_whole
-from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
+from ehap_jax.curvature.devices import same_everywhere, wait_for_all
+from ehap_jax.curvature.estimate import Moments, Origin, TraceEstimate, TraceState, estimate_of
+from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.precision import Policy
-from ehap_jax.curvature.probes import is_kernel
+from ehap_jax.curvature.probes import is_kernel, typed
 from ehap_jax.curvature.problem import Batches, layout_of, path_name
+from ehap_jax.curvature.residual_loss import residual_loss
+from ehap_jax.graph import program_digest
 
-__all__ = ["TraceFingerprint", "fingerprint", "load_trace", "save_trace"]
+__all__ = ["TraceFile", "TraceFingerprint", "fingerprint", "load_trace", "save_trace"]
 
 PyTree = Any
-FORMAT = "ehap_jax trace 2"
+FORMAT = "ehap_jax trace 3"
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,12 @@ class TraceFingerprint:
     Attributes:
       weights: of every leaf of ``params``: path, shape, dtype and bytes.
       batch: of every leaf of the batch, the same.
-      loss: the loss as JAX traces it (its jaxpr and constants), so renaming or moving the function changes nothing
-        and a changed temperature, label smoothing or layer does. Another JAX version may trace it differently.
+      loss: the loss and its derivative rules as JAX traces them, with every array closed over (see `program_digest`),
+        so renaming or moving the function changes nothing and a changed temperature, label smoothing or layer does.
+        Another JAX version may trace it differently.
       policy: the precision and any first scales that were asked for.
       key: the random key.
+      method: how traces are found; where a model and a head have a part in it, theirs as for the loss.
       selection: the probed paths and their channel axes.
       microbatch: the chunk size, which changes the rounding.
       probes: how many probes were asked for; None matches any number.
@@ -50,6 +56,7 @@ class TraceFingerprint:
     key: str
     selection: str
     microbatch: str
+    method: str
     probes: str | None = None
 
 
@@ -64,8 +71,23 @@ def fingerprint(
     microbatch: int | None = None,
     select: Callable[[str, jax.Array], bool] = is_kernel,
     channel_axis: int | Mapping[str, int] = -1,
+    method: str = "hutchinson",
+    model: Callable[[PyTree, PyTree], jax.Array] | None = None,
+    head: Callable = softmax_cross_entropy,
 ) -> TraceFingerprint:
     """The fingerprint of `channel_trace` called with the same arguments. Traces the loss, runs nothing.
+
+    Args:
+      loss, params, batch, key, policy, microbatch, select, channel_axis, method, model, head: of `channel_trace`.
+      num_probes: of `channel_trace`; None matches any number.
+
+    Returns:
+      A `TraceFingerprint`: equal for two calls where all that determines their traces is equal.
+
+    Raises:
+      ValueError: the loss calls back into Python, so that what it computes cannot be known; nothing is selected;
+        the method needs a model, or a head whose loss is known.
+      TypeError: a selected parameter is an integer.
 
     >>> import jax, jax.numpy as jnp
     >>> of = lambda s: fingerprint(
@@ -76,16 +98,17 @@ def fingerprint(
     """
     layout = layout_of(params, policy, select, channel_axis)
     one = batch[0] if isinstance(batch, Batches) else batch
-    traced = jax.make_jaxpr(loss)(*jax.tree.map(jnp.asarray, (params, one)))
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
+    if method != "hutchinson":
+        method += f" of {program_digest(residual_loss(method, model, head), params, one, derivatives=2)}"
     return TraceFingerprint(
         weights=_digest(params),
         batch=_digest(tuple(batch) if isinstance(batch, Batches) else batch),
-        loss=_digest([np.frombuffer(text.encode(), np.uint8), *traced.consts]),
+        loss=program_digest(loss, params, one, derivatives=2),
         policy=repr(policy),
         key=_key_text(key),
         selection=repr(tuple(zip(layout.paths, layout.axes, strict=True))),
         microbatch=str(microbatch),
+        method=method,
         probes=None if num_probes is None else str(num_probes),
     )
 
@@ -95,13 +118,32 @@ def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) 
 
     The file is written under another name in the same folder, flushed to the disk and then renamed: whoever reads
     ``path``, after a kill at any moment too, finds the old trace or the new one, whole.
+
+    Args:
+      path: the file; its folder is made.
+      estimate: of `channel_trace`.
+      of: what it was made from, as `fingerprint` says.
+
+    Raises:
+      OSError: the file cannot be written; what was there is as it was.
+
+    >>> import tempfile
+    >>> from ehap_jax.curvature import channel_trace
+    >>> loss, p, batch = (lambda p, b: (p["w"] ** 2).sum()), {"w": jnp.ones((2, 2))}, jnp.ones(1)
+    >>> options = {"key": jax.random.key(0), "num_probes": 1}
+    >>> of = fingerprint(loss, p, batch, **options)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_trace(f"{folder}/trace.npz", channel_trace(loss, p, batch, **options), of)
+    ...     load_trace(f"{folder}/trace.npz", p, of).total()
+    8.0
     """
     state = estimate.state
     arrays: dict[str, Any] = {
         "key": jax.random.key_data(state.key),
         "key_impl": str(jax.random.key_impl(state.key)),
+        "origin": json.dumps(asdict(state.origin)),
     }
-    scalars = ("count", "rejected", "loss_scale", "probe_scale", "failure", "product")
+    scalars = ("count", "rejected", "loss_scale", "probe_scale", "failure")
     arrays |= {name: getattr(state, name) for name in scalars}
     for kind, moments in state.moments._asdict().items():
         arrays[f"{kind}/total"] = moments["total"]
@@ -132,7 +174,15 @@ def read_arrays(path: str | Path, expected: TraceFingerprint) -> dict[str, np.nd
 
 
 def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> TraceEstimate:
-    """Read what `save_trace` wrote, for a network with the structure of ``params``.
+    """Read what `save_trace` wrote, for a network with the structure of ``params``; an example is there.
+
+    Args:
+      path: the file.
+      params: like those the trace is of; only their structure is read.
+      expected: what the trace must be of, as `fingerprint` says.
+
+    Returns:
+      The estimate as it was saved; its ``state`` goes on from there.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -156,8 +206,8 @@ def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> 
         loss_scale=jnp.asarray(arrays["loss_scale"]),
         probe_scale=jnp.asarray(arrays["probe_scale"]),
         failure=jnp.asarray(arrays["failure"]),
-        product=jnp.asarray(arrays["product"]),
         moments=Moments(moments("mean"), moments("squares")),
+        origin=Origin(**json.loads(str(arrays["origin"]))),
     )
 
     def like_params(probed):
@@ -165,6 +215,33 @@ def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> 
 
     known = {name.removeprefix("known/"): jnp.asarray(x) for name, x in arrays.items() if name.startswith("known/")}
     return estimate_of(like_params, state, known)
+
+
+class TraceFile:
+    """Where the trace of a run is kept, if anywhere. Every process reads it, the first one writes it."""
+
+    def __init__(self, path: str | Path | None, of: TraceFingerprint | None, every: float) -> None:
+        self._path, self._of, self._every = path, of, every
+        self._saved = time.monotonic()
+
+    def read(self, params: PyTree) -> TraceEstimate | None:
+        """What is there, None if nothing is; raises as `load_trace`."""
+        if self._path is None or self._of is None:
+            return None
+        if not same_everywhere(Path(self._path).exists(), f"whether {self._path} exists"):
+            return None
+        return load_trace(self._path, params, self._of)
+
+    def save(self, estimate: Callable[[], TraceEstimate], *, last: bool = False) -> None:
+        """Write, if it is time; the ``last`` time in any case, and return when it is done."""
+        if self._path is None or self._of is None:
+            return
+        if last or time.monotonic() - self._saved >= self._every:
+            if jax.process_index() == 0:
+                save_trace(self._path, estimate(), self._of)
+            self._saved = time.monotonic()
+        if last:
+            wait_for_all(f"{self._path} is written")
 
 
 def require_same(saved: TraceFingerprint, expected: TraceFingerprint, where: str) -> None:
@@ -182,8 +259,8 @@ def require_same(saved: TraceFingerprint, expected: TraceFingerprint, where: str
 
 
 def _key_text(key: jax.Array) -> str:
-    typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-    return f"{jax.random.key_impl(typed)}:{np.asarray(jax.random.key_data(typed)).tolist()}"
+    key = typed(key)
+    return f"{jax.random.key_impl(key)}:{np.asarray(jax.random.key_data(key)).tolist()}"
 
 
 def _digest(tree: PyTree) -> str:

@@ -193,6 +193,8 @@ class Taps:
       body: the graph's, with checkpointed parts written out.
       sites: the uses, in order.
       untapped: kernels with a use of another kind; their gradients are taken by a copy of the kernel per example.
+      weights: the part of the body that does not depend on the example.
+      uses: every operation, in order, in which kernels meet a value that depends on the example, and their paths.
     """
 
     graph: Graph
@@ -201,6 +203,7 @@ class Taps:
     sites: tuple[Site, ...]
     untapped: frozenset[str]
     weights: Body
+    uses: tuple[tuple[Node, frozenset[str]], ...]
 
     def sites_of(self, path: str) -> tuple[int, ...]:
         return tuple(i for i, site in enumerate(self.sites) if path in site.reads)
@@ -277,7 +280,7 @@ def find_taps(graph: Graph, paths: Sequence[str]) -> Taps:
     kernels: dict[Operand, frozenset[str]] = {graph.leaves[path]: frozenset({path}) for path in paths}
     direct: set[Operand] = set(kernels)
     varies: set[Operand] = set(graph.arguments)
-    sites, untapped, fixed = [], set(), []
+    sites, uses, untapped, fixed = [], [], set(), []
     for node in body.nodes:
         made_of = [kernels.get(operand, frozenset()) for operand in node.inputs]
         if not any(operand in varies for operand in node.inputs):
@@ -291,6 +294,7 @@ def find_taps(graph: Graph, paths: Sequence[str]) -> Taps:
         side = next((i for i, found in enumerate(made_of) if found), None)
         if side is None:
             continue
+        uses.append((node, frozenset().union(*made_of)))
         if _is_tappable(node, side):
             operand = node.inputs[side]
             sites.append(Site(node, side, made_of[side], operand in direct))
@@ -300,7 +304,7 @@ def find_taps(graph: Graph, paths: Sequence[str]) -> Taps:
         if operand not in varies:
             untapped.update(kernels.get(operand, ()))
     kept = tuple(site for site in sites if not site.reads <= untapped)
-    return Taps(graph, body, tuple(paths), kept, frozenset(untapped), replace(body, nodes=tuple(fixed)))
+    return Taps(graph, body, tuple(paths), kept, frozenset(untapped), replace(body, nodes=tuple(fixed)), tuple(uses))
 
 
 def _is_tappable(node: Node, side: int) -> bool:

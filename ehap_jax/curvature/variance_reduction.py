@@ -35,10 +35,16 @@ def variance_reduction(
     probes the layers that are not proven alone.
 
     Args:
-      num_probes: at least 2; a handful tells whether it is worth its while. options: of `channel_trace`.
+      loss, params, batch, key: as for `channel_trace`.
+      model, head: as for ``channel_trace(method="control_variate")``; they compute the same loss.
+      num_probes: at least 2; a handful tells whether it is worth its while.
+      options: of `channel_trace`.
 
     Returns:
       ``{path: variance without / variance with}``.
+
+    Raises:
+      ValueError: fewer than two probes; what `channel_trace` raises.
 
     >>> import jax.numpy as jnp
     >>> model = lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"]

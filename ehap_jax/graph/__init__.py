@@ -9,6 +9,7 @@ from ehap_jax.graph.channels import (
     channel_structure,
 )
 from ehap_jax.graph.cost import Cost, count_cost
+from ehap_jax.graph.digest import program_digest
 from ehap_jax.graph.draw import draw_groups
 from ehap_jax.graph.explain import explain
 from ehap_jax.graph.interpret import RULES, Rule, evaluate, evaluate_call, register
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "evaluate_call",
     "explain",
+    "program_digest",
     "register",
     "trace_graph",
 ]

@@ -201,6 +201,11 @@ def _struct(leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
 
 
+def body_of(jaxpr: _compat.ClosedJaxpr | _compat.Jaxpr, caller: str = "") -> Body:
+    """A jaxpr from the parameters of an operation, the body of a loop for example, read by itself."""
+    return _read(*_open(jaxpr), caller)
+
+
 def _read(jaxpr: _compat.Jaxpr, consts, caller: str = "") -> Body:
     """A jaxpr as a :class:`Body` whose values are its own (JAX shares sub-jaxprs between call sites).
 
@@ -296,9 +301,9 @@ def _inline(jaxpr: _compat.Jaxpr, consts, env, read: _Read, caller: str) -> None
 
 def _call_body(eqn: _compat.JaxprEqn, source: str) -> Body | None:
     if eqn.primitive.name in CUSTOM_RULE:
-        return _read(*_open(eqn.params["call_jaxpr"]), source)
+        return body_of(eqn.params["call_jaxpr"], source)
     if eqn.primitive.name in REMAT or eqn.primitive.name == SCAN:
-        return _read(*_open(eqn.params["jaxpr"]), source)
+        return body_of(eqn.params["jaxpr"], source)
     return None
 
 

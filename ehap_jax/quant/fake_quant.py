@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +80,8 @@ def fake_quant(apply: Callable, rules: Sequence[QuantRule] = INT8) -> Quantized:
         def grid_of(rounding: Rounding, rule: QuantRule, raw) -> Grid:
             name = network.names[rounding]
             if update and name not in observed:
-                ranges[name] = observe(ranges[name], raw, rule, bits=rounding.bits)
+                as_rounded = replace(rule, activations=rounding.kind)  # a residual branch is signed
+                ranges[name] = observe(ranges[name], raw, as_rounded, bits=rounding.bits)
                 observed.add(name)
             return grid_of_range(ranges[name], rounding, rule)
 

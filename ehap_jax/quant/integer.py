@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from ehap_jax.graph.trace import Operand, Value
 from ehap_jax.quant import integer_arithmetic as arithmetic
 from ehap_jax.quant.fake_quant import Quantized
 from ehap_jax.quant.fold import Site, apply_moves, fold, fold_steps
-from ehap_jax.quant.integer_speed import faster_in_int8
+from ehap_jax.quant.integer_speed import Execution, default_execution
 from ehap_jax.quant.numerics import activation_grid, quantise, symmetric_grid
 from ehap_jax.quant.observers import QState, check_calibrated
 from ehap_jax.quant.program import (
@@ -39,7 +39,7 @@ from ehap_jax.quant.program import (
     lower,
 )
 from ehap_jax.quant.roundings import Network, Scale, prepare
-from ehap_jax.quant.rules import QuantRule
+from ehap_jax.quant.rules import QuantRule, skipping
 from ehap_jax.quant.weights import (
     LARGEST_BIAS,
     check_layers,
@@ -56,8 +56,6 @@ from ehap_jax.quant.weights import (
 ZERO = IntegerGrid(1.0, 0, 0, 255)
 """The grid of the 0 that is added to integers to bring them to another grid, as the ONNX file does."""
 
-Execution = Literal["int8", "float32"]
-
 
 class LayerWeights(NamedTuple):
     """kernel: int8. bias: int32 (channels,) at scale ``input scale · scale``. scale: float32 (channels,)."""
@@ -69,15 +67,20 @@ class LayerWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a layer's sums can come to, whatever the input.
+    """What a layer's sums can come to, whatever the input; with the bias int32 holds them.
 
-    largest: max over channels of Σ|w_q| · max|x_q − zero|. int32_safe: with the bias it stays below 2³¹.
-    float32_exact: it stays below 2²⁴, so that float32 sums the same integers exactly in any order.
+    largest: the largest |Σ (x_q − zero) · w_q| that any input causes. float32_parts: how many input channels at a time
+    (of a dense layer: indices of its longest contracted axis) float32 sums exactly, in any order, because they stay
+    below 2²⁴; () where a single one does not.
     """
 
     largest: int
-    int32_safe: bool
-    float32_exact: bool
+    float32_parts: tuple[int, ...]
+
+    @property
+    def float32_exact(self) -> bool:
+        """Whether the whole sum is exact in float32."""
+        return len(self.float32_parts) == 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class IntegerNetwork:
     execution: tuple[tuple[str, Execution], ...] = field(metadata={"static": True})
 
     def __call__(self, x):
-        """Logits, float32."""
+        """What the function returns, in its dtypes."""
         program = self.structure.program(x)
         tensors, known = self._run(program, x)
         outputs = [tensors[out] if isinstance(out, str) else value_of(out, known) for out in program.outputs]
@@ -148,8 +151,8 @@ class IntegerNetwork:
         match step:
             case QuantizeStep(source, target):
                 tensors[target.out.name] = arithmetic.quantise_to(tensors[source], target)
-            case DequantizeStep(source, out):
-                tensors[out] = arithmetic.dequantise_from(tensors[source.name], source.grid)
+            case DequantizeStep(source, out, dtype):
+                tensors[out] = arithmetic.dequantise_from(tensors[source.name], source.grid).astype(dtype)
             case ClipStep(source, target):
                 tensors[target.out.name] = arithmetic.clip(tensors[source.name], target)
             case RequantizeStep(source, target):
@@ -157,12 +160,13 @@ class IntegerNetwork:
                     tensors[source.name], source.grid, arithmetic.store(jnp.int32(0), ZERO), ZERO, target
                 )
             case LayerStep(site, source, target):
-                exact = dict(self.execution)[site.name] == "float32"
+                in_float32 = dict(self.execution)[site.name] == "float32"
+                parts = dict(self.certificates)[site.name].float32_parts if in_float32 else ()
                 kernel = self.layers[site.name].kernel
                 total = arithmetic.accumulate(
-                    site.node, site.kernel_operand, tensors[source.name], source.grid, kernel, exact_in_float32=exact
+                    site.node, site.kernel_operand, tensors[source.name], source.grid, kernel, parts
                 )
-                self._finish(site.name, apply_moves(site, total), site.out_axis, target, tensors)
+                self._finish(site.name, apply_moves(site, total), site.out_axis, target, tensors, site.result.dtype)
             case ScaleStep(scale, name, source, target):
                 zero = source.grid.zero - source.grid.stored_offset
                 kernel = self.layers[name].kernel.astype(jnp.int32)
@@ -188,12 +192,20 @@ class IntegerNetwork:
                 inputs = [tensors[v] if isinstance(v, str) else value_of(v, known) for v in operands]
                 tensors.update(zip(outs, _compat.bind(node.primitive, inputs, node.params), strict=True))
 
-    def _finish(self, name: str, total, axis: int | None, target: Target | str, tensors: dict[str, jax.Array]) -> None:
-        """Bias, and the scale of the result."""
+    def _finish(
+        self,
+        name: str,
+        total,
+        axis: int | None,
+        target: Target | str,
+        tensors: dict[str, jax.Array],
+        dtype: Any = jnp.float32,
+    ) -> None:
+        """Bias, and the scale of the result; ``dtype``, where that is a real tensor."""
         total = total + along(self.layers[name].bias, axis, total.ndim)
         if isinstance(target, str):
             multiplier = along(self.multipliers[target], axis, total.ndim)
-            tensors[target] = total.astype(jnp.float32) * multiplier
+            tensors[target] = (total.astype(jnp.float32) * multiplier).astype(dtype)
         else:
             multiplier = along(self.multipliers[target.out.name], axis, total.ndim)
             tensors[target.out.name] = arithmetic.requantise(total, multiplier, target)
@@ -216,12 +228,13 @@ def to_integer(
     the logits is integers.
 
     ``example`` gives shape and dtype of the input (an array or ``jax.ShapeDtypeStruct``); other batch sizes work too.
-    ``execution``: "int8" or "float32", for all layers or by layer name; by default float32 where the certificate says
-    that it gives the same integers and a measured table says that it is faster on this backend.
+    ``execution``: "int8" or "float32", for all layers or by layer name; both give the same integers, float32 by
+    summing as many input channels at a time as the certificate says that it sums exactly. By default what
+    :func:`ehap_jax.quant.integer_speed.default_execution` says for this backend.
 
     Raises NotImplementedError for an operation between quantised layers that has no integer form, ValueError for a
     range that has seen no data, is not finite or a single point, for sums that do not fit into int32, and for
-    ``execution="float32"`` where it would not be exact.
+    ``execution="float32"`` where a single input channel would not be exact.
 
     >>> import jax.numpy as jnp
     >>> from ehap_jax.quant import fake_quant
@@ -313,14 +326,15 @@ def certify(program: Program, layers: Mapping[str, LayerWeights]) -> dict[str, C
     found: dict[str, Certificate] = {}
     for step in program.steps:
         if isinstance(step, LayerStep):
-            kernel, bias, _ = jax.device_get(layers[step.site.name])
-            largest, with_bias = arithmetic.accumulator_bounds(step.site, step.source.grid, kernel, bias)
+            site, (kernel, bias, _) = step.site, jax.device_get(layers[step.site.name])
+            reaches = arithmetic.reach(site, step.source.grid, kernel)
+            largest, with_bias = arithmetic.largest_sums(site, reaches, bias)
             if with_bias >= 2**31:
                 raise ValueError(
-                    f"{step.site.name}: its sums can reach {with_bias}, which int32 cannot hold; use fewer bits or "
-                    f"leave it in floating point with QuantRule({step.site.path!r}, skip=True)."
+                    f"{site.name}: its sums can reach {with_bias}, which int32 cannot hold; use fewer bits or "
+                    f"leave it in floating point with {skipping(site.path)}."
                 )
-            found[step.site.name] = Certificate(largest, True, largest < 2**24)
+            found[site.name] = Certificate(largest, arithmetic.float32_parts(reaches))
     return found
 
 
@@ -331,20 +345,20 @@ def along(vector: jax.Array, axis: int | None, rank: int) -> jax.Array:
 
 def _choose(program: Program, certificates: Mapping[str, Certificate], wanted) -> dict[str, Execution]:
     chosen: dict[str, Execution] = {}
-    sites = {step.site.name: step.site for step in program.steps if isinstance(step, LayerStep)}
-    for name, site in sites.items():
-        if wanted is None or (isinstance(wanted, Mapping) and name not in wanted):
-            exact = certificates[name].float32_exact
-            chosen[name] = "float32" if exact and not faster_in_int8(site, jax.default_backend()) else "int8"
-        else:
-            chosen[name] = wanted[name] if isinstance(wanted, Mapping) else wanted
-        if chosen[name] not in ("int8", "float32"):
-            raise ValueError(f'execution must be "int8" or "float32", got {chosen[name]!r} for {name}.')
-        if chosen[name] == "float32" and not certificates[name].float32_exact:
+    for step in program.steps:
+        if not isinstance(step, LayerStep):
+            continue
+        name, certificate = step.site.name, certificates[step.site.name]
+        given = wanted.get(name) if isinstance(wanted, Mapping) else wanted
+        how = default_execution(step.site, certificate.float32_parts, jax.default_backend()) if given is None else given
+        if how not in ("int8", "float32"):
+            raise ValueError(f'execution must be "int8" or "float32", got {how!r} for {name}.')
+        if how == "float32" and not certificate.float32_parts:
             raise ValueError(
-                f"{name}: sums of up to {certificates[name].largest} are not exact in float32 (2²⁴); use "
+                f"{name}: the sums of a single input channel are not exact in float32 (they can reach 2²⁴); use "
                 'execution="int8" for it.'
             )
+        chosen[name] = how
     return chosen
 
 

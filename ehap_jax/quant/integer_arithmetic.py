@@ -6,6 +6,7 @@ a sum unless the product is exact, so it does not matter whether a compiler cont
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,9 @@ from ehap_jax.quant.fold import Site
 from ehap_jax.quant.program import IntegerGrid, Target
 
 float32 = np.float32
+
+EXACT_IN_FLOAT32 = 2**24
+"""float32 holds every integer up to here, so that sums which stay below are exact in any order."""
 
 
 def store(integers: jax.Array, grid: IntegerGrid) -> jax.Array:
@@ -122,19 +126,17 @@ def pool(node: Node, stored: jax.Array, source: IntegerGrid, count: int, target:
 
 
 def accumulate(
-    node: Node, kernel_operand: int, stored: jax.Array, grid: IntegerGrid, kernel: jax.Array, *, exact_in_float32: bool
+    node: Node, kernel_operand: int, stored: jax.Array, grid: IntegerGrid, kernel: jax.Array, parts: Sequence[int] = ()
 ) -> jax.Array:
     """Σ (x_q − zero) · w_q of a conv or dense layer, int32.
 
-    ``exact_in_float32`` computes it in float32, which gives the same integers where every partial sum is below 2²⁴.
+    ``parts`` sums in float32 instead, so many indices of :func:`cut_axis` at a time, and adds the parts in int32. That
+    gives the same integers where every part is below 2²⁴.
     """
     zero = grid.zero - grid.stored_offset
-    if exact_in_float32:
-        operands = [(stored.astype(jnp.int32) - zero).astype(jnp.float32)]
-        operands.insert(kernel_operand, kernel.astype(jnp.float32))
-        params = {**node.params, "preferred_element_type": jnp.float32, "precision": (lax.Precision.HIGHEST,) * 2}
-        (total,) = _compat.bind(node.primitive, operands, params)
-        return total.astype(jnp.int32)
+    if parts:
+        centred = (stored.astype(jnp.int32) - zero).astype(jnp.float32)
+        return _accumulate_in_float32(node, kernel_operand, centred, kernel.astype(jnp.float32), parts)
     params = {**node.params, "preferred_element_type": jnp.dtype(jnp.int32), "precision": None}
     if stored.dtype != kernel.dtype:  # more than 8 bits
         stored, kernel = stored.astype(jnp.int32), kernel.astype(jnp.int32)
@@ -162,10 +164,77 @@ def accumulate(
     return total - zero * sums
 
 
-def accumulator_bounds(site: Site, grid: IntegerGrid, kernel: np.ndarray, bias: np.ndarray | None) -> tuple[int, int]:
-    """(Σ|w_q| · max|x_q − zero|, the same plus |bias|), the largest over output channels."""
-    others = tuple(axis for axis in range(kernel.ndim) if axis != site.kernel_axis)
-    weights = np.abs(kernel.astype(np.int64)).sum(axis=others)
-    sums = weights * max(grid.high - grid.zero, grid.zero - grid.low)
-    offset = np.zeros((), np.int64) if bias is None else np.abs(bias.astype(np.int64))
-    return int(sums.max()), int((sums + offset).max())
+def _accumulate_in_float32(
+    node: Node, kernel_operand: int, x: jax.Array, kernel: jax.Array, parts: Sequence[int]
+) -> jax.Array:
+    # With a lower precision an accelerator may keep fewer than 24 bits.
+    params = {**node.params, "preferred_element_type": jnp.float32, "precision": (lax.Precision.HIGHEST,) * 2}
+
+    def total(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        operands = [x]
+        operands.insert(kernel_operand, kernel)
+        (total,) = _compat.bind(node.primitive, operands, params)
+        # Winograd's and Fourier's algorithms sum numbers that are not integers, and may end just below one.
+        return jnp.rint(total).astype(jnp.int32)
+
+    if len(parts) == 1:
+        return total(x, kernel)
+    x_axis, axis = cut_axis(node, 1 - kernel_operand), cut_axis(node, kernel_operand)
+    assert x_axis is not None and axis is not None, "what sums over nothing is not cut"
+    groups = node.params.get("feature_group_count", 1)
+    totals, start = [], 0
+    for size in parts:
+        part = lax.slice_in_dim(kernel, start, start + size, axis=axis)
+        totals.append(total(_cut(x, x_axis, groups, start, size), part))
+        start += size
+    return sum(totals[1:], totals[0])
+
+
+def _cut(x: jax.Array, axis: int, groups: int, start: int, size: int) -> jax.Array:
+    """``size`` indices from ``start`` of each of the groups along an axis."""
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    grouped = x.reshape(*before, groups, x.shape[axis] // groups, *after)
+    return lax.slice_in_dim(grouped, start, start + size, axis=axis + 1).reshape(*before, groups * size, *after)
+
+
+def cut_axis(node: Node, operand: int) -> int | None:
+    """The axis of an operand that a layer's sums are cut along: input channels, or the longest contracted axis."""
+    numbers = node.params["dimension_numbers"]
+    if node.name == "conv_general_dilated":
+        return (numbers.lhs_spec, numbers.rhs_spec)[operand][1]
+    return max(numbers[0][operand], key=lambda axis: node.inputs[operand].shape[axis], default=None)
+
+
+def reach(site: Site, grid: IntegerGrid, kernel: np.ndarray) -> np.ndarray:
+    """How far up and down any input can move what one input channel adds to a sum: int64, none negative.
+
+    (input channels, 2, *kernel axes); the kernel's contracted axes have length 1.
+    """
+    numbers, cut = site.node.params["dimension_numbers"], cut_axis(site.node, site.kernel_operand)
+    contracted = numbers.rhs_spec[1:] if site.node.name == "conv_general_dilated" else numbers[0][site.kernel_operand]
+    others = tuple(axis for axis in contracted if axis != cut)
+    positive, negative = (np.maximum(sign * kernel.astype(np.int64), 0).sum(others, keepdims=True) for sign in (1, -1))
+    above, below = grid.high - grid.zero, grid.zero - grid.low
+    found = np.stack([above * positive + below * negative, above * negative + below * positive])[None]
+    return found if cut is None else np.swapaxes(found, 0, cut + 2)
+
+
+def float32_parts(reaches: np.ndarray) -> tuple[int, ...]:
+    """The fewest runs of input channels that float32 sums exactly; () where a single channel goes too far."""
+    parts, total = [0], np.zeros_like(reaches[0])
+    for channel in reaches:
+        if channel.max() >= EXACT_IN_FLOAT32:
+            return ()
+        total = total + channel
+        if total.max() >= EXACT_IN_FLOAT32:
+            parts.append(0)
+            total = channel
+        parts[-1] += 1
+    return tuple(parts)
+
+
+def largest_sums(site: Site, reaches: np.ndarray, bias: np.ndarray) -> tuple[int, int]:
+    """The largest magnitude that any input can give a sum, and the same with the bias (channels,) added."""
+    sums = reaches.sum(0)
+    offset = bias.astype(np.int64).reshape([-1 if axis == site.kernel_axis else 1 for axis in range(sums.ndim - 1)])
+    return int(sums.max()), int((sums + np.stack([offset, -offset])).max())

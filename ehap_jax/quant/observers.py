@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax.quant.numerics import activation_grid, dequantise, quantise
-from ehap_jax.quant.rules import QuantRule
+from ehap_jax.quant.rules import QuantRule, skipping
 
 
 class RangeState(NamedTuple):
@@ -41,7 +41,8 @@ def observe(state: RangeState, x: jax.Array, rule: QuantRule, *, bits: int | Non
     A batch's own range is, by ``rule.observer``: its minimum and maximum ("ema", "learned"); its quantiles at
     ``100 − percentile`` and ``percentile`` percent ("percentile"); the fraction of [minimum, maximum] that rounds the
     batch with the smallest mean squared error, of 40 ("mse"). "learned" ranges take the first batch's and are then left
-    to the optimiser. ``bits`` (default ``rule.activation_bits``) matters to "mse" alone.
+    to the optimiser. ``bits`` (default ``rule.activation_bits``) matters to "mse" alone. Where ``rule.activations`` is
+    "unsigned", negative numbers count as the 0 that they are rounded to.
 
     Raises ValueError for an empty batch.
     """
@@ -62,6 +63,8 @@ def observe(state: RangeState, x: jax.Array, rule: QuantRule, *, bits: int | Non
 
 
 def _batch_range(x: jax.Array, rule: QuantRule, bits: int) -> tuple[jax.Array, jax.Array]:
+    if rule.activations == "unsigned":
+        x = jnp.maximum(x, jnp.zeros_like(x))
     low, high = x.min(), x.max()
     if rule.observer == "percentile":
         share = jnp.asarray([100 - rule.percentile, rule.percentile], jnp.float32) / 100
@@ -108,7 +111,8 @@ def check_calibrated(qstate: QState) -> None:
         if state.low > state.high:
             raise ValueError(f"{site}: its range [{state.low}, {state.high}] is upside down; was it trained too fast?")
         if state.low == state.high:
+            rule = skipping(site.split(":")[0].split("#")[0])
             raise ValueError(
-                f"{site}: its values are always {state.low}; a constant needs no quantisation. Prune the dead layer "
-                "before it, or leave this one out with QuantRule(pattern=..., skip=True)."
+                f"{site}: its values are always {state.low}, or never positive where the rule asks for unsigned ones. "
+                f"Prune the dead layer before it, let the grid be signed, or leave this layer out with {rule}."
             )

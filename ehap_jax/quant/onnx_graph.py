@@ -76,6 +76,16 @@ class Writer:
         """With the axes of the JAX array."""
         return self.lay(tensor, range(len(tensor.shape)))
 
+    def cast(self, tensor: Tensor, dtype) -> Tensor:
+        """The same numbers as another type."""
+        from onnx import helper
+
+        dtype = np.dtype(dtype)
+        if dtype == tensor.dtype:
+            return tensor
+        name = self.node("Cast", [tensor.name], to=helper.np_dtype_to_tensor_dtype(dtype))
+        return replace(tensor, name=name, dtype=dtype)
+
     def reshape(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """A reshape as JAX means it; the size of the first axis is not written, so that a batch may have any size."""
         shape = tuple(int(n) for n in shape)

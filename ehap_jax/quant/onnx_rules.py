@@ -11,6 +11,7 @@ from jax import lax
 
 from ehap_jax.graph.trace import Node
 from ehap_jax.quant.onnx_graph import Tensor, Writer
+from ehap_jax.quant.rules import skipping
 
 Input = Tensor | np.ndarray
 Rule = Callable[[Writer, Node, list[Input]], Tensor]
@@ -47,8 +48,10 @@ def rule(*names: str):
     return decorate
 
 
-def refuse(node: Node, what: str) -> NotImplementedError:
-    return NotImplementedError(f"{node.name} at {node.source}: {what} cannot be written as ONNX.")
+def refuse(node: Node, what: str, reader: str | None = None) -> NotImplementedError:
+    """The error. reader: the path of the kernel that, left in floating point, would avoid it."""
+    remedy = "" if reader is None else f" Leave the layer that reads it in floating point with {skipping(reader)}."
+    return NotImplementedError(f"{node.name} at {node.source}: {what} cannot be written as ONNX.{remedy}")
 
 
 def tensor_of(writer: Writer, value: Input) -> Tensor:
@@ -148,11 +151,7 @@ def select(writer: Writer, node: Node, inputs: list[Input]) -> Tensor:
 
 @rule("convert_element_type")
 def convert(writer: Writer, node: Node, inputs: list[Input]) -> Tensor:
-    from onnx import helper
-
-    x = tensor_of(writer, inputs[0])
-    to = helper.np_dtype_to_tensor_dtype(np.dtype(node.params["new_dtype"]))
-    return result(node, writer.node("Cast", [x.name], to=to), x.axes)
+    return writer.cast(tensor_of(writer, inputs[0]), node.params["new_dtype"])
 
 
 @rule("copy", "copy_p", "stop_gradient", "optimization_barrier")
@@ -291,13 +290,12 @@ def reduce_(writer: Writer, node: Node, inputs: list[Input]) -> Tensor:
 
 @rule("argmax", "argmin")
 def arg(writer: Writer, node: Node, inputs: list[Input]) -> Tensor:
-    from onnx import helper
-
     x = writer.in_order(tensor_of(writer, inputs[0]))
     op = "ArgMax" if node.name == "argmax" else "ArgMin"
     found = writer.node(op, [x.name], axis=node.params["axes"][0], keepdims=0)
-    to = helper.np_dtype_to_tensor_dtype(np.dtype(node.params["index_dtype"]))
-    return result(node, writer.node("Cast", [found], to=to), range(len(node.outputs[0].shape)))
+    shape = tuple(node.outputs[0].shape)
+    tensor = Tensor(found, shape, tuple(range(len(shape))), np.dtype(np.int64))
+    return writer.cast(tensor, node.params["index_dtype"])
 
 
 @rule("reduce_window_max", "reduce_window_sum")

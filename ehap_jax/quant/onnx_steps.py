@@ -49,7 +49,7 @@ class StepWriter:
         layers: Mapping[str, NumpyWeights],
         folded: Mapping[str, tuple[np.ndarray, np.ndarray]],
     ) -> None:
-        self.known, self.layers, self.folded = known, layers, folded
+        self.network, self.known, self.layers, self.folded = program.network, known, layers, folded
         self.writer = Writer()
         self.tensors: dict[str, Tensor] = {}
         for name, value in zip(program.inputs, program.network.graph.arguments, strict=True):
@@ -62,11 +62,11 @@ class StepWriter:
         match step:
             case QuantizeStep(source, target):
                 self.quantise(self.tensors[source], target)
-            case DequantizeStep(source, out):
+            case DequantizeStep(source, out, dtype):
                 # ONNX Runtime would give what stands between the two roundings an integer kernel of its own making,
                 # weights included; a sum of one operand keeps it from seeing them together.
                 real = self.dequantised(self.tensors[source.name], source.grid)
-                self.tensors[out] = replace(real, name=self.writer.node("Sum", [real.name]))
+                self.tensors[out] = self.writer.cast(replace(real, name=self.writer.node("Sum", [real.name])), dtype)
             case LayerStep(site, source, target):
                 self.layer(site, source, target)
             case ScaleStep():
@@ -104,7 +104,7 @@ class StepWriter:
 
     def quantise(self, x: Tensor, target: Target) -> None:
         """Round a real tensor to its grid, with a Clip where the grid or a ReLU ends before the type does."""
-        grid, name = target.out.grid, target.out.name
+        x, grid, name = self.writer.cast(x, np.float32), target.out.grid, target.out.name
         narrower = (target.low, target.high) != (np.iinfo(grid.dtype).min, np.iinfo(grid.dtype).max)
         clip_integers = narrower and grid.dtype.itemsize == 1
         if narrower and not clip_integers:  # ONNX Runtime clips no 16-bit integers
@@ -173,7 +173,7 @@ class StepWriter:
             weights.append(self.weights(bias, np.float32(source.grid.scale) * scale, 0, f"{site.name}/bias"))
         y = self.apply(site, x, weights)
         if isinstance(target, str):
-            self.tensors[target] = self.moved(site, y)
+            self.tensors[target] = self.writer.cast(self.moved(site, y), site.result.dtype)
         else:
             self.quantise(y, target)
             self.tensors[target.out.name] = self.moved(site, self.tensors[target.out.name])
@@ -250,9 +250,8 @@ class StepWriter:
         kernel, bias, scale = (np.broadcast_to(v, (channels,)) for v in (kernel, bias, scale))
         others = [i for i in range(rank) if i not in (0, axis)]
         if rank < 3 or axis == 0:
-            raise refuse(
-                step.scale.steps[0].node, f"an affine function of shape {step.source.shape} that no layer took up"
-            )
+            what = f"an affine function of shape {step.source.shape} that no layer took up"
+            raise refuse(step.scale.steps[0].node, what, self.network.reader(step.name))
         x = self.writer.lay(self.tensors[step.source.name], (0, axis, *others))
         x = self.dequantised(x, step.source.grid)
         kernel = kernel.reshape(channels, 1, *(1 for _ in others))
@@ -288,7 +287,7 @@ class StepWriter:
         gone = tuple(node.params["axes"])
         kept = [axis for axis in range(len(x.shape)) if axis not in gone]
         if len(kept) != 2:
-            raise refuse(node, f"a mean of shape {x.shape} over axes {gone}")
+            raise refuse(node, f"a mean of shape {x.shape} over axes {gone}", self.network.reader(step.target.out.name))
         x = self.writer.lay(x, (*kept, *gone))
         real = self.dequantised(x, step.source.grid)
         real = replace(real, name=self.writer.node("GlobalAveragePool", [real.name]))

@@ -15,7 +15,9 @@ import numpy as np
 
 from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Constant, Node, Operand, Value
 from ehap_jax.quant.fold import Site
+from ehap_jax.quant.residual import SUMS
 from ehap_jax.quant.roundings import JOINS, REARRANGEMENTS, Network, Pool, Rounding, Scale, bounds
+from ehap_jax.quant.rules import skipping
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,19 @@ class QuantizeStep:
 
 @dataclass(frozen=True, eq=False)
 class DequantizeStep:
+    """Integers as the real numbers they stand for, in the ``dtype`` that the function has there."""
+
     source: Integers
     out: str
+    dtype: np.dtype
 
 
 @dataclass(frozen=True, eq=False)
 class LayerStep:
-    """A conv or dense layer with its tail; ``target`` is the name of a real tensor where nothing rounds the result."""
+    """A conv or dense layer with its tail.
+
+    ``target`` is the name of a real tensor, of the dtype of ``site.result``, where nothing rounds the result.
+    """
 
     site: Site
     source: Integers
@@ -267,7 +275,8 @@ class _Lowering:
             node = self.made_by[value]
             source = node.inputs[0]
             assert isinstance(source, Value) and node.name in REARRANGEMENTS
-            self.moved[value] = self.move(node, value, {0: self.read(source)})
+            integers = self.read(source)
+            self.moved[value] = self.move(node, value, {0: integers}, f"{integers.name}/{node.name}")
         return self.moved[value]
 
     def integer(self, value: Value, grid: IntegerGrid, name: str, low: float, high: float) -> Integers:
@@ -314,11 +323,10 @@ class _Lowering:
             return operand(self.alias[value])
         if self.is_tainted(value):
             assert node is not None
-            layer = name.split(":")[0].split("#")[0]
             raise NotImplementedError(
                 f"{node.name} at {node.source} stands between quantised layers and has no integer form. Leave the "
-                f"layer that reads it in floating point with QuantRule({layer!r}, skip=True) before the other rules"
-                + (", or give residual_bits=8 to the layers it adds." if node.name in ("add", "sub") else ".")
+                f"layer that reads it in floating point with {self.skipping_reader(name)} before the other rules"
+                + (", or give residual_bits=8 to the layers it adds." if self.is_unrounded_sum(node) else ".")
             )
         return self.emit(QuantizeStep(self.raw(value), target()))
 
@@ -336,7 +344,7 @@ class _Lowering:
         node: Node,
         value: Value,
         data: Mapping[int, Integers],
-        name: str | None = None,
+        name: str,
         low: float = -inf,
         high: float = inf,
     ) -> Integers:
@@ -354,9 +362,10 @@ class _Lowering:
             else:
                 what = "by indices" if node.name == "gather" else "with numbers"
                 raise NotImplementedError(
-                    f"{node.name} at {node.source} rearranges quantised values {what} that depend on variables."
+                    f"{node.name} at {node.source} rearranges quantised values {what} that depend on variables. Leave "
+                    f"the layer that reads it in floating point with {self.skipping_reader(name)}."
                 )
-        out = Integers(self.name(name or f"{source.name}/{node.name}"), source.grid, value.shape)
+        out = Integers(self.name(name), source.grid, value.shape)
         self.steps.append(MoveStep(node, tuple(operands), out))
         return out
 
@@ -380,6 +389,16 @@ class _Lowering:
             self.tainted[operand] = known
         return self.tainted[operand]
 
+    def skipping_reader(self, name: str) -> str:
+        """The rule that leaves the layer for which a tensor is made in floating point."""
+        return skipping(self.network.reader(name))
+
+    def is_unrounded_sum(self, node: Node) -> bool:
+        """Whether a rule without ``residual_bits`` may be why a node has no integer form."""
+        branches = [v for v in node.inputs if isinstance(v, Value) and v not in self.network.sites.sources]
+        rules = self.network.rules.values()
+        return node.name in SUMS and len(branches) == 2 and any(rule.residual_bits is None for rule in rules)
+
     # Real numbers
 
     def real_operand(self, operand: Operand) -> str | Operand:
@@ -394,7 +413,7 @@ class _Lowering:
         if value not in self.reals:
             integers = self.rounded(value)
             self.reals[value] = self.name(f"{self.network.names[self.network.made[value][0]]}/real")
-            self.steps.append(DequantizeStep(integers, self.reals[value]))
+            self.steps.append(DequantizeStep(integers, self.reals[value], np.dtype(value.dtype)))
         return self.reals[value]
 
     def raw(self, value: Value) -> str:

@@ -15,7 +15,7 @@ from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Constant, Graph, Node
 from ehap_jax.quant.fold import AFFINE, Site, Sites, TailStep, affine_chain, find_sites
 from ehap_jax.quant.numerics import GridKind
 from ehap_jax.quant.residual import find_branches
-from ehap_jax.quant.rules import QuantRule, match_rules
+from ehap_jax.quant.rules import QuantRule, match_rules, skipping
 
 # Rounding commutes with these: they only move numbers about, choose among them, or put numbers between them.
 REARRANGEMENTS = frozenset(
@@ -107,6 +107,10 @@ class Network:
     inputs: dict[Node, Rounding]
     names: dict[Rounding, str]
 
+    def reader(self, name: str) -> str:
+        """The path of the kernel that a range, or a tensor on the way to it, is named after."""
+        return max((path for path in self.rules if name.startswith(path)), key=len)
+
 
 def prepare(apply: Callable, rules: Sequence[QuantRule], variables, x) -> Network:
     """Trace ``apply(variables, x)`` and decide what is rounded.
@@ -125,7 +129,7 @@ def prepare(apply: Callable, rules: Sequence[QuantRule], variables, x) -> Networ
         if path in matched:
             raise NotImplementedError(
                 f"{path} cannot be quantised: {reason} would not see the quantised layer. Move the layer out, or leave "
-                "it in floating point with QuantRule(pattern=..., skip=True) before the other rules."
+                f"it in floating point with {skipping(path)} before the other rules."
             )
     layers = {node: site for node, site in sites.by_node.items() if site.path in matched}
     return _Search(graph, sites, matched, layers).network()

@@ -62,20 +62,35 @@ HAWQ: tuple[QuantRule, ...] = (QuantRule(activations="unsigned", residual_bits=1
 """HAWQ-V3 (arXiv 2011.10680): unsigned activations with zero point 0, residual sums in 16 bits.
 
 Negative inputs of a layer are clipped: normalised images need a rule of their own before this one, such as
-``QuantRule("*/conv1/kernel", activations="symmetric", residual_bits=16)`` for the first layer.
+``QuantRule("params/conv1/kernel", activations="symmetric", residual_bits=16)`` for the first layer of this package's
+ResNets (``"*/conv1/kernel"`` would match that of every block, too).
 """
 
 
 def match_rules(rules: Sequence[QuantRule], paths: Iterable[str]) -> dict[str, QuantRule]:
     """{kernel path: the first rule that matches it}; paths that no rule matches, or a skipping one, are left out.
 
-    Raises ValueError for a rule whose pattern matches no path at all (the paths are listed).
+    Raises ValueError for a rule that decides about no path: its pattern matches none (the paths are listed), or those
+    before it match all that it does (one is named).
     """
     paths = list(paths)
+    found = {path: next((r for r in rules if fnmatchcase(path, r.pattern)), None) for path in paths}
     for rule in rules:
-        if not any(fnmatchcase(path, rule.pattern) for path in paths):
+        matched = [path for path in paths if fnmatchcase(path, rule.pattern)]
+        if not matched:
             raise ValueError(
                 f"quantisation rule {rule.pattern!r} matches no kernel; the kernels are: {', '.join(paths) or 'none'}."
             )
-    found = {path: next((r for r in rules if fnmatchcase(path, r.pattern)), None) for path in paths}
+        if all(found[path] is not rule for path in matched):
+            first = found[matched[0]]
+            assert first is not None
+            raise ValueError(
+                f"quantisation rule {rule.pattern!r} never holds: rules before it match all its kernels, as "
+                f"{first.pattern!r} does {matched[0]}. Put it before them, or leave it out."
+            )
     return {path: rule for path, rule in found.items() if rule is not None and not rule.skip}
+
+
+def skipping(path: str) -> str:
+    """How to write the rule that leaves a layer in floating point, for messages."""
+    return f"QuantRule({path!r}, skip=True)"

@@ -109,19 +109,25 @@ def one_process(output):
     found["first scales"] = [float(scale) for scale in scales]
     bytes_needed = [product_memory(loss, *problem(), mesh=m).needs["linearize"] for m in (mesh(1, 8), mesh(8, 1))]
     found["needs"] = bytes_needed
-    found["exact"] = [exact(), exact(mesh(8, 1)), exact(mesh(2, 4))]
+    found["exact"] = [exact(), exact(mesh(8, 1)), exact(mesh(2, 4)), exact(jax.make_mesh((8,), ("data",)))]
     with mock.patch.object(gauss_newton, "_chunk_function", lambda leaves: gauss_newton._whole_chunk):
         found["exact"].append(exact(mesh(8, 1)))
+    file = output.with_suffix(".exact.npz")
+    four = Mesh(np.array(jax.devices()[:4]), ("data",))
+    try:
+        exact(four, microbatch=1, progress=stop_at(4), save_every=0, save_to=file)
+    except KeyboardInterrupt:
+        found["exact"].append(exact(save_to=file))
     output.write_text(json.dumps(found))
 
 
-def exact(on=None):
+def exact(on=None, **options):
     params, x = problem()
 
     def model(p, x):
         return jax.nn.relu(x @ p["first"] + p["bias"][None, :]) @ p["second"]
 
-    return vector(gauss_newton_trace(model, params, x, microbatch=2, mesh=on).mean)
+    return vector(gauss_newton_trace(model, params, x, mesh=on, **({"microbatch": 2} | options)).mean)
 
 
 def several_processes(output, address, processes, process):

@@ -21,13 +21,10 @@ def realised(scores, truth):
     return np.corrcoef(ranks(scores), ranks(truth))[0, 1], len(a & b) / len(a | b)
 
 
-@pytest.mark.parametrize("relative_spread", [0.0, 0.4])
-@pytest.mark.parametrize("count", [5, 30, 300, 3000])
-def test_calibrated_for_traces_spread_over_decades(count, relative_spread):
-    """Probes that are off by six times the trace, give or take, as on a trained ResNet."""
+def require_calibrated(make, count):
+    """``make(rng)`` draws true scores and the standard deviations of one probe."""
     rng = np.random.default_rng(count)
-    truth = np.exp(1.5 * rng.normal(size=CHANNELS))
-    deviation = 6 * truth * np.exp(relative_spread * rng.normal(size=CHANNELS))
+    truth, deviation = make(rng)
     expected, found = [], []
     for _ in range(REPETITIONS):
         scores = truth + deviation / np.sqrt(count) * rng.normal(size=CHANNELS)
@@ -38,6 +35,30 @@ def test_calibrated_for_traces_spread_over_decades(count, relative_spread):
     # The spread of what is realised is chance; what remains is the model of relative noise, allowed 0.06 of bias.
     chance = 3 * np.std(found, axis=0, ddof=1) / np.sqrt(REPETITIONS)
     assert (np.abs(np.mean(expected, 0) - np.mean(found, 0)) < 0.06 + chance).all()
+
+
+@pytest.mark.parametrize("relative_spread", [0.0, 0.4])
+@pytest.mark.parametrize("count", [5, 30, 300, 3000])
+def test_calibrated_for_traces_spread_over_decades(count, relative_spread):
+    """Probes that are off by six times the trace, give or take, as on a trained ResNet."""
+
+    def make(rng):
+        truth = np.exp(1.5 * rng.normal(size=CHANNELS))
+        return truth, 6 * truth * np.exp(relative_spread * rng.normal(size=CHANNELS))
+
+    require_calibrated(make, count)
+
+
+@pytest.mark.parametrize("count", [30, 100, 1000])
+@pytest.mark.parametrize("negative", [0.1, 0.5])
+def test_calibrated_for_traces_of_both_signs(count, negative):
+    """As of smooth networks: a Hessian's block may have a negative trace."""
+
+    def make(rng):
+        size = np.exp(1.5 * rng.normal(size=CHANNELS))
+        return np.where(rng.uniform(size=CHANNELS) < negative, -size, size), 6 * size
+
+    require_calibrated(make, count)
 
 
 def test_more_probes_agree_better():

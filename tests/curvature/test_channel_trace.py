@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from ehap_jax._compat import enable_x64
-from ehap_jax.curvature import Batches, Policy, channel_trace, probe_channel_products, rademacher
+from ehap_jax.curvature import Batches, Policy, channel_trace, probe_channel_products, rademacher, squared_error
 from ehap_jax.curvature.estimate import PRODUCTS
 from ehap_jax.curvature.probe_loop import Run, advance_on_device, first_state
 from ehap_jax.curvature.problem import path_name, prepare
@@ -174,7 +174,7 @@ def test_every_loop_and_product_gives_the_same_traces(problem, three_probes, mic
     python = channel_trace(network.loss, *problem, key=KEY, num_probes=3, microbatch=microbatch, product=product)
     for other in (python.state, on_device):
         assert int(other.count) == 3
-        assert PRODUCTS[int(other.product)] == product
+        assert other.origin.product == product
         for x, y in zip(jax.tree.leaves(three_probes), jax.tree.leaves(other.moments), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
@@ -381,3 +381,33 @@ def test_a_state_of_another_run_is_refused(problem):
         run(state=state, key=jax.random.key(99), num_probes=4)
     with pytest.raises(ValueError, match="conv1/kernel"):
         channel_trace(network.loss, *problem, key=KEY, num_probes=4, state=state)
+    with pytest.raises(ValueError, match="has 2 probes already, more than num_probes=1"):
+        run(state=state, num_probes=1)
+
+
+@pytest.mark.parametrize(("was", "now"), [("float32", "float16"), ("float16", "float32"), ("float32", "bfloat16")])
+def test_a_state_of_another_precision_is_refused(was, now):
+    state = run(policy=Policy(was)).state
+    with pytest.raises(ValueError, match=f"another policy: {was}, and now it is {now}"):
+        run(policy=Policy(now), state=state, num_probes=4)
+
+
+@pytest.mark.parametrize(("was", "now"), [("hutchinson", "control_variate"), ("control_variate", "hutchinson")])
+def test_a_state_of_another_method_is_refused(was, now):
+    params, x, _ = quadratic_problem()
+    given = {"params": params, "batch": (x, jnp.zeros((24, 1)))}
+    given |= {"model": lambda p, x: x @ p["kernel"].ravel()[:, None], "head": squared_error}
+
+    def loss(p, batch):
+        return 2 * quadratic(p, batch[0])
+
+    state = run(loss, method=was, **given).state
+    with pytest.raises(ValueError, match=f"another method: {was}, and now it is {now}"):
+        run(loss, method=now, state=state, num_probes=4, **given)
+
+
+def test_a_state_goes_on_by_another_product_where_asked_and_says_so():
+    first = run(product="linearize")
+    kept, changed = (run(state=first.state, num_probes=4, product=product) for product in ("auto", "jvp"))
+    assert first.product == kept.product == "linearize" and changed.product == "jvp"
+    np.testing.assert_allclose(changed.mean["kernel"], kept.mean["kernel"], rtol=1e-5)

@@ -9,12 +9,14 @@ from ehap_jax._compat import enable_x64
 from ehap_jax.curvature import (
     Batches,
     Policy,
+    expected_agreement,
     gauss_newton,
     gauss_newton_trace,
     second_derivative,
     softmax_cross_entropy,
     squared_error,
 )
+from ehap_jax.curvature.heads import root_times
 from ehap_jax.curvature.problem import path_name
 from ehap_jax.curvature.taps import Site
 
@@ -229,7 +231,7 @@ def test_equals_the_dense_hessian(case, chunk_function):
         trace = gauss_newton_trace(model, params, (x, labels), policy=DOUBLE, channel_axis=axes)
         close(trace, truth)
         assert all(np.abs(t).max() > 0 for t in truth.values())
-        assert trace.count == np.asarray(model(params, x)).shape[1] - 1
+        assert trace.count == 0
         np.testing.assert_allclose(trace.total(), sum(t.sum() for t in truth.values()), rtol=1e-10)
         assert trace.total_sem() == 0
 
@@ -269,11 +271,43 @@ def test_every_chunking_gives_the_same(dense):
         close(other, {path: np.asarray(one.mean[path]) for path in ("w", "out")}, 1e-13)
 
 
-def test_a_small_memory_budget_gives_the_same(dense):
-    params, x, _, whole = dense
-    with enable_x64():
-        trace = gauss_newton_trace(small, params, x, policy=DOUBLE, memory_budget=1)
-        close(trace, {path: np.asarray(whole.mean[path]) for path in ("w", "out")}, 1e-13)
+def needs(monkeypatch, *arguments, **options):
+    """Examples of the first chunk, and the bytes that its program needs by the compiler."""
+    seen = []
+
+    def chunk(plan, leaves, x, *rest):
+        found = gauss_newton._whole_chunk.lower(plan, leaves, x, *rest).compile().memory_analysis()
+        seen.append((len(x), found.temp_size_in_bytes + found.output_size_in_bytes))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gauss_newton, "_chunk_function", lambda leaves: chunk)
+        gauss_newton_trace(*arguments, **options)
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["plain", "depthwise", "max-pool"])
+def test_what_is_chosen_fits_the_memory_budget(monkeypatch, name):
+    model, params, x, axes = make(name, double=False)
+    several = (model, params, jnp.tile(x, (3, 1, 1, 1)))
+    together, most = needs(monkeypatch, *several, channel_axis=axes, microbatch=15)
+    budget = most // 3
+    examples, found = needs(monkeypatch, *several, channel_axis=axes, memory_budget=budget)
+    assert 1 < examples < together == 15 and found <= budget < most
+    with pytest.raises(ValueError, match=rf"memory_budget={budget}: 15 examples at a time need .* microbatch=\d+ fits"):
+        gauss_newton_trace(*several, channel_axis=axes, microbatch=15, memory_budget=budget)
+    with pytest.raises(ValueError, match="memory_budget=9: 1 example needs about"):
+        gauss_newton_trace(*several, channel_axis=axes, memory_budget=9)
+
+
+@pytest.mark.parametrize("head", [softmax_cross_entropy, squared_error])
+@pytest.mark.parametrize("options", [{}, {"classes": 2, "key": jax.random.key(0)}])
+def test_a_thousand_classes_need_no_square_matrix(monkeypatch, head, options):
+    rng = np.random.default_rng(2)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 1000)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    examples, found = needs(monkeypatch, lambda p, x: x @ p["w"], params, x, head=head, **options)
+    assert examples == 4 and found < 4 * 1000**2 * 4 / 10
 
 
 @pytest.mark.parametrize("draw", ["signs", "labels"])
@@ -293,17 +327,52 @@ def test_random_combinations_are_unbiased(dense, draw):
     assert abs(trace.total() - exact.total()) <= 5 * trace.total_sem()
 
 
+@pytest.mark.parametrize("head", [softmax_cross_entropy, squared_error])
+def test_combinations_of_columns_are_those_of_the_root(head):
+    """The way without the root, against the root of the dense Hessian that it is tested for."""
+    rng = np.random.default_rng(6)
+    with enable_x64():
+        z = jnp.asarray(3 * rng.normal(size=6))
+        root = head(z)
+        v = jnp.asarray(rng.choice([-1.0, 1.0], (4, root.shape[-1])))
+        found, signs = root_times(head, z, (), v)
+        np.testing.assert_allclose(found, v @ root.T, atol=1e-15)
+        assert signs.tolist() == [1.0] * root.shape[-1]
+
+
 def test_one_combination_is_reproducible_and_has_no_standard_error(dense):
     params, x, _, _ = dense
     with enable_x64():
         runs = [
-            gauss_newton_trace(small, params, x, classes=1, key=jax.random.key(seed), policy=DOUBLE)
+            gauss_newton_trace(small, params, x, classes=np.int64(1), key=jax.random.key(seed), policy=DOUBLE)
             for seed in (0, 0, 1)
         ]
     first, again, other = (np.asarray(run.mean["w"]) for run in runs)
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
     assert np.isnan(runs[0].sem["w"]).all()
+
+
+@pytest.mark.parametrize(
+    ("head", "loss", "outputs"),
+    [
+        (softmax_cross_entropy, cross_entropy, 2),
+        (squared_error, lambda z, t: ((z - t.astype(z.dtype)) ** 2).sum(), 1),
+    ],
+)
+def test_a_head_with_one_column_is_exact_too(dense, head, loss, outputs):
+    """Two classes, or one number: one column, and yet nothing is random."""
+    params, x, labels, _ = dense
+    labels = labels % 2
+    with enable_x64():
+        params = {**params, "out": params["out"][:, :outputs]}
+        trace = gauss_newton_trace(small, params, (x, labels), head=head, policy=DOUBLE)
+        close(trace, dense_traces(small, params, x, labels, loss, {}))
+    assert trace.total_sem() == 0 and set(trace.layer_sem().values()) == {0.0}
+    assert all((np.asarray(trace.sem[path]) == 0).all() for path in ("w", "out"))
+    assert expected_agreement(trace, params)[:2] == (1.0, 1.0)
+    one = gauss_newton_trace(small, params, x[:1], head=head, policy=Policy(), microbatch=1)  # nothing to be coupled to
+    assert one.total_sem() == 0
 
 
 def test_many_classes_go_in_several_passes():
@@ -316,7 +385,6 @@ def test_many_classes_go_in_several_passes():
             return jnp.abs(x @ p["w"]) @ p["out"]
 
         trace = gauss_newton_trace(model, params, (x, labels), policy=DOUBLE)
-        assert trace.count == 39
         close(trace, dense_traces(model, params, x, labels, cross_entropy, {}))
 
 
@@ -414,8 +482,14 @@ def centred(p, x):
     return (x - x.mean(0, keepdims=True)) @ p["w"] @ p["out"]
 
 
+def running_sum(p, x):
+    return jnp.cumsum(x, 0) @ p["w"] @ p["out"]
+
+
 ERRORS = {
     "coupled examples": (centred, {}, ValueError, "not independent"),
+    "coupled examples, one by one": (centred, {"microbatch": 1}, ValueError, "not independent"),
+    "coupled to the example before": (running_sum, {"microbatch": 1}, ValueError, "not independent"),
     "no key": (small, {"classes": 2}, ValueError, "need a key"),
     "no classes": (small, {"classes": 0}, ValueError, "classes must be"),
     "labels of another head": (
@@ -435,7 +509,12 @@ ERRORS = {
     "a head of another shape": (small, {"head": lambda z: jnp.eye(2)}, ValueError, "the head must return"),
     "logits with tokens": (lambda p, x: small(p, x)[:, None], {}, ValueError, "logits of one example"),
     "nothing selected": (small, {"select": lambda path, leaf: False}, ValueError, "no parameter is selected"),
+    "half a class": (small, {"classes": 1.0}, ValueError, "classes must be"),
+    "true classes": (small, {"classes": True}, ValueError, "classes must be"),
+    "no target": (small, {"head": lambda z, t: z}, ValueError, r"the 0 targets of the batch, but takes \(z, t\)"),
+    "no target for a loss": (small, {"head": second_derivative(lambda z, t: z @ t)}, ValueError, r"takes \(z, t\)"),
     "microbatch": (small, {"microbatch": 0}, ValueError, "at least 1"),
+    "no memory": (small, {"memory_budget": -5}, ValueError, "must be positive"),
     "overflow": (small, {"head": lambda z: jnp.full((3, 1), jnp.inf)}, FloatingPointError, "is not finite in float32"),
 }
 
@@ -447,6 +526,20 @@ def test_errors(dense, name):
     single = jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
     with pytest.raises(error, match=message):
         gauss_newton_trace(model, *single, **options)
+
+
+def test_a_leaf_that_is_not_finite_is_named(dense):
+    params, x, _, _ = dense
+    params, x = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (params, x))
+    holed = np.where(np.arange(7)[:, None] == 3, np.nan, x)
+    for wrong, batch, policy, message in (
+        ({**params, "b": params["b"] * np.inf}, x, Policy(), "params leaf 'b' holds NaN or infinity$"),
+        (params, {"x": holed}, Policy(), "batch leaf 'x' holds NaN or infinity$"),
+        (params, holed, Policy(), "batch holds NaN or infinity$"),
+        ({**params, "b": params["b"] * 1e6}, x, Policy("float16"), "params leaf 'b' holds NaN or infinity in float16$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gauss_newton_trace(small, wrong, batch, policy=policy)
 
 
 def test_compiled_once(dense):
@@ -517,6 +610,13 @@ def test_a_stopped_run_goes_on_from_its_file(tmp_path, classes):
         for name in params:
             np.testing.assert_array_equal(one.mean[name], whole.mean[name])
             np.testing.assert_array_equal(one.sem[name], whole.sem[name])
+    file.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(save_to=file, progress=stop)
+    options = {"classes": classes, "key": jax.random.key(1), "microbatch": 3, "save_to": file}
+    other = gauss_newton_trace(model, params, x, **options)  # goes on in other chunks
+    for name in params:
+        np.testing.assert_allclose(other.mean[name], whole.mean[name], rtol=1e-6)
     with pytest.raises(ValueError, match="weights"):
         gauss_newton_trace(model, {**params, "a": 2 * params["a"]}, x, microbatch=2, save_to=file)
     with pytest.raises(ValueError, match="probes"):

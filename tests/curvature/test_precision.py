@@ -1,5 +1,7 @@
 """Low precision: the scales, equal probe weights, exact sums, and what happens when nothing helps."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from scipy import stats
 
 from ehap_jax._compat import enable_x64
 from ehap_jax.curvature import Policy, channel_trace, probe_channel_products, rademacher
+from ehap_jax.curvature.estimate import PRODUCTS
 from tests.curvature import network
 
 KEY = jax.random.key(11)
@@ -141,11 +144,39 @@ def test_an_exhausted_back_off_names_the_first_leaf(loss_scale):
     assert np.isfinite(channel_trace(steep, p, jnp.zeros(1), key=KEY, num_probes=1).total())
 
 
+def chain(p, batch):
+    h = batch @ p["z_first"] @ p["m"] @ p["a_last"]
+    return (h.astype(jnp.float32) ** 2).sum(1).mean()
+
+
+CHAIN = {name: jnp.eye(4) for name in ("z_first", "m", "a_last")}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("loss_scale", "last"), [(None, 2.0**20), (1.0, 0.5)])
+def test_an_overflow_on_the_way_forward_is_called_one_and_placed(loss_scale, last, product):
+    """No scale can help, so hardly any is tried, and the layer is that where it happens, not the alphabet's first."""
+    p = CHAIN | {"z_first": 1e3 * jnp.eye(4), "m": 1e3 * jnp.eye(4)}
+    policy, scale = Policy("float16", loss_scale), re.escape(f"loss scale {last:g} and")
+    with pytest.raises(FloatingPointError, match=rf"{scale}.*activations overflow in float16.* is 'm'\. Use"):
+        channel_trace(chain, p, jnp.eye(4), key=KEY, num_probes=1, policy=policy, product=product)
+    with pytest.raises(FloatingPointError, match=r"activations overflow in float16.* is 'm'"):
+        probe_channel_products(chain, p, p, jnp.eye(4), policy=Policy("float16"))
+
+
+def test_the_layer_that_is_named_is_the_first_of_the_network():
+    def loss(p, batch):
+        return 1e30 * chain(p, batch)
+
+    with pytest.raises(FloatingPointError, match="activations are finite, and the first layer concerned is 'z_first'"):
+        channel_trace(loss, CHAIN, jnp.eye(4), key=KEY, num_probes=1, policy=Policy("float16"))
+
+
 def test_a_product_that_is_not_finite_in_float32_is_an_error_at_once():
     p = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.zeros((2, 2))}}
     with pytest.raises(FloatingPointError, match=r"probe 0 is not finite in float32.*'b/kernel'"):
         channel_trace(infinite, p, jnp.zeros(1), key=KEY, num_probes=3)
-    with pytest.raises(FloatingPointError, match="'b/kernel' in float32"):
+    with pytest.raises(FloatingPointError, match=r"not finite in float32.*'b/kernel'"):
         probe_channel_products(infinite, p, p, jnp.zeros(1))
 
 
@@ -189,6 +220,18 @@ def test_probes_have_equal_weights_unlike_the_released_float16_code():
     moved = np.asarray(estimate.mean["kernel"]) - np.asarray(late.mean["kernel"])
     np.testing.assert_allclose(moved, last / n, atol=1e-4)
     assert np.abs(moved).max() > 1e-3
+
+
+@pytest.mark.parametrize("compute", ["float16", "bfloat16"])
+def test_a_softmax_in_16_bits_is_an_error(problem, compute):
+    params, batch = problem
+
+    def loss(p, batch):
+        y = jax.nn.log_softmax(network.logits(p, batch["image"]))
+        return -jnp.take_along_axis(y, batch["label"][:, None], axis=1).mean()
+
+    with pytest.raises(TypeError, match=rf"comes back in {compute}.*logits\.astype\(jnp\.float32\)"):
+        channel_trace(loss, params, batch, key=KEY, num_probes=1, policy=Policy(compute))
 
 
 @pytest.mark.parametrize("arguments", [("float8",), ("float16", 3.0), ("float16", 1.0, 0.0), ("float16", -2.0)])

@@ -30,19 +30,27 @@ def squares_problem(channels=30, seed=0):
     return params, jnp.asarray(batch, jnp.float32), gain * np.trace(batch.T @ batch) / 16
 
 
-def test_expected_misplaced_counts_what_a_simulation_counts():
-    rng = np.random.default_rng(0)
-    scores, sems = np.sort(rng.uniform(0, 10, 1000)), rng.uniform(0, 1, 1000)
-    pruned = 300
-    threshold = (scores[pruned - 1] + scores[pruned]) / 2
-    truth = scores + sems * rng.normal(size=(2000, 1000))
-    wrong = ((truth < threshold) != (scores < threshold)).sum(1)
-    assert abs(wrong.mean() - expected_misplaced(scores, sems, pruned)) < 4 * stats.sem(wrong)
+@pytest.mark.parametrize("count", [30, 100, 300])
+@pytest.mark.parametrize("spread", [0.5, 1.5])
+def test_expected_misplaced_is_what_noise_misplaces(spread, count):
+    """True scores, then noisy ones: noise spreads scores out, so they look better separated than they are."""
+    rng, channels, pruned = np.random.default_rng(count), 600, 300
+    excess = []
+    for _ in range(12):
+        truth = np.exp(spread * rng.normal(size=channels))
+        sems = 6 * truth / np.sqrt(count) * np.sqrt(rng.chisquare(count - 1, channels) / (count - 1))
+        scores = truth + 6 * truth / np.sqrt(count) * rng.normal(size=channels)
+        low = [set(np.argsort(x)[:pruned].tolist()) for x in (truth, scores)]
+        excess.append(expected_misplaced(scores, sems, count, pruned) - len(low[0] ^ low[1]))
+    # Chance, by what it varies, and 2 % of all channels for a prior that is fitted to the same scores.
+    assert abs(np.mean(excess)) < 0.02 * channels + 3 * stats.sem(excess)
 
 
 def test_expected_misplaced_of_channels_known_exactly():
-    assert expected_misplaced(np.array([0.0, 0.0, 1.0]), np.zeros(3), 1) == 0
-    assert expected_misplaced(np.zeros(4), np.ones(4), 2) == 2
+    assert expected_misplaced(np.array([0.0, 0.0, 1.0]), np.zeros(3), 9, 1) == 0
+    assert expected_misplaced(np.array([0.0, 0.0, 1.0, 5.0]), np.array([0.0, 0.0, 0.1, 0.1]), 99, 1) == 0
+    # Of scores that are all noise half are misplaced: hypergeometric, with a standard deviation of 2 * 5 / sqrt(32).
+    assert abs(expected_misplaced(np.zeros(400), np.ones(400), 9, 200) - 200) < 3 * 10 / np.sqrt(32)
 
 
 def test_the_decision_rule_keeps_its_promise():
@@ -131,9 +139,9 @@ def test_errors():
         with pytest.raises(ValueError, match="fraction between 0 and 1"):
             stable_decision(params, **options)
     with pytest.raises(ValueError, match="between 1 and 2"):
-        expected_misplaced(np.zeros(3), np.zeros(3), 3)
+        expected_misplaced(np.zeros(3), np.zeros(3), 2, 3)
     with pytest.raises(ValueError, match="one length"):
-        expected_misplaced(np.zeros(3), np.zeros(2), 1)
+        expected_misplaced(np.zeros(3), np.zeros(2), 2, 1)
     one = channel_trace(squares, params, batch, key=jax.random.key(0), num_probes=2, policy=Policy())
     with pytest.raises(ValueError, match="at least two estimates"):
         split_variance([one])

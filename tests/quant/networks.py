@@ -30,6 +30,18 @@ def apply(variables, x):
     return x @ variables["head"]["kernel"] + variables["head"]["bias"][None]
 
 
+def in_16_bits(dtype):
+    """(function, variables, x): two dense layers that compute in ``dtype``, and a gate that stays in floating point."""
+
+    def function(v, x):
+        y = jax.nn.relu(x.astype(dtype) @ v["a"].astype(dtype)) @ v["b"].astype(dtype)
+        return y * x[:, :3].astype(dtype)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    variables = {"a": jax.random.normal(keys[0], (6, 8)), "b": jax.random.normal(keys[1], (8, 3))}
+    return function, variables, jax.random.normal(keys[2], (5, 6))
+
+
 def make_variables(seed=0, gamma_sign=False):
     keys = iter(jax.random.split(jax.random.key(seed), 32))
 

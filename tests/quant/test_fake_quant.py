@@ -79,9 +79,9 @@ def test_a_dense_layer_is_its_integers():
     assert layer.integers.dtype == jnp.int8 and layer.bias.dtype == jnp.int32 and 0 < zero < 255
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(5))
 def test_folding_then_quantising_is_quantising_with_the_folded_range(seed):
-    """BatchNorm written after the conv, and the same network folded by hand in NumPy, give the same numbers."""
+    """BatchNorm written after the conv, and the same network folded by hand in float64, have the same integers."""
     v, x = make_variables(seed, gamma_sign=True), make_images(seed)
     by_hand = {"head": v["head"]}
     for layer, norm in (("stem", "bn0"), ("a", "bn1"), ("b", "bn2")):
@@ -91,19 +91,15 @@ def test_folding_then_quantising_is_quantising_with_the_folded_range(seed):
         shift = jnp.asarray(bn["beta"] - bn["mean"] * scale, jnp.float32)
         one = jnp.ones(CHANNELS)  # what is left of the normalisation is the shift
         by_hand[norm] = {"gamma": one, "beta": shift, "mean": 0 * one, "var": one - 1e-5}
-    (q1, s1), (q2, s2) = calibrate(apply, v, x), calibrate(apply, by_hand, x)
-    first, second = (integers_of_the_network(vv, s1, x) for vv in (v, by_hand))
-    for name in first:
-        np.testing.assert_allclose(first[name].scale, second[name].scale, rtol=1e-5)
-        # A weight at a tie may fall either way once it was rounded to float32 elsewhere; the real numbers agree.
-        off = np.abs(np.asarray(first[name].integers, int) - np.asarray(second[name].integers, int))
-        assert off.max() <= 1 and off.mean() < 0.01
-        back = [real(layers[name]) for layers in (first, second)]
-        np.testing.assert_allclose(*[np.where(off == 0, b, 0) for b in back], rtol=1e-5, atol=1e-7)
-    for name in s1:
-        np.testing.assert_allclose(s1[name].high, s2[name].high, rtol=0.02)
-    y1, y2 = (run(q, vv, s1, x) for q, vv in ((q1, v), (q2, by_hand)))
-    np.testing.assert_allclose(y1, y2, atol=0.02 * float(jnp.abs(y1).max()))
+    (quantized, qstate), (_, by_hand_qstate) = calibrate(apply, v, x), calibrate(apply, by_hand, x)
+    for name, (low, high) in range_parameters(qstate).items():
+        np.testing.assert_allclose(by_hand_qstate[name][:2], (low, high), rtol=1e-5, err_msg=name)
+    first, second = (integers_of_the_network(variables, qstate, x) for variables in (v, by_hand))
+    for name, layer in first.items():
+        np.testing.assert_allclose(layer.scale, second[name].scale, rtol=1e-5)
+        np.testing.assert_array_equal(layer.integers, second[name].integers, err_msg=name)
+    y, by_hand_y = (run(quantized, variables, qstate, x) for variables in (v, by_hand))
+    np.testing.assert_allclose(y, by_hand_y, atol=1e-5 * float(jnp.abs(y).max()))
 
 
 def test_the_small_network_stays_close(calibrated):
@@ -216,8 +212,20 @@ def test_bits_matter(calibrated):
         quantized, qstate = calibrate(apply, variables, x, rules)
         return float(jnp.linalg.norm(run(quantized, variables, qstate, x) - want))
 
-    eight, four, tensor = error(INT8), error(INT4_WEIGHTS), error((QuantRule(weight_bits=4, per_channel=False),))
-    assert 3 * eight < four < 2 * tensor
+    assert 3 * error(INT8) < error(INT4_WEIGHTS)
+
+
+def test_one_scale_per_kernel_is_too_coarse_for_small_channels():
+    """A channel of a hundredth of the others' size: rounded to 0 with their scale, as good as they are with its own."""
+    v = {**DENSE, "kernel": DENSE["kernel"] * jnp.array([[1.0, 0.01, 1.0, 1.0]]), "bias": jnp.zeros(4)}
+    want = dense(v, DENSE_X)
+    error = {}
+    for per_channel in (True, False):
+        quantized, qstate = calibrate(dense, v, DENSE_X, (QuantRule(weight_bits=4, per_channel=per_channel),))
+        y = run(quantized, v, qstate, DENSE_X)
+        error[per_channel] = jnp.linalg.norm(y - want, axis=0) / jnp.linalg.norm(want, axis=0)
+    assert float(error[False][1]) == 1
+    assert float(error[True].max()) < 0.15
 
 
 def test_integers_lie_on_the_grid_and_reproduce_the_layer(calibrated):
@@ -488,7 +496,10 @@ def test_layers_in_loops_and_custom_rules_are_refused_unless_skipped():
     odd.defvjp(lambda w, x: (odd(w, x), (w, x)), lambda saved, ct: (saved[1].T @ ct, ct @ saved[0].T))
     variables = {"kernel": jnp.ones((6, 4)), "loop": jnp.ones((4, 4))}
     for function, word in ((looped, "scan"), (lambda v, x: odd(v["loop"], x @ v["kernel"]), "custom_vjp_call")):
-        with pytest.raises(NotImplementedError, match=f"loop cannot be quantised: it is .*inside a {word}"):
+        with pytest.raises(
+            NotImplementedError,
+            match=rf"loop cannot be quantised: it is .*inside a {word}.*QuantRule\('loop', skip=True\)",
+        ):
             fake_quant(function).init(variables, DENSE_X)
         rules = (QuantRule("loop", skip=True), *INT8)
         quantized, qstate = calibrate(function, variables, DENSE_X, rules)

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
-from ehap_jax.quant import HAWQ, QuantRule, fake_quant, quantize_weights, rounded_activations, to_integer
+from ehap_jax.quant import HAWQ, INT8, QuantRule, fake_quant, quantize_weights, rounded_activations, to_integer
 from ehap_jax.quant import integer_arithmetic as arithmetic
-from ehap_jax.quant.program import IntegerGrid, Integers, Target
+from ehap_jax.quant.program import IntegerGrid, Integers, LayerStep, Target
 from tests.pruning.invariant import jit
-from tests.quant.networks import apply, calibrate, make_images, make_variables, run
+from tests.quant.networks import apply, calibrate, in_16_bits, make_images, make_variables, run
 
 
 def dense(v, x):
@@ -162,6 +163,17 @@ def test_every_range_names_its_integers():
         assert int(jnp.abs(integers - tensors[name].astype(jnp.int32)).max()) <= 1, name
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_what_stays_in_floating_point_keeps_its_16_bits(dtype):
+    function, variables, x = in_16_bits(dtype)
+    for rules in (INT8, (QuantRule("b", skip=True), *INT8)):  # the gate reads a layer's sums, or a layer a rounding
+        quantized, qstate = calibrate(function, variables, x, rules)
+        got = to_integer(quantized, variables, qstate, example=x)(x)
+        assert got.dtype == dtype
+        fake = run(quantized, variables, qstate, x).astype(jnp.float32)
+        np.testing.assert_allclose(got.astype(jnp.float32), fake, atol=0.02 * float(jnp.abs(fake).max()))
+
+
 FILLED = {
     "a pad that is clipped": ("asymmetric", lambda y: jnp.clip(jnp.pad(y, ((0, 0), (1, 1))), 0.5, 6.0)),
     "a pad under a ReLU": ("symmetric", lambda y: jax.nn.relu(jnp.pad(y, ((0, 0), (1, 1)), constant_values=-1.0))),
@@ -224,21 +236,121 @@ def test_sums_round_as_a_fused_multiply_add():
 # Certificates
 
 
-def test_certificates_are_reached_by_the_worst_input():
-    """x at the far end of its range wherever the weight's sign says so: the sum is the bound, no less."""
-    quantized, qstate = calibrate(dense, DENSE, DENSE_X)
-    network = to_integer(quantized, DENSE, qstate, example=DENSE_X)
-    grid, kernel = dict(network.structure.grids)["kernel"], np.asarray(network.layers["kernel"].kernel, np.int64)
-    far = grid.low if grid.zero > 127 else grid.high
-    sums = np.abs(kernel).sum(0) * abs(far - grid.zero)
-    assert dict(network.certificates)["kernel"].largest == sums.max()
-    assert dict(network.certificates)["kernel"].float32_exact
+def grouped(v, x):
+    """Three groups of 80 channels each, with strides, a dilated kernel and channels in front."""
+    return lax.conv_general_dilated(x, v, (2, 1), ((1, 0), (2, 2)), rhs_dilation=(1, 2), feature_group_count=3)
 
 
-def test_float32_is_refused_where_it_would_not_be_exact_and_int32_where_it_overflows():
-    for inputs, how, message in ((1200, "float32", "not exact in float32"), (70_000, None, "int32 cannot hold")):
-        v, x = {"kernel": jnp.ones((inputs, 1))}, jnp.linspace(0.0, 1.0, inputs)[None]
-        quantized, qstate = calibrate(lambda v, x: x @ v["kernel"], v, x)
+def at_once(equation):
+    return lambda v, x: jnp.einsum(equation, x, v)
+
+
+LAYERS = {
+    "dense": (at_once("bi,io->bo"), (1100, 3), (2, 1100)),
+    "dense with two axes of outputs": (at_once("bi,ihd->bhd"), (1100, 3, 2), (2, 1100)),
+    "dense over two axes, kernel first": (at_once("btf,otf->ob"), (3, 4, 270), (2, 4, 270)),
+    "dense with a kernel per head": (at_once("bhi,hio->bho"), (2, 1100, 3), (2, 2, 1100)),
+    "dense that sums over nothing": (at_once("bi,io->bio"), (4, 3), (2, 4)),
+    "convolution in groups": (grouped, (6, 80, 5, 3), (1, 240, 7, 5)),
+}
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def layer(request):
+    """(integer network of one layer, its site, the grid it reads, its kernel): most weights are near the largest."""
+    function, kernel_shape, x_shape = LAYERS[request.param]
+    drawn = np.random.default_rng(0)
+    v = jnp.asarray(
+        drawn.uniform(0.6, 1.0, kernel_shape) * drawn.choice([1, -1], kernel_shape, p=[0.9, 0.1]), "float32"
+    )
+    x = jnp.asarray(drawn.uniform(-0.4, 1.0, x_shape), jnp.float32)
+    quantized, qstate = calibrate(function, v, x)
+    network = to_integer(quantized, v, qstate, example=x)
+    (step,) = (step for step in network.structure.program(x).steps if isinstance(step, LayerStep))
+    return network, step.site, step.source.grid, network.layers[step.site.name].kernel
+
+
+def summed(site, grid, kernel, integers, parts=()):
+    """The layer's sums of ``integers``, int64."""
+    stored = arithmetic.store(jnp.asarray(integers, jnp.int32), grid)
+    accumulate = jit(partial(arithmetic.accumulate, site.node, site.kernel_operand, grid=grid, parts=parts))
+    return np.asarray(accumulate(stored, kernel=kernel), np.int64)
+
+
+def test_certificates_are_reached_by_the_worst_input(layer):
+    """x at the end of its range that the weight's sign asks for: no input makes the sum larger, and one reaches it."""
+    network, site, grid, kernel = layer
+
+    def plain(x):
+        operands = [x]
+        operands.insert(site.kernel_operand, kernel.astype(jnp.float32))
+        return site.node.primitive.bind(*operands, **site.node.params)
+
+    zeros = jnp.zeros(site.activation.shape)
+    weights = np.asarray(jit(jax.jacrev(plain))(zeros)).reshape(-1, *zeros.shape)  # of every output, where x lies
+    weights = np.concatenate([weights, -weights])
+    up = np.where(weights > 0, grid.high, grid.low)
+    reached = ((up - grid.zero) * weights).reshape(len(weights), -1).sum(1)
+    worst = int(np.argmax(reached))
+    largest = dict(network.certificates)[site.name].largest
+    assert largest == reached[worst] == np.abs(summed(site, grid, kernel, up[worst])).max()
+
+
+def test_sums_that_are_cut_in_float32_are_the_same_integers(layer):
+    """The worst input for float32 is the largest numbers of one sign; odd sums need every bit."""
+    network, site, grid, kernel = layer
+    certificate, drawn = dict(network.certificates)[site.name], np.random.default_rng(1)
+    if certificate.largest >= 2**24:
+        assert len(certificate.float32_parts) > 1 and not certificate.float32_exact
+    for integers in (
+        grid.high - drawn.integers(0, 2, site.activation.shape),
+        drawn.integers(0, 256, site.activation.shape),
+    ):
+        want = summed(site, grid, kernel, integers)
+        got = summed(site, grid, kernel, integers, certificate.float32_parts)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_parts_are_the_fewest():
+    reaches = np.array([5, 5, 6, 16, 1, 1]).reshape(-1, 1, 1) * 2**20 - 1
+    assert arithmetic.float32_parts(reaches) == (3, 1, 2)
+    assert arithmetic.float32_parts(reaches + 1) == ()
+
+
+def test_a_network_may_sum_in_float32_what_float32_does_not_hold(monkeypatch):
+    """As every convolution does by default where XLA cannot compile the ones of int8."""
+
+    def function(v, x):
+        y = lax.conv_general_dilated(x, v["conv"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        return jax.nn.relu(y).mean(1) @ v["dense"]
+
+    drawn = np.random.default_rng(2)
+    v = {"conv": jnp.asarray(drawn.uniform(0.5, 1, (5, 200, 3)), "float32"), "dense": jnp.ones((3, 2))}
+    x = jnp.asarray(drawn.uniform(0, 1, (2, 6, 200)), jnp.float32)
+    quantized, qstate = calibrate(function, v, x)
+    default = to_integer(quantized, v, qstate, example=x)
+    assert dict(default.execution) == {"conv": "int8", "dense": "float32"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    elsewhere = to_integer(quantized, v, qstate, example=x)
+    assert dict(elsewhere.execution) == {"conv": "float32", "dense": "int8"}
+    assert len(dict(elsewhere.certificates)["conv"].float32_parts) == 2
+    monkeypatch.undo()
+    for got, want in zip(
+        jax.tree.leaves(everything(elsewhere, x)), jax.tree.leaves(everything(default, x)), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_float32_is_refused_where_one_channel_is_not_exact_and_int32_where_it_overflows():
+    def function(v, x):
+        return lax.conv_general_dilated(x, v["kernel"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    for taps, how, message in (
+        (600, "float32", "single input channel are not exact"),
+        (70_000, None, "int32 cannot hold"),
+    ):
+        v, x = {"kernel": jnp.ones((taps, 1, 1))}, jnp.linspace(0.0, 1.0, taps)[None, :, None]
+        quantized, qstate = calibrate(function, v, x)
         with pytest.raises(ValueError, match=f"kernel: .*{message}"):
             to_integer(quantized, v, qstate, example=x, execution=how)
     quantized, qstate = calibrate(dense, DENSE, DENSE_X)
@@ -271,6 +383,24 @@ def test_sums_in_floating_point_are_an_error_that_says_residual_bits(small):
     quantized, qstate = calibrate(apply, variables, x, (QuantRule(residual_bits=None),))
     with pytest.raises(NotImplementedError, match=r"add at .*residual_bits=8"):
         to_integer(quantized, variables, qstate, example=x)
+
+
+def refusal(function, v, x, rules=INT8):
+    quantized, qstate = calibrate(function, v, x, rules)
+    with pytest.raises(NotImplementedError) as error:
+        to_integer(quantized, v, qstate, example=x)
+    return str(error.value)
+
+
+def test_refusals_name_the_rule_that_helps():
+    """And no other: a bias per position, an add with 8 bits at its ends already, is not one of residual bits."""
+    v = {"one": DENSE["kernel"], "two": DENSE["kernel"].T, "at": jnp.ones((8, 4)), "order": jnp.arange(4.0)}
+    position = refusal(lambda v, x: jax.nn.relu(x @ v["one"] + v["at"]) @ v["two"], v, DENSE_X)
+    assert "QuantRule('two', skip=True)" in position and "residual_bits" not in position
+    joined = refusal(lambda v, x: jnp.concatenate([jnp.tanh(x @ v["one"]), x[:, :0]], axis=1) @ v["two"], v, DENSE_X)
+    assert "QuantRule('two', skip=True)" in joined  # not after the tensor that is joined
+    ordered = refusal(lambda v, x: (x @ v["one"])[:, v["order"].astype(jnp.int32)] @ v["two"], v, DENSE_X)
+    assert "by indices that depend on variables" in ordered and "QuantRule('two', skip=True)" in ordered
 
 
 def test_ranges_must_be_calibrated():

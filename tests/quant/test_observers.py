@@ -11,6 +11,7 @@ from ehap_jax.quant import (
     activation_grid,
     check_calibrated,
     empty_range,
+    fake_quant,
     fake_quantise,
     freeze_ranges,
     observe,
@@ -65,6 +66,20 @@ def test_mse_range_rounds_better_than_the_extremes():
     assert min(tried) < 0.97 * tried[-1] and float(state.high) < 20
 
 
+def test_residual_branches_of_unsigned_layers_are_observed_with_their_sign():
+    def function(v, x):
+        y = x @ v["a"]
+        return (y + jnp.square(y)) @ v["b"]
+
+    rule = QuantRule(activations="unsigned", observer="mse")
+    quantized = fake_quant(function, (rule,))
+    v = {"a": -jnp.eye(3), "b": jnp.eye(3)}
+    x = jnp.linspace(0.0, 1.0, 6).reshape(2, 3)
+    _, qstate = quantized.apply(v, quantized.init(v, x), x, update=True)
+    assert float(qstate["a:out"].low) < -0.9
+    assert all(float(qstate[name].low) == 0 for name in ("a", "b"))
+
+
 def test_learned_ranges_start_at_the_first_batch_and_stay():
     state = run(QuantRule(observer="learned"))
     assert (float(state.low), float(state.high)) == (BATCHES[0].min(), BATCHES[0].max())
@@ -115,6 +130,17 @@ def state(low, high, count=1):
 def test_bad_ranges_are_named(bad, message):
     with pytest.raises(ValueError, match=message):
         check_calibrated({"conv1": state(0, 1), "conv2": bad})
+
+
+def test_unsigned_values_that_are_never_positive_are_a_single_point():
+    """Their grid would make every one of them 0."""
+    rule = QuantRule(activations="unsigned")
+    dead = run(rule, -np.abs(BATCHES))
+    with pytest.raises(ValueError, match=r"conv2:out: .*never positive.*QuantRule\('conv2', skip=True\)"):
+        check_calibrated({"conv2:out": dead})
+    alive = run(rule, np.concatenate([-np.abs(BATCHES[:1]), BATCHES[1:]]))
+    check_calibrated({"conv2": alive, "signed": run(QuantRule(), -np.abs(BATCHES))})
+    assert float(alive.low) == 0 < float(alive.high)
 
 
 def test_good_ranges_pass():

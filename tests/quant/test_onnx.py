@@ -11,9 +11,9 @@ from jax import lax
 
 from ehap_jax import allocate, random_scores, shrink, shrink_variables, trace_graph
 from ehap_jax.models import ResNet, eval_apply
-from ehap_jax.quant import HAWQ, QuantRule, save_onnx, to_integer, to_onnx
+from ehap_jax.quant import HAWQ, INT8, QuantRule, save_onnx, to_integer, to_onnx
 from tests.pruning.invariant import jit, randomise
-from tests.quant.networks import apply, batch_norm, calibrate, conv, make_images, make_variables
+from tests.quant.networks import apply, batch_norm, calibrate, conv, in_16_bits, make_images, make_variables
 
 onnx = pytest.importorskip("onnx", reason="needs pip install 'ehap-jax[onnx]'")
 runtime = pytest.importorskip("onnxruntime", reason="needs pip install 'ehap-jax[onnx]'")
@@ -131,6 +131,29 @@ def test_everything_that_has_an_integer_form(tmp_path):
     assert counts["QLinearAdd"] >= 2 and counts["QLinearConv"] == 4 + 1 + 1 and counts["QGemm"] == 1
 
 
+def varied(v, x):
+    """Convolutions in groups and depthwise, with strides that differ, dilated, and padded on one side alone."""
+
+    def layer(x, kernel, **options):
+        options = {"window_strides": (1, 1), "padding": "SAME", **options}
+        return jax.nn.relu(lax.conv_general_dilated(x, kernel, **options, dimension_numbers=("NHWC", "HWIO", "NHWC")))
+
+    y = layer(x, v["grouped"], feature_group_count=2, window_strides=(2, 1))
+    y = layer(y, v["depthwise"], feature_group_count=4, padding=((1, 0), (0, 2)))
+    y = layer(y, v["dilated"], rhs_dilation=(1, 2))
+    return y.mean((1, 2)) @ v["out"]
+
+
+def test_convolutions_of_every_kind(tmp_path):
+    shapes = {"grouped": (3, 3, 2, 4), "depthwise": (2, 3, 1, 4), "dilated": (3, 3, 4, 5), "out": (5, 3)}
+    drawn = np.random.default_rng(6)
+    variables = {name: jnp.asarray(drawn.normal(0, 0.4, shape), jnp.float32) for name, shape in shapes.items()}
+    x = jnp.asarray(drawn.normal(size=(3, 6, 6, 4)), jnp.float32)
+    quantized, qstate = calibrate(varied, variables, x)
+    counts = assert_parity(quantized, variables, qstate, x, tmp_path)
+    assert counts["QLinearConv"] == 3
+
+
 def test_implants_under_union_coupling(tmp_path):
     """A kernel of two parts: two convolutions whose results are joined, with one affine function after them."""
     variables, x = make_variables(gamma_sign=True), make_images()
@@ -205,6 +228,22 @@ def test_a_layer_that_a_rule_skips_stays_in_floating_point(tmp_path):
     np.testing.assert_allclose(outputs(model, x)["y"], fake, atol=1e-5)
     counts = kernels(model, tmp_path)
     assert (counts["Gemm"] + counts["FusedGemm"], counts["QGemm"]) == (2, 2)
+
+
+def test_what_stays_in_floating_point_keeps_its_16_bits():
+    function, variables, x = in_16_bits(jnp.float16)
+    for rules in (INT8, (QuantRule("b", skip=True), *INT8)):
+        quantized, qstate = calibrate(function, variables, x, rules)
+        got = outputs(to_onnx(quantized, variables, qstate, example=x), x)["y"]
+        want = np.asarray(to_integer(quantized, variables, qstate, example=x)(x))
+        assert got.dtype == np.float16
+        np.testing.assert_allclose(got, want, atol=2e-3 * float(np.abs(want).max()))
+    function, variables, x = in_16_bits(jnp.bfloat16)  # ONNX Runtime has no such kernels, but the file is right
+    quantized, qstate = calibrate(function, variables, x)
+    assert (
+        to_onnx(quantized, variables, qstate, example=x).graph.output[0].type.tensor_type.elem_type
+        == onnx.TensorProto.BFLOAT16
+    )
 
 
 def test_float_export(small, tmp_path):
@@ -328,6 +367,10 @@ def test_what_is_refused(small, monkeypatch):
         to_onnx(quantized, variables, example=x)
     with pytest.raises(NotImplementedError, match=r"sort at .*has no ONNX rule"):
         to_onnx(lambda v, x: jnp.sort(x @ v), jnp.ones((3, 2)), example=jnp.ones((1, 3)))
+    images = {"a": HEADS["a"], "b": HEADS["b"][:, 0]}
+    over_all, ranges = calibrate(lambda v, x: (x @ v["a"]).mean(axis=(0, 1))[None] @ v["b"], images, TOKENS)
+    with pytest.raises(NotImplementedError, match=r"a mean of shape .*QuantRule\('b', skip=True\)"):
+        to_onnx(over_all, images, ranges, example=TOKENS)
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(ImportError, match=r"ehap-jax\[onnx\]"):
         to_onnx(quantized, variables, qstate, example=x)

@@ -18,6 +18,15 @@ def test_a_rule_that_matches_nothing_is_an_error():
         match_rules((QuantRule("*conv9*"), *INT8), PATHS)
 
 
+def test_a_rule_that_never_holds_is_an_error():
+    with pytest.raises(ValueError, match=r"'\*/conv1/\*' never holds.*as '\*conv1\*' does params/conv1/kernel"):
+        match_rules((QuantRule("*conv1*", skip=True), QuantRule("*/conv1/*"), *INT8), PATHS)
+    with pytest.raises(ValueError, match=r"'\*' never holds"):
+        match_rules((QuantRule(weight_bits=4), *INT8), PATHS)
+    every = (QuantRule("*conv1*"), QuantRule("params/l*"))  # a part of what the second one matches
+    assert match_rules(every, PATHS) == {PATHS[0]: every[0], PATHS[1]: every[0], PATHS[2]: every[1]}
+
+
 def test_patterns_are_case_sensitive():
     with pytest.raises(ValueError, match="matches no kernel"):
         match_rules((QuantRule("PARAMS/*"),), PATHS)
