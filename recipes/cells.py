@@ -10,16 +10,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal, NamedTuple, Protocol
 
-from ehap_jax.data import limit_training, load_dataset
+from ehap_jax.data import Dataset
 from ehap_jax.graph import Cost, count_cost
 from ehap_jax.report import accuracy_curves, write_report
 from ehap_jax.report.figure_style import save_figure
-from ehap_jax.training import Deadline, Progress, RunDirectory
-from recipes.command import RunOptions
+from ehap_jax.training import Deadline, Progress
+from recipes.command import TrainingOptions
 from recipes.criteria import Criterion
 from recipes.int8 import train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases
-from recipes.network import Network, load_network
+from recipes.network import Network, load_data, load_network
 from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
 
 DENSE = "dense"
@@ -62,16 +62,31 @@ def cells_of(config: CellsConfig) -> list[Cell]:
         ValueError: nothing to do, or a fraction out of range.
     """
     if config.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
+        raise ValueError(f"--cells.seeds must be at least 1, got {config.seeds}")
     if not config.criteria or not config.keeps:
-        raise ValueError("--criteria and --keeps each need at least one value")
+        raise ValueError("--cells.criteria and --cells.keeps each need at least one value")
     if not all(0 < keep <= 1 for keep in config.keeps):
-        raise ValueError(f"--keeps are fractions in (0, 1], got {config.keeps}")
+        raise ValueError(f"--cells.keeps are fractions in (0, 1], got {config.keeps}")
     cells = []
     for seed in range(config.seeds):
         cells.append(Cell(DENSE, 1.0, seed))
         cells += [Cell(criterion, keep, seed) for keep, criterion in product(config.keeps, config.criteria)]
     return cells
+
+
+def check_cells(config: CellsConfig, network: Network, dataset: Dataset) -> None:
+    """Everything that can be wrong with the cells, before any work starts.
+
+    Raises:
+        ValueError: naming the option, or the target that is out of reach.
+    """
+    cells_of(config)
+    phases = {"--cells.finetune": config.finetune, "--cells.int8": config.int8}
+    check_phases(dataset, phases, taught=("--cells.finetune",))
+    graph = network.graph()
+    for keep in config.keeps:
+        settings = replace(config.prune, keep=keep)
+        check_pruning(dataset, graph, settings, *config.criteria, option="--cells.prune")
 
 
 class Comparison(Protocol):
@@ -88,7 +103,7 @@ class Comparison(Protocol):
 
 
 def compare_cells(
-    config: Comparison, options: RunOptions, *, name: str, plot: str, cost: Literal["params", "macs", "bytes"]
+    config: Comparison, options: TrainingOptions, *, name: str, plot: str, cost: Literal["params", "macs", "bytes"]
 ) -> None:
     """Do all cells; write `name`.json, `name`.txt, a plot and a page of those that are done, also when stopped.
 
@@ -96,22 +111,17 @@ def compare_cells(
         OutOfTime: the time limit has passed.
     """
     deadline = Deadline(options.max_minutes)
-    cells_of(config.cells)
     network = load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
-    dataset = limit_training(dataset, config.train_images)
-    check_phases(dataset, cells_finetune=config.cells.finetune, cells_int8=config.cells.int8)
-    graph = network.graph()
-    for keep in config.cells.keeps:
-        check_pruning(dataset, graph, replace(config.cells.prune, keep=keep), *config.cells.criteria)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    dataset = load_data(network, config.data, config.train_images)
+    check_cells(config.cells, network, dataset)
+    run = options.create_run(config, "report")
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         start = accuracy(lab, network.apply, network.variables)
         try:
             run_cells(lab, network, config.cells)
         finally:
-            result = comparison(lab, config.cells, start)
+            result = {"model": network.architecture.model, **comparison(lab, config.cells, start)}
             run.write_json(f"{name}.json", result)
             run.write_text(f"{name}.txt", cells_table(result))
             if result["rows"]:
@@ -157,7 +167,10 @@ def _file(cell: Cell) -> str:
 
 
 def run_cell(lab: Lab, network: Network, cell: Cell, config: CellsConfig) -> dict[str, Any]:
-    """Prune, fine-tune and, where asked for, train in INT8; accuracies are of the test split, once per stage."""
+    """Prune, fine-tune and, where asked for, train in INT8; accuracies are of the test split, once per stage.
+
+    `accuracy_int8` is that of the fake-quantised network, `bytes_int8` those of the integers it stands for.
+    """
     started = time.perf_counter()
     graph, name = network.graph(), f"{cell.criterion}-{cell.keep:g}"
     found: dict[str, Any] = {"accuracy_pruned": None, "negative_scores": 0, "accuracy_int8": None, "bytes_int8": None}
@@ -165,7 +178,7 @@ def run_cell(lab: Lab, network: Network, cell: Cell, config: CellsConfig) -> dic
         small, cost = network, count_cost(graph)
     else:
         settings = replace(config.prune, criterion=cell.criterion, keep=cell.keep)
-        small, scores, plan, _ = prune_network(lab, cell.seed, network, graph, settings)
+        small, scores, plan, _ = prune_network(lab, cell.seed, network, graph, settings, prefix=f"{name}-")
         cost = count_cost(graph, plan)
         found |= {
             "accuracy_pruned": accuracy(lab, small.apply, small.variables),

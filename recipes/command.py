@@ -5,17 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, make_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ehap_jax.training import OutOfTime, Sink, tensorboard_sink, wandb_sink
+from ehap_jax.training import OutOfTime, RunDirectory, Sink, tensorboard_sink, wandb_sink
 
 Config = TypeVar("Config")
 
 MISSED, FAILED, UNFINISHED = 1, 2, 3
-"""Exit statuses: results that miss their bounds; a setting that cannot work; stopped by --max-minutes, not finished."""
+"""Exit statuses: results that miss their bounds; a setting that cannot work, or a run that failed, such as training
+that diverged; stopped by --max-minutes, not finished."""
+
+PACKAGES = {
+    "report": ("matplotlib", "jinja2"),
+    "spectrum": ("matfree", "matplotlib"),
+    "onnx": ("onnx", "onnxruntime"),
+    "tensorboard": ("tensorboard",),
+}
+"""What an extra of ehap-jax installs for the recipes."""
 
 
 class Missed(Exception):
@@ -34,10 +44,35 @@ class RunOptions:
     """Delete an earlier run of that name first."""
     max_minutes: float | None = None
     """Stop cleanly after about so many minutes, with exit status 3; --resume goes on."""
+
+    def create_run(self, config: Any, *extras: str) -> RunDirectory:
+        """The run directory, new or taken up, once every package is there that the run needs, be it in the end.
+
+        Args:
+            config: what determines the run.
+            extras: of `PACKAGES`.
+
+        Raises:
+            ImportError: naming the packages that are missing, and the extra.
+        """
+        for extra in extras:
+            require(extra)
+        return RunDirectory.create(self.output, config, resume=self.resume, overwrite=self.overwrite)
+
+
+@dataclass(frozen=True)
+class TrainingOptions(RunOptions):
+    """How to run what trains."""
+
     tensorboard: bool = False
     """Write TensorBoard event files into the run directory, too."""
     wandb: bool = False
     """Log to Weights & Biases, too."""
+
+    def create_run(self, config: Any, *extras: str) -> RunDirectory:
+        if self.wandb and find_spec("wandb") is None:
+            raise ImportError("--wandb needs Weights & Biases: pip install wandb")
+        return super().create_run(config, *extras, *(("tensorboard",) if self.tensorboard else ()))
 
     def sinks(self, config: Any) -> tuple[Sink, ...]:
         """Where training metrics go beside the run directory."""
@@ -49,50 +84,64 @@ class RunOptions:
         return tuple(found)
 
 
+def require(extra: str) -> None:
+    """Raise ImportError unless the packages of an extra are installed."""
+    missing = [name for name in PACKAGES[extra] if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"no {' and no '.join(missing)} here: pip install 'ehap-jax[{extra}]'")
+
+
 def run_command(
-    main: Callable[[Any, RunOptions], None],
+    main: Callable[[Any, Any], None],
     variants: Mapping[str, tuple[str, Any]],
     arguments: Sequence[str] | None = None,
     *,
     name: str,
+    options: type[RunOptions] = TrainingOptions,
 ) -> int:
     """Parse a configuration and run `main(config, options)`.
 
-    A setting that cannot work is one line on standard error and status 2; results that miss their bounds are one and 1.
+    A setting that cannot work, and a run that failed, is one line on standard error and status 2; results that miss
+    their bounds are one and 1.
 
     Args:
         main: the recipe.
         variants: name -> (what it is, its configuration); chosen by the first argument where there are several.
         arguments: default is the command line.
         name: of the recipe, for messages and the default run directory.
+        options: `RunOptions` for a recipe that trains nothing.
     """
-    config, options = parse(variants, arguments, name=name)
+    config, given = parse(variants, arguments, name=name, options=options)
     try:
-        main(config, options)
+        main(config, given)
     except OutOfTime as stopped:
         print(f"{name}: {stopped}; continue with --resume", file=sys.stderr)
         return UNFINISHED
     except Missed as missed:
         print(f"{name}: {missed}", file=sys.stderr)
         return MISSED
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError, NotImplementedError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return FAILED
     return 0
 
 
 def parse(
-    variants: Mapping[str, tuple[str, Config]], arguments: Sequence[str] | None, *, name: str
+    variants: Mapping[str, tuple[str, Config]],
+    arguments: Sequence[str] | None,
+    *,
+    name: str,
+    options: type[RunOptions] = TrainingOptions,
 ) -> tuple[Config, RunOptions]:
     """The configuration and the options on a command line; tyro's own exit where they do not parse."""
     kind = type(next(iter(variants.values()))[1])
     flat = tyro.conf.arg(name="")
     line: Any = make_dataclass(
-        "CommandLine", [("config", Annotated[kind, flat]), ("run", Annotated[RunOptions, flat])], frozen=True
+        "CommandLine", [("config", Annotated[kind, flat]), ("run", Annotated[options, flat])], frozen=True
     )
     line.__doc__ = kind.__doc__
-    options = RunOptions(Path("runs") / name)
-    lines = {variant: (text, line(config, options)) for variant, (text, config) in variants.items()}
+    default = options(Path("runs") / name)
+    lines = {variant: (text, line(config, default)) for variant, (text, config) in variants.items()}
     prog = f"python -m recipes.{name}"
     if len(lines) == 1:
         parsed = tyro.cli(line, args=arguments, default=next(iter(lines.values()))[1], prog=prog)

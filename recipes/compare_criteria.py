@@ -23,8 +23,10 @@ from typing import Annotated
 import tyro
 
 from recipes.cells import CellsConfig, compare_cells
-from recipes.command import RunOptions, run_command
+from recipes.command import TrainingOptions, run_command
+from recipes.criteria import ScoreConfig
 from recipes.lab import Phase
+from recipes.pruned import PruneConfig
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ VARIANTS = {
         ),
     ),
     "paper": (
-        "the paper's fine-tuning: 300 epochs, then 30 of INT8",
+        "the paper's 300 probes and fine-tuning: 300 epochs, then 30 of INT8",
         Config(
             cells=CellsConfig(
+                prune=PruneConfig(scores=ScoreConfig(estimator="probes")),
                 finetune=Phase(epochs=300, learning_rate=0.0512, weight_decay=5e-4),
                 int8=Phase(epochs=30, learning_rate=1e-4, weight_decay=5e-4),
             )
@@ -63,7 +66,7 @@ VARIANTS = {
 }
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     compare_cells(config, options, name="comparison", plot="accuracy.png", cost="params")
 
 

@@ -1,10 +1,10 @@
 """Does the noise of Hutchinson's probes matter for pruning, or does fine-tuning forgive it?
 
-EHAP and HAP rank channels by a few hundred probes (EHAP's released half-precision code by one, in effect). Here one
-dense network is pruned to the same fractions by 1, 10, ... probes, by the root mean square of a few probes' products
-(`TraceEstimate.probe_rms`), by the exact trace, by magnitude and by chance, and then fine-tuned alike. Besides
-accuracies it reports by how much the loss on the images of the trace rises, and what the second-order expansion
-predicts: half the sum of the exact scores of what was pruned.
+EHAP (arXiv 2306.07030) and HAP (arXiv 2101.08940) rank channels by a few hundred probes (EHAP's released
+half-precision code by one, in effect). Here one dense network is pruned to the same fractions by 1, 10, ... probes, by
+the root mean square of a few probes' products (`TraceEstimate.probe_rms`), by the exact trace, by magnitude and by
+chance, and then fine-tuned alike. Besides accuracies it reports by how much the loss on the images of the trace rises,
+and what the second-order expansion predicts: half the sum of the exact scores of what was pruned.
 
     python -m recipes.compare_estimators short resnet20.th --data npz:cifar10.npz     # two CPU cores, about an hour
     python -m recipes.compare_estimators full resnet20.th --data tfds:cifar10         # a GPU
@@ -31,7 +31,6 @@ import numpy as np
 import tyro
 
 from ehap_jax.curvature import channel_trace, gauss_newton_trace
-from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import Graph, count_cost
 from ehap_jax.pruning import (
     PruningPlan,
@@ -43,11 +42,11 @@ from ehap_jax.pruning import (
     random_scores,
 )
 from ehap_jax.report.figure_style import new_figure, save_figure
-from ehap_jax.training import Deadline, Progress, RunDirectory
+from ehap_jax.training import Deadline, Progress
 from recipes.cells import aligned, percent, spread
-from recipes.command import RunOptions, run_command
+from recipes.command import TrainingOptions, run_command
 from recipes.lab import Lab, Phase, accuracy, check_phases, evaluation_loss, train, training_batch
-from recipes.network import Network, load_network
+from recipes.network import Network, load_data, load_network
 
 MEASURED = ("accuracy_pruned", "accuracy", "loss_increase", "predicted_increase")
 
@@ -82,18 +81,17 @@ VARIANTS = {
 }
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     if min((*config.probes, *config.rms_probes), default=0) < 1 or config.seeds < 1:
         raise ValueError("--probes, --rms-probes and --seeds are at least 1")
     if not config.keeps or not all(0 < keep < 1 for keep in config.keeps):
         raise ValueError(f"--keeps are fractions between 0 and 1, got {config.keeps}")
     network = load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
-    dataset = limit_training(dataset, config.train_images)
-    check_phases(dataset, finetune=config.finetune)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    dataset = load_data(network, config.data, config.train_images)
+    check_phases(dataset, {"--finetune": config.finetune})
+    run = options.create_run(config, "report")
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, Deadline(options.max_minutes))
+        lab = Lab(dataset, run, progress, Deadline(options.max_minutes), options.sinks(config))
         start = accuracy(lab, network.apply, network.variables)
         try:
             run_cells(lab, network, config)

@@ -21,19 +21,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import tyro
 
-from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import Cost, Graph, count_cost
 from ehap_jax.pruning import PruningPlan, hessian_scores
 from ehap_jax.report import write_report
-from ehap_jax.training import Deadline, Progress, RunDirectory
+from ehap_jax.training import Deadline, Progress
 from recipes.cells import aligned, percent, spread
-from recipes.command import RunOptions, run_command
-from recipes.criteria import Compute, Course, ScoreConfig, probe_bytes, probed_trace
+from recipes.command import TrainingOptions, run_command
+from recipes.criteria import Compute, Course, ScoreConfig, probe_memory, probed_trace
 from recipes.lab import Lab, Phase, accuracy, check_phases, training_batch
-from recipes.network import Network, load_network, save_plan
-from recipes.pruned import PruneConfig, check_pruning, finetune, plan_of, shrink_network
+from recipes.network import Network, load_data, load_network, save_plan
+from recipes.pruned import TargetConfig, check_target, finetune, plan_of, shrink_network
 from recipes.ranking import kept_overlap, spearman
 from recipes.summary import Stage, probe_costs, summarise, write_scores
 
@@ -52,8 +52,8 @@ class Config:
     """Precisions; the first one is what the others are compared with."""
     seeds: int = 3
     """How many, starting from 0; a seed chooses the Hessian batch, the probes and the order of training."""
-    prune: PruneConfig = field(default_factory=lambda: PruneConfig(keep=0.1))
-    """`criterion`, `estimator` and `compute` in it do not matter here."""
+    prune: TargetConfig = field(default_factory=lambda: TargetConfig(keep=0.1))
+    """`estimator` and `compute` in its scores do not matter here."""
     finetune: Phase = field(default_factory=lambda: Phase(epochs=300, learning_rate=0.0512, weight_decay=5e-4))
 
 
@@ -62,7 +62,7 @@ VARIANTS = {
         "minutes on a CPU: 30 probes on 64 images, two short epochs on a part of the training images",
         Config(
             train_images=10_000,
-            prune=PruneConfig(keep=0.5, scores=ScoreConfig(examples=64, probes=30)),
+            prune=TargetConfig(keep=0.5, scores=ScoreConfig(examples=64, probes=30)),
             finetune=Phase(epochs=2, learning_rate=0.05, warmup=0.2),
         ),
     ),
@@ -84,6 +84,7 @@ def run_pair(lab: Lab, network: Network, graph: Graph, seed: int, compute: Compu
     first: Compute = config.computes[0]
     reference = probed_trace(lab, seed, network.apply, network.variables, batch, replace(settings, compute=first))
     reference_scores = hessian_scores(graph, network.variables, reference)
+    memory = probe_memory(network.apply, network.variables, batch, settings)
     reference_plan = PruningPlan.load(lab.run.file(f"seed{seed}/plan_{first}.json"))
     return {
         "seed": seed,
@@ -91,7 +92,8 @@ def run_pair(lab: Lab, network: Network, graph: Graph, seed: int, compute: Compu
         "seconds_per_probe": course.seconds_per_probe,
         "load_average": course.load_average,
         "machine_shared": course.machine_shared,
-        "probe_bytes": probe_bytes(network.apply, network.variables, batch, settings),
+        "probe_bytes": memory.needs[memory.product],
+        "product": memory.product,
         "trace_total": trace.total(),
         "trace_sem": trace.total_sem(),
         "rank_correlation": spearman(scores, reference_scores),
@@ -101,17 +103,16 @@ def run_pair(lab: Lab, network: Network, graph: Graph, seed: int, compute: Compu
     }
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     deadline = Deadline(options.max_minutes)
     if config.seeds < 1 or not config.computes or len(set(config.computes)) < len(config.computes):
         raise ValueError("--seeds must be at least 1, and --computes different precisions, at least one")
     network = load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
-    dataset = limit_training(dataset, config.train_images)
-    check_phases(dataset, finetune=config.finetune)
+    dataset = load_data(network, config.data, config.train_images)
+    check_phases(dataset, {"--finetune": config.finetune}, taught=("--finetune",))
     graph = network.graph()
-    check_pruning(dataset, graph, config.prune, "hessian")
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    check_target(dataset, graph, config.prune, "--prune", "hessian")
+    run = options.create_run(config, "report")
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         pairs: list[tuple[int, Compute]] = [
@@ -131,13 +132,41 @@ def main(config: Config, options: RunOptions) -> None:
             "probes": config.prune.scores.probes,
             "examples": config.prune.scores.examples,
             "machine_shared": any(row["machine_shared"] for row in rows),
-            "precisions": [precision(rows, compute, config.computes[0]) for compute in config.computes],
+            "precisions": [
+                precision(rows, compute, config.computes[0])
+                | {"largest_batch": largest_batch(lab, network, config, rows, compute)}
+                for compute in config.computes
+            ],
             "rows": rows,
         }
         run.write_json("precision.json", result)
         run.write_text("precision.txt", precision_table(result))
         write_report_of(lab, network, graph, config, rows, result["precisions"])
         progress.note((run.path / "precision.txt").read_text())
+
+
+def largest_batch(
+    lab: Lab, network: Network, config: Config, rows: Sequence[dict[str, Any]], compute: Compute
+) -> int | None:
+    """About how many images fit, in this precision, into what a probe of the first precision needs for its batch.
+
+    By what the compiler says that this batch and twice as many images need, with so much per image in between. None
+    where products are computed in different ways, which cannot be compared.
+    """
+    examples = config.prune.scores.examples
+    first, own = (
+        next(row for row in rows if (row["seed"], row["compute"]) == (0, name))
+        for name in (config.computes[0], compute)
+    )
+    if first is own:
+        return examples
+    images, labels = training_batch(lab.dataset, examples, 0)
+    twice = jnp.concatenate([images, images]), jnp.concatenate([labels, labels])
+    double = probe_memory(network.apply, network.variables, twice, replace(config.prune.scores, compute=compute))
+    if not first["product"] == own["product"] == double.product:
+        return None
+    per_image = (double.needs[double.product] - own["probe_bytes"]) / examples
+    return int(examples + (first["probe_bytes"] - own["probe_bytes"]) / per_image)
 
 
 def write_report_of(

@@ -13,6 +13,7 @@ import numpy as np
 
 from ehap_jax.curvature import (
     Policy,
+    ProductMemory,
     TraceEstimate,
     channel_trace,
     gauss_newton_trace,
@@ -43,7 +44,8 @@ class ScoreConfig:
     examples: int = 512
     """Training images, not augmented, for Hessian, Taylor and Fisher; which ones is the seed's choice."""
     estimator: Literal["auto", "exact", "probes"] = "auto"
-    """Hessian traces: exact, by Hutchinson probes, or exact where that is proven to be the Hessian's."""
+    """Hessian traces: exact, an error where that is not proven to be the Hessian's; by Hutchinson probes; or exact for
+    the kernels for which it is proven, and by probes of what is left for the others."""
     probes: int = 300
     compute: Compute = "float32"
     """Precision of the Hessian traces."""
@@ -103,12 +105,14 @@ def hessian_trace(
 ) -> TraceEstimate:
     """The Hessian trace of every channel, exact or from probes that are the same for every precision."""
     batch = training_batch(lab.dataset, config.examples, seed)
+    # Where every kernel is proven there are no probes to show, to save or to stop between.
     if config.estimator == "exact" or (config.estimator == "auto" and is_proven(graph)):
         with lab.progress.stage(f"seed {seed}: exact trace", 1) as advance:
             trace = gauss_newton_trace(apply, variables, batch, policy=Policy(config.compute))
             advance()
         return trace
-    return probed_trace(lab, seed, apply, variables, batch, config, label)
+    method = "auto" if config.estimator == "auto" else "hutchinson"
+    return probed_trace(lab, seed, apply, variables, batch, config, label, method=method)
 
 
 def is_proven(graph: Graph) -> bool:
@@ -124,8 +128,10 @@ def probed_trace(
     batch: tuple[jax.Array, jax.Array],
     config: ScoreConfig,
     label: str = "trace",
+    *,
+    method: str = "hutchinson",
 ) -> TraceEstimate:
-    """Hutchinson's estimate, saved as it goes and resumed from its file; its course is kept beside it.
+    """The estimate of `channel_trace`, saved as it goes and resumed from its file; its course is kept beside it.
 
     Raises:
         OutOfTime: the lab's deadline has passed; the probes so far are saved.
@@ -149,6 +155,8 @@ def probed_trace(
             batch,
             key=jax.random.key(2000 + seed),
             num_probes=config.probes,
+            method=method,
+            model=apply,
             policy=Policy(config.compute),
             probes_per_step=max(config.probes // 20, 1),
             microbatch=config.microbatch,
@@ -164,9 +172,16 @@ def probed_trace(
 
 def probe_bytes(apply: Callable, variables: Any, batch: tuple[jax.Array, jax.Array], config: ScoreConfig) -> int:
     """Bytes on the device at the peak of a probe of `probed_trace`, by the compiler (see `product_memory`)."""
-    policy = Policy(config.compute)
-    found = product_memory(evaluation_loss(apply), variables, batch, policy=policy, microbatch=config.microbatch)
+    found = probe_memory(apply, variables, batch, config)
     return found.needs[found.product]
+
+
+def probe_memory(
+    apply: Callable, variables: Any, batch: tuple[jax.Array, jax.Array], config: ScoreConfig
+) -> ProductMemory:
+    """How a probe of `probed_trace` computes its product, and what that needs."""
+    policy = Policy(config.compute)
+    return product_memory(evaluation_loss(apply), variables, batch, policy=policy, microbatch=config.microbatch)
 
 
 class Course:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -37,6 +37,9 @@ from ehap_jax.training import (
     training_inputs,
 )
 
+CHECKPOINT_SECONDS = 60.0
+"""What a kill costs, or an epoch where that takes longer."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -70,15 +73,19 @@ class Lab(NamedTuple):
     sinks: tuple[Sink, ...] = ()
 
 
-def check_phases(dataset: Dataset, **phases: Phase) -> None:
-    """Everything that can be wrong with the phases, before any work starts; the names are those of the options.
+def check_phases(dataset: Dataset, phases: Mapping[str, Phase], *, taught: Collection[str] = ()) -> None:
+    """Everything that can be wrong with the phases, before any work starts.
+
+    Args:
+        dataset: to train on.
+        phases: by their options, such as "--finetune".
+        taught: those that have a teacher to distil from.
 
     Raises:
         ValueError: naming the option.
     """
     count = len(dataset.x_train)
-    for name, phase in phases.items():
-        option = "--" + name.replace("_", "-")
+    for option, phase in phases.items():
         if phase.epochs < 1:
             raise ValueError(f"{option}.epochs must be at least 1, got {phase.epochs}")
         if not 1 <= phase.batch_size <= count:
@@ -91,6 +98,8 @@ def check_phases(dataset: Dataset, **phases: Phase) -> None:
             raise ValueError(f"{option}.average is a decay in [0, 1), got {phase.average}")
         if not 0 <= phase.distill <= 1 or not phase.temperature > 0:
             raise ValueError(f"{option}.distill must be in [0, 1] and {option}.temperature positive")
+        if phase.distill and option not in taught:
+            raise ValueError(f"{option}.distill {phase.distill}: this phase has no teacher; leave it at 0")
         if phase.batch_size % jax.device_count():
             devices = jax.device_count()
             raise ValueError(f"{option}.batch-size {phase.batch_size} is not a multiple of the {devices} devices")
@@ -148,7 +157,7 @@ def train(
             dataset.y_train,
             epochs=phase.epochs,
             checkpoints=saved,
-            checkpoint_every=max(phase.epochs // 4, 1),
+            checkpoint_seconds=CHECKPOINT_SECONDS,
             on_epoch=on_epoch,
             deadline=lab.deadline,
         )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ehap_jax.data import Normalisation
+from ehap_jax.data import Dataset, Normalisation, limit_training, load_dataset
 from ehap_jax.graph import Graph, trace_graph
 from ehap_jax.models import (
     VGG,
@@ -79,6 +79,36 @@ def new_network(architecture: Architecture, seed: int) -> Network:
     """A freshly initialised one."""
     model = architecture.build()
     return Network(architecture, eval_apply(model), train_apply(model), architecture.initialise(seed))
+
+
+def network_for(dataset: Dataset, model: str, seed: int = 0, **options: Any) -> Network:
+    """A freshly initialised network for a data set; options that are None are left to the model."""
+    given = {name: value for name, value in options.items() if value is not None}
+    described = Architecture(model, dataset.num_classes, dataset.image_shape, (dataset.mean, dataset.std), given)
+    return new_network(described, seed)
+
+
+def load_data(network: Network, source: str, train_images: int | None = None) -> Dataset:
+    """The data set `source` (see `load_dataset`), normalised as the network expects it.
+
+    Args:
+        network: that reads it.
+        source: its name.
+        train_images: take only so many for training; None takes all.
+
+    Raises:
+        ValueError: it has other classes or images of another shape than the network.
+    """
+    described = network.architecture
+    dataset = load_dataset(source, normalisation=described.normalisation)
+    if dataset.num_classes != described.num_classes:
+        raise ValueError(
+            f"the network tells {described.num_classes} classes apart, {dataset.name} has {dataset.num_classes}"
+        )
+    if dataset.image_shape != described.image_shape:
+        theirs, ours = (" × ".join(map(str, shape)) for shape in (dataset.image_shape, described.image_shape))
+        raise ValueError(f"the network is for images of {ours}, those of {dataset.name} have {theirs}")
+    return limit_training(dataset, train_images)
 
 
 def load_network(source: str | Path, image_shape: tuple[int, int, int] = (32, 32, 3)) -> Network:

@@ -7,11 +7,13 @@ parameters, then 300 epochs with learning rate 0.0512 and weight decay 5e-4.
     python -m recipes.prune short resnet20.th --data npz:cifar10.npz --prune.keep 0.5
     python -m recipes.prune short runs/pretrain --data digits --prune.criterion magnitude --prune.steps 4
 
-Expect the budget to be met within one channel group, and the shrunk network to equal the masked one; what accuracy is
-left is in ``results/REPRODUCTION.md``. Writes ``plan.json``, ``network.json`` and ``network.npz``
-(``recipes.quantize`` goes on from here), ``scores.npz``, ``summary.json``, ``metrics.jsonl``, ``report.html``
-and, where PyTorch and safetensors are installed, ``model/``, the network for others: weights under PyTorch's names,
-plan, model card.
+Expect the budget to be met within one channel group, and the shrunk network to equal the masked one to 1e-5 of its
+largest logit. Accuracy, from ``results/reproduction_resnet20.json`` (one epoch of fine-tuning on 20,000 images, one
+seed, two CPU cores, so far from recovered): ResNet-20 on CIFAR-10 (JPEG) keeps 75.5 % of 84.7 % at half of the
+parameters. Nothing has been measured with the paper's settings yet. Writes ``plan.json``, ``network.json`` and
+``network.npz`` (``recipes.quantize`` goes on from here), ``scores.npz``, ``summary.json``, ``metrics.jsonl``,
+``report.html`` and, where PyTorch and safetensors are installed, ``model/``, the network for others: weights under
+PyTorch's names, plan, model card.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from typing import Annotated
 
 import tyro
 
-from ehap_jax.data import limit_training, load_dataset
 from ehap_jax.graph import count_cost
 from ehap_jax.report import stage_table, write_report
-from ehap_jax.training import Deadline, Progress, RunDirectory
-from recipes.command import RunOptions, run_command
+from ehap_jax.training import Deadline, Progress
+from recipes.command import TrainingOptions, run_command
+from recipes.criteria import ScoreConfig
 from recipes.lab import Lab, Phase, accuracy, check_phases
 from recipes.model_directory import write_model_directory
-from recipes.network import load_network, save_network
+from recipes.network import load_data, load_network, save_network
 from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise, write_scores
 
@@ -53,8 +55,8 @@ class Config:
 
 
 def paper(channels: float) -> Config:
-    """The paper's settings with its kept fraction of the channels."""
-    return Config(prune=PruneConfig(budget="channels", keep=channels))
+    """The paper's settings with its kept fraction of the channels: 300 probes, where the default is exact traces."""
+    return Config(prune=PruneConfig(budget="channels", keep=channels, scores=ScoreConfig(estimator="probes")))
 
 
 VARIANTS = {
@@ -68,15 +70,14 @@ VARIANTS = {
 }
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     started, deadline = time.perf_counter(), Deadline(options.max_minutes)
     dense = load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=dense.architecture.normalisation)
-    dataset = limit_training(dataset, config.train_images)
-    check_phases(dataset, finetune=config.finetune, prune_between=config.prune.between)
+    dataset = load_data(dense, config.data, config.train_images)
+    check_phases(dataset, {"--finetune": config.finetune}, taught=("--finetune",))
     graph = dense.graph()
     check_pruning(dataset, graph, config.prune)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    run = options.create_run(config, "report")
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         pruned = prune_network(lab, config.seed, dense, graph, config.prune)

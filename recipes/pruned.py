@@ -24,7 +24,7 @@ from ehap_jax.pruning import (
     shrink_variables,
 )
 from recipes.criteria import Criterion, ScoreConfig, channel_scores, check_scores
-from recipes.lab import Lab, Phase, compare_masked, train
+from recipes.lab import Lab, Phase, check_phases, compare_masked, train
 from recipes.network import Network
 
 Budget = Literal["params", "macs", "bytes", "channels"]
@@ -32,10 +32,9 @@ Schedule = Literal["linear", "cubic"]
 
 
 @dataclass(frozen=True)
-class PruneConfig:
-    """What goes and how much."""
+class TargetConfig:
+    """How much is kept, and on what scores are computed."""
 
-    criterion: Criterion = "hessian"
     budget: Budget = "params"
     """What the fraction is of."""
     keep: float = 0.5
@@ -46,6 +45,13 @@ class PruneConfig:
     round_to: int = 1
     """Widths become multiples of it."""
     scores: ScoreConfig = field(default_factory=ScoreConfig)
+
+
+@dataclass(frozen=True)
+class PruneConfig(TargetConfig):
+    """What goes, how much, and in how many steps."""
+
+    criterion: Criterion = "hessian"
     steps: int = 1
     """1 prunes at once; more prune step by step."""
     schedule: Schedule = "cubic"
@@ -65,47 +71,60 @@ class Pruned(NamedTuple):
     masked_error: float
 
 
-def plan_of(graph: Graph, scores: Scores, config: PruneConfig) -> PruningPlan:
+def plan_of(graph: Graph, scores: Scores, config: TargetConfig) -> PruningPlan:
     """The plan the whole budget asks for at once."""
     target: Mapping[str, Any] = {config.budget: config.keep}
     return allocate(graph, scores, **target, **_limits(config))
 
 
-def _limits(config: PruneConfig) -> dict[str, Any]:
+def _limits(config: TargetConfig) -> dict[str, Any]:
     return {"coupling": config.coupling, "max_layer_ratio": config.max_layer_ratio, "round_to": config.round_to}
 
 
-def check_pruning(dataset: Dataset, graph: Graph, config: PruneConfig, *criteria: Criterion) -> None:
+def check_target(dataset: Dataset, graph: Graph, config: TargetConfig, option: str, *criteria: Criterion) -> None:
+    """Everything that can be wrong with pruning at once by these criteria, before any work starts.
+
+    Raises:
+        ValueError: naming the option, which begins with `option`, or the target that is out of reach.
+    """
+    if not {*criteria} <= {"magnitude", "random"}:
+        check_scores(dataset, config.scores, f"{option}.scores")
+    # Any scores allow the same range, so a target that is out of reach shows at once.
+    plan_of(graph, random_scores(graph, key=jax.random.key(0)), config)
+
+
+def check_pruning(
+    dataset: Dataset, graph: Graph, config: PruneConfig, *criteria: Criterion, option: str = "--prune"
+) -> None:
     """Everything that can be wrong with a pruning, before any work starts; by other criteria where some are given.
 
     Raises:
         ValueError: naming the option, or the target that is out of reach.
     """
+    if config.steps < 1:
+        raise ValueError(f"{option}.steps must be at least 1, got {config.steps}")
+    if config.steps > 1:
+        check_phases(dataset, {f"{option}.between": config.between})
     fractions_of(config)
-    if not {*(criteria or (config.criterion,))} <= {"magnitude", "random"}:
-        check_scores(dataset, config.scores, "--prune.scores")
-    # Any scores allow the same range, so a target that is out of reach shows at once.
-    plan_of(graph, random_scores(graph, key=jax.random.key(0)), config)
+    check_target(dataset, graph, config, option, *(criteria or (config.criterion,)))
 
 
 def fractions_of(config: PruneConfig) -> tuple[float, ...]:
-    """What is kept after each step.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if config.steps < 1:
-        raise ValueError(f"--prune.steps must be at least 1, got {config.steps}")
+    """What is kept after each step."""
     return kept_fractions(config.keep, config.steps, schedule={"linear": linear, "cubic": cubic}[config.schedule])
 
 
-def prune_network(lab: Lab, seed: int, network: Network, graph: Graph, config: PruneConfig) -> Pruned:
-    """Score, allocate and shrink: at once, or step by step with training in between."""
+def prune_network(lab: Lab, seed: int, network: Network, graph: Graph, config: PruneConfig, prefix: str = "") -> Pruned:
+    """Score, allocate and shrink: at once, or step by step with training in between.
+
+    `prefix` begins the names under which the run keeps the steps: a run that prunes several times with one seed
+    names each. Probes of the dense network are the same for all of them, and have no prefix.
+    """
     fractions = fractions_of(config)
     scored: list[tuple[Any, Scores]] = []
 
     def score(variables) -> Scores:
-        label = f"step{len(scored) + 1}_trace" if scored else "trace"
+        label = f"{prefix}step{len(scored) + 1}_trace" if scored else "trace"
         found = channel_scores(lab, seed, config.criterion, graph, network.apply, variables, config.scores, label)
         scored.append((variables, found))
         return found
@@ -113,7 +132,8 @@ def prune_network(lab: Lab, seed: int, network: Network, graph: Graph, config: P
     def train_between(plan: PruningPlan, variables, number: int):
         if number + 1 == len(fractions):
             return variables
-        return train(lab, f"step{number + 1}", seed, shrink(network.train_apply, plan), variables, config.between)
+        stage = f"{prefix}step{number + 1}"
+        return train(lab, stage, seed, shrink(network.train_apply, plan), variables, config.between)
 
     plan, _ = prune_iteratively(
         graph, network.variables, fractions, score=score, train=train_between, budget=config.budget, **_limits(config)

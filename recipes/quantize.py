@@ -4,6 +4,11 @@ EHAP (arXiv 2306.07030, section 4.4): symmetric weights per channel, asymmetric 
 from 512 training images, then quantisation-aware training with SGD and a cosine from 1e-3, its ranges frozen after
 40 % of it. Beside it post-training quantisation: the same ranges, no training.
 
+INT8 training is training: it can make a network better than it was, which says nothing about its rounding. So the
+control, ``float_trained``, is the float network trained on alike, for as long, on the same batches in the same order,
+its BatchNorm frozen likewise, without the rounding. The gate compares the integers with it; differences from the float
+network of before are reported beside.
+
     python -m recipes.quantize cifar runs/prune                           # goes on from recipes.prune
     python -m recipes.quantize short resnet20.th --data npz:cifar10.npz   # a checkpoint; prunes it first
 
@@ -12,8 +17,8 @@ integers differ between fake quantisation, `to_integer` and ONNX Runtime, and by
 seed ``float.onnx`` and the trained network for others in ``model/``: weights under PyTorch's names, plan, INT8 as
 ``model.onnx``, model card. Where PyTorch or safetensors is not installed, that is ``int8.onnx`` alone.
 
-Exits with status 1, when all is written, where the accuracy of the integers is more than 0.3 points from float in the
-mean over seeds, or ONNX Runtime computed other integers than JAX.
+Exits with status 1, when all is written, where the accuracy of the integers is more than 0.3 points from that of the
+control in the mean over seeds, or ONNX Runtime computed other integers than JAX.
 """
 
 from __future__ import annotations
@@ -23,7 +28,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, NamedTuple
@@ -34,21 +38,22 @@ import numpy as np
 import tyro
 
 from ehap_jax import INT8, fake_quant
-from ehap_jax.data import limit_training, load_dataset, normalise
+from ehap_jax.data import normalise
 from ehap_jax.graph import Cost, count_cost
-from ehap_jax.quant import IntegerNetwork, rounded_activations, save_onnx, to_integer, to_onnx
+from ehap_jax.quant import IntegerNetwork, rounded_activations
 from ehap_jax.report import stage_table, write_report
-from ehap_jax.training import Deadline, Progress, RunDirectory
-from recipes.command import Missed, RunOptions, run_command
+from ehap_jax.training import Deadline, Progress
+from recipes.command import Missed, TrainingOptions, run_command
 from recipes.int8 import Int8Network, calibrate, int8_network, train_int8
-from recipes.lab import Lab, Phase, accuracy, check_phases
+from recipes.integers import float_onnx, int8_onnx, integer_network, run_integers, write_onnx
+from recipes.lab import Lab, Phase, accuracy, check_phases, train
 from recipes.model_directory import write_model_directory
-from recipes.network import Network, load_network, save_network
+from recipes.network import Network, load_data, load_network, save_network
 from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
 from recipes.summary import Stage, summarise
 
 POINTS = 0.3
-"""Largest mean difference of accuracy, in percentage points, from the float network."""
+"""Largest mean difference of accuracy, in percentage points, between the integers and the control."""
 
 ONNX, BATCH = "qat: integer and ONNX Runtime", 256
 """The pair of implementations that have to agree in every integer; test images that ONNX Runtime is given at once."""
@@ -76,7 +81,7 @@ class Config:
     observed: float = 0.4
     """Share of the training that moves the ranges; then they are frozen."""
     onnx: bool = True
-    """Write ONNX files and run them; needs the packages onnx and onnxruntime."""
+    """Write ONNX files and run them; needs the packages onnx and onnxruntime, --no-onnx does not."""
 
 
 VARIANTS = {
@@ -120,8 +125,12 @@ def run_seed(lab: Lab, seed: int, dense: Network, config: Config) -> SeedResult:
     trained = train_int8(
         lab, seed, network.apply, network.variables, config.qat, calibrated=ranges, observed=config.observed
     )
+    control = train_float(lab, seed, network, config.qat)
     cost = count_cost(network.graph())
-    stages = {"float": Stage(accuracy(lab, network.apply, network.variables), cost)}
+    stages = {
+        "float": Stage(accuracy(lab, network.apply, network.variables), cost),
+        "float_trained": Stage(accuracy(lab, network.apply, control), cost),
+    }
     differences: dict[str, dict[str, float]] = {}
     onnx = None
     for name, found in (("ptq", untrained), ("qat", trained)):
@@ -134,7 +143,9 @@ def run_seed(lab: Lab, seed: int, dense: Network, config: Config) -> SeedResult:
             differences[ONNX] = runtime.difference
             onnx = runtime.model
     small = network._replace(variables=trained.variables["variables"])
-    written = write_model_directory(lab, seed, small, stages, f"seed{seed}", onnx=onnx)
+    stages["qat_float"] = Stage(accuracy(lab, small.apply, small.variables), cost)
+    of_model = {name: stage for name, stage in stages.items() if name.startswith("qat")}
+    written = write_model_directory(lab, seed, small, of_model, f"seed{seed}", onnx=onnx)
     if written is None and onnx is not None:
         write_onnx(lab, onnx, f"seed{seed}/int8.onnx")
     return SeedResult(stages, differences)
@@ -150,11 +161,19 @@ def prepare(lab: Lab, seed: int, network: Network, config: Config) -> Network:
     return tuned
 
 
+def train_float(lab: Lab, seed: int, network: Network, phase: Phase) -> dict[str, Any]:
+    """The control: the weights after `train_int8` without its rounding."""
+
+    def frozen(variables, x):
+        return network.apply(variables, x), {}
+
+    return train(lab, "float_trained", seed, frozen, network.variables, phase)
+
+
 def measure(lab: Lab, int8: Int8Network, cost: Cost, compared: int) -> Measured:
     """Accuracy as fake-quantised and as integers, and the integers that differ between the two."""
     weights, ranges = int8.variables["variables"], int8.variables["ranges"]
-    example = jnp.zeros((1, *lab.dataset.image_shape))
-    integers = to_integer(int8.quantized, weights, ranges, example=example)
+    integers = integer_network(lab, int8)
     cost = cost._replace(bytes=int8.bytes)
     x = normalise(jnp.asarray(lab.dataset.x_test[:compared]), lab.dataset.mean, lab.dataset.std)
     fake = jax.jit(partial(rounded_activations, int8.quantized))(weights, ranges, x)
@@ -164,11 +183,6 @@ def measure(lab: Lab, int8: Int8Network, cost: Cost, compared: int) -> Measured:
         "integer": Stage(accuracy(lab, run_integers, integers), cost),
     }
     return Measured(stages, compare_tensors(fake, {name: real[name] for name in fake}), real)
-
-
-def run_integers(network: IntegerNetwork, x: jax.Array) -> jax.Array:
-    """Logits."""
-    return network(x)
 
 
 def integer_tensors(network: IntegerNetwork, x: jax.Array) -> dict[str, jax.Array]:
@@ -187,33 +201,19 @@ def run_onnx(
     lab: Lab, seed: int, network: Network, int8: Int8Network, integers: Mapping[str, Any], compared: int
 ) -> Onnx:
     """Write the float file, and run the INT8 one."""
-    weights, ranges = int8.variables["variables"], int8.variables["ranges"]
-    example = jax.ShapeDtypeStruct((1, *lab.dataset.image_shape), jnp.float32)
-    described = {"seed": seed, "model": network.architecture.model, "normalisation": network.architecture.normalisation}
-    options: dict[str, Any] = {"example": example, "plan": network.plan, "metadata": described, "dynamic_batch": True}
-    floats, whole = (
-        to_onnx(network.apply, network.variables, **options),
-        to_onnx(int8.quantized, weights, ranges, **options),
-    )
-    write_onnx(lab, floats, f"seed{seed}/float.onnx")
+    write_onnx(lab, float_onnx(lab, seed, network), f"seed{seed}/float.onnx")
+    whole = int8_onnx(lab, seed, network, int8)
     dataset, runtime = lab.dataset, session(whole)
     right = 0
     for start in range(0, len(dataset.x_test), BATCH):
         x = onnx_inputs(lab, start, start + BATCH)
         (logits,) = runtime.run(None, {"x": x})
         right += int(np.sum(np.argmax(logits, axis=1) == dataset.y_test[start : start + BATCH]))
-    exposed = session(to_onnx(int8.quantized, weights, ranges, expose=True, **options))
+    exposed = session(int8_onnx(lab, seed, network, int8, expose=True))
     names = [out.name.removesuffix("/out") for out in exposed.get_outputs()]
     theirs = dict(zip(names, exposed.run(None, {"x": onnx_inputs(lab, 0, compared)}), strict=True))
     difference = compare_tensors(integers, {name: theirs[name] for name in integers})
     return Onnx(right / len(dataset.x_test), difference, whole)
-
-
-def write_onnx(lab: Lab, model: Any, name: str) -> None:
-    """Write a file of the run, in place of an earlier one."""
-    path = lab.run.file(name)
-    path.unlink(missing_ok=True)
-    save_onnx(model, path)
 
 
 def onnx_inputs(lab: Lab, start: int, end: int) -> np.ndarray:
@@ -238,52 +238,54 @@ def check_config(config: Config, lab_images: int) -> None:
         raise ValueError(f"--observed must be in (0, 1], got {config.observed}")
     if config.compared_images < 1:
         raise ValueError(f"--compared-images must be at least 1, got {config.compared_images}")
-    if config.onnx:
-        missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
-        if missing:
-            raise ImportError(f"no {' or '.join(missing)} here: pip install 'ehap-jax[onnx]', or give --no-onnx")
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     started, deadline = time.perf_counter(), Deadline(options.max_minutes)
     dense = load_network(config.network)
-    dataset = load_dataset(config.data, normalisation=dense.architecture.normalisation)
-    dataset = limit_training(dataset, config.train_images)
-    check_phases(dataset, finetune=config.finetune, qat=config.qat)
+    dataset = load_data(dense, config.data, config.train_images)
+    check_phases(dataset, {"--finetune": config.finetune, "--qat": config.qat}, taught=("--finetune",))
     check_config(config, len(dataset.x_train))
     if config.prune.keep != 1 and dense.plan is None:
         check_pruning(dataset, dense.graph(), config.prune)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    run = options.create_run(config, "report", *(("onnx",) if config.onnx else ()))
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         results = [run_seed(lab, seed, dense, config) for seed in range(config.seeds)]
-        lost = {
-            stage: mean(abs(r.stages[stage].accuracy - r.stages["float"].accuracy) for r in results) * 100
-            for stage in results[0].stages
-            if stage != "float"
+        stages = [result.stages for result in results]
+        checks = {
+            f"points_from_{base}_{stage}": points_apart(stages, stage, base)
+            for base in ("float", "float_trained")
+            for stage in stages[0]
+            if stage != base
         }
-        checks = {f"points_from_float_{stage}": points for stage, points in lost.items()}
         seconds = {"total": time.perf_counter() - started}
         run.write_json("differences.json", [result.differences for result in results])
-        run.write_json("summary.json", summarise([r.stages for r in results], seconds=seconds, checks=checks))
+        run.write_json("summary.json", summarise(stages, seconds=seconds, checks=checks))
         write_report(run.path)
         progress.console.print(stage_table(run.read_json("summary.json")))
-        progress.note(f"integers after training: {lost['qat_integer']:.2f} points from float")
-    missed = misses(lost["qat_integer"], [result.differences for result in results])
+        lost = points_apart(stages, "qat_integer", "float_trained")
+        progress.note(f"integers after training: {lost:.2f} points from the float network trained alike")
+    missed = misses(lost, [result.differences for result in results])
     if missed:
         raise Missed("; ".join(missed))
+
+
+def points_apart(seeds: Sequence[Mapping[str, Stage]], stage: str, base: str) -> float:
+    """Mean over seeds of the absolute difference of two stages' accuracies, in percentage points."""
+    return 100 * mean(abs(stages[stage].accuracy - stages[base].accuracy) for stages in seeds)
 
 
 def misses(points: float, differences: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
     """What the recipe promises and did not reach, in words.
 
     Args:
-        points: mean difference between the accuracies of integers and float network, in percentage points.
+        points: mean difference between the accuracies of integers and control, in percentage points.
         differences: of every seed, by pair of implementations.
     """
     found = []
     if not points <= POINTS + 1e-9:
-        found.append(f"the integers are {points:.2f} points from float, beyond {POINTS}")
+        found.append(f"the integers are {points:.2f} points from float training, beyond {POINTS}")
     for seed, of_seed in enumerate(differences):
         if ONNX in of_seed and of_seed[ONNX]["differ"]:
             apart = of_seed[ONNX]

@@ -2,11 +2,14 @@
 
 Trains a small CIFAR-style ResNet on scikit-learn's handwritten digits, measures the Hessian trace of every channel in
 float32, bfloat16 and float16 with the same probes (EHAP, arXiv 2306.07030), prunes the least sensitive channels,
-proves masked == shrunk, fine-tunes, trains with INT8 fake quantisation, and writes a report.
+proves masked == shrunk, fine-tunes, trains with INT8 fake quantisation, and writes a report. "int8" in it is the
+fake-quantised network, and its bytes are those of the integers it stands for; `recipes.ehap` and `recipes.quantize` run
+the integers.
 
-    python -m recipes.quickstart                # three seeds
+    python -m recipes.quickstart                # three seeds, 2.4 minutes
     python -m recipes.quickstart --seeds 1
 
+Expect 99 % dense, fine-tuned and in INT8, at 14 % of the parameters and 4 % of the bytes (``results/quickstart.json``).
 A killed run continues with ``--resume`` and ends in the same numbers. The test split is evaluated once per stage, for
 the table; no step of a run reads it.
 """
@@ -25,12 +28,12 @@ from ehap_jax import PruningPlan, Scores, allocate, count_cost, hessian_scores, 
 from ehap_jax.data import Dataset, load_dataset
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.report import stage_table, write_report
-from ehap_jax.training import Deadline, Progress, RunDirectory
-from recipes.command import RunOptions, run_command
+from ehap_jax.training import Deadline, Progress
+from recipes.command import TrainingOptions, run_command
 from recipes.criteria import Course, ScoreConfig, probed_trace
 from recipes.int8 import train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases, train, training_batch
-from recipes.network import Architecture, Network, new_network, save_plan
+from recipes.network import Network, network_for, save_plan
 from recipes.pruned import finetune, shrink_network
 from recipes.summary import Stage, summarise, write_scores
 
@@ -122,21 +125,19 @@ def check_config(config: Config, dataset: Dataset) -> None:
         raise ValueError(f"--trace-examples {config.trace_examples} is not between 1 and the {count} training images")
     if config.num_probes < 2:
         raise ValueError(f"--num-probes must be at least 2, got {config.num_probes}")
-    check_phases(dataset, dense=config.dense, finetune=config.finetune, int8=config.int8)
+    phases = {"--dense": config.dense, "--finetune": config.finetune, "--int8": config.int8}
+    check_phases(dataset, phases, taught=("--finetune",))
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     started, deadline = time.perf_counter(), Deadline(options.max_minutes)
     dataset = load_dataset(config.data)
-    normalisation = (dataset.mean, dataset.std)
-    model_options = {"shortcut": config.shortcut, "widths": config.widths}
-    architecture = Architecture(config.model, dataset.num_classes, dataset.image_shape, normalisation, model_options)
     check_config(config, dataset)
-    network = new_network(architecture, seed=0)
+    network = network_for(dataset, config.model, shortcut=config.shortcut, widths=config.widths)
     # Any scores allow the same range, so a target that is out of reach shows at once.
     graph = network.graph()
     allocate(graph, random_scores(graph, key=jax.random.key(0)), macs=config.macs, coupling=config.coupling)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    run = options.create_run(config, "report")
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         results = [run_seed(lab, config, network, seed) for seed in range(config.seeds)]

@@ -20,16 +20,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from ehap_jax.data import limit_training, load_dataset
+from ehap_jax.data import limit_training
 from ehap_jax.report import write_comparison
 from ehap_jax.training import Deadline, RunDirectory
 from recipes import compare_criteria, compare_precision, pretrain
-from recipes.cells import CellsConfig
-from recipes.command import RunOptions, run_command
+from recipes.cells import CellsConfig, check_cells
+from recipes.command import TrainingOptions, run_command
 from recipes.criteria import ScoreConfig
-from recipes.lab import Phase, check_phases
-from recipes.network import load_network
-from recipes.pruned import PruneConfig
+from recipes.lab import Phase
+from recipes.network import load_data, load_network
+from recipes.pruned import TargetConfig, check_target
 
 PARTS = {
     "pretrain": "summary.json",
@@ -50,7 +50,7 @@ class Config:
     train_images: int | None = None
     """Use only so many of the training images for what follows the dense training."""
     pretrain: tyro.conf.Suppress[pretrain.Config] = field(default_factory=pretrain.Config)
-    precision: PruneConfig = field(default_factory=lambda: PruneConfig(keep=0.1))
+    precision: TargetConfig = field(default_factory=lambda: TargetConfig(keep=0.1))
     """How networks are pruned that compare precisions; fine-tuning and seeds are those of the cells."""
     cells: CellsConfig = field(default_factory=CellsConfig)
     """The comparison of criteria."""
@@ -60,7 +60,7 @@ def paper(model: str, channels: float) -> Config:
     """The paper's settings for a network: its fraction of the channels, 300 epochs, INT8 training."""
     return Config(
         pretrain=pretrain.VARIANTS[model][1],
-        precision=PruneConfig(budget="channels", keep=channels),
+        precision=TargetConfig(budget="channels", keep=channels),
         cells=compare_criteria.VARIANTS["paper"][1].cells,
     )
 
@@ -70,7 +70,7 @@ VARIANTS = {
         "from a trained checkpoint, one short epoch of fine-tuning on a part of the training images",
         Config(
             train_images=10_000,
-            precision=PruneConfig(keep=0.25, scores=ScoreConfig(examples=64, probes=30)),
+            precision=TargetConfig(keep=0.25, scores=ScoreConfig(examples=64, probes=30)),
             cells=CellsConfig(finetune=Phase(epochs=1, learning_rate=0.05, warmup=0.2)),
         ),
     ),
@@ -80,15 +80,12 @@ VARIANTS = {
 }
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     deadline = Deadline(options.max_minutes)
-    # What every part would find missing in the end is found missing here, before a directory is made.
-    network = None if config.dense is None else load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=network and network.architecture.normalisation)
-    check_phases(limit_training(dataset, config.train_images), cells_finetune=config.cells.finetune)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    check_parts(config)
+    run = options.create_run(config, "report")
 
-    def part(name: str, recipe: Callable[[Any, RunOptions], None], settings: Any) -> None:
+    def part(name: str, recipe: Callable[[Any, TrainingOptions], None], settings: Any) -> None:
         started = (run.path / name).exists()
         recipe(settings, replace(options, output=run.path / name, resume=started, max_minutes=deadline.minutes_left()))
 
@@ -109,8 +106,26 @@ def main(config: Config, options: RunOptions) -> None:
     finally:
         found = collect(run.path)
         run.write_json("reproduction.json", found)
-        if found:
-            write_comparison([run.path / name for name in found], run.file("report.html"))
+        # A part that was stopped before its first network has a result, and nothing to draw.
+        drawn = [run.path / name for name in found if (run.path / name / "summary.json").exists()]
+        if drawn:
+            write_comparison(drawn, run.file("report.html"))
+
+
+def check_parts(config: Config) -> None:
+    """Everything that a part would find wrong when its turn comes, before any work starts.
+
+    Raises:
+        ValueError: naming the option, or the target that is out of reach.
+    """
+    if config.dense is None:
+        network, dataset = pretrain.prepare(replace(config.pretrain, data=config.data))
+        dataset = limit_training(dataset, config.train_images)
+    else:
+        network = load_network(config.dense)
+        dataset = load_data(network, config.data, config.train_images)
+    check_target(dataset, network.graph(), config.precision, "--precision", "hessian")
+    check_cells(config.cells, network, dataset)
 
 
 def collect(directory: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The papers' claims as a table in markdown, from the JSON of runs: one row per claim and run.
 
     python -m recipes.reproduction results/reproduction_*.json --published results/compare_torch_*.json \
-        --output results/REPRODUCTION.md
+        --sweeps runs/sweep/sweep.json --quantized runs/quantize/summary.json --output results/REPRODUCTION.md
 
 Writes the table, and beside it one picture per run, accuracy against multiply-accumulates, named after its JSON file.
-Reads ``reproduction.json`` of `recipes.reproduce` and ``comparison.json`` of `recipes.compare_torch` (the trace as
-EHAP's released code computes it beside the fixed one). Every row says whether it ran, ran shortened (and how), or did
-not run.
+Reads ``reproduction.json`` of `recipes.reproduce`, ``comparison.json`` of `recipes.compare_torch` (the trace as
+EHAP's released code computes it beside the fixed one), ``sweep.json`` of `recipes.sweep` and ``summary.json`` of
+`recipes.quantize`; of the last two, configuration and versions beside them, or all three in one file: ``{"config": …,
+"versions": …, "sweep": …}``, or ``"summary"``. Every row says whether it ran, ran shortened (and how), or did not run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ehap_jax.report import accuracy_curves
 from ehap_jax.report.figure_style import save_figure
 from ehap_jax.report.tables import markdown_table
 from recipes.cells import percent, stages_of
+from recipes.quantize import POINTS
 
 PAPER_EPOCHS, PAPER_INT8_EPOCHS, PAPER_SEEDS, PAPER_PROBES, PAPER_EXAMPLES = 300, 30, 3, 300, 512
 
@@ -37,6 +39,10 @@ class Arguments:
     """``reproduction.json`` files."""
     published: tuple[Path, ...] = ()
     """``comparison.json`` files of recipes.compare_torch."""
+    sweeps: tuple[Path, ...] = ()
+    """``sweep.json`` files of recipes.sweep."""
+    quantized: tuple[Path, ...] = ()
+    """``summary.json`` files of recipes.quantize."""
     output: Path = Path("results/REPRODUCTION.md")
     """Replaced where it exists."""
 
@@ -52,6 +58,12 @@ class Row(NamedTuple):
 
 NOT_RUN = "not run"
 
+COMPARED = ("hessian", "magnitude", "random")
+"""The criteria of the papers' claim."""
+
+RESNET56 = "Goal: ResNet-56, 93.46 % at 47 % of the MACs, 93.36 % at 40 %"
+INT8 = f"Goal: INT8 integers within {POINTS} points of float training"
+
 
 def rows_of(reproduction: dict[str, Any]) -> list[Row]:
     """All claims on the network of one run."""
@@ -64,17 +76,18 @@ def rows_of(reproduction: dict[str, Any]) -> list[Row]:
 def network_of(part: dict[str, Any]) -> str:
     """Checkpoint, data set and device."""
     config, device = part["config"], part["versions"]["device"]
-    return f"{config['dense']}, {part['result']['data']}, {device['kind']}"
+    return f"{_short(config['dense'])}, {part['result']['data']}, {device['kind']}"
 
 
 def precision_rows(part: dict[str, Any] | None, network: str) -> list[Row]:
     """Speed and memory of the trace, and accuracy after pruning by it."""
     speed = "FP16 traces are 17 % to 44 % faster than FP32 ones (EHAP, on its GPUs)"
     memory = "FP16 traces take about 40 % less GPU memory (EHAP)"
+    batch = "A larger Hessian batch fits in FP16 (EHAP)"
     equal = "Pruning by FP16 traces is as accurate as by FP32 ones (EHAP)"
     entries = {} if part is None else {entry["compute"]: entry for entry in part["result"]["precisions"]}
     if part is None or not {"float32", "float16"} <= entries.keys():
-        return [Row(claim, network, "", NOT_RUN) for claim in (speed, memory, equal)]
+        return [Row(claim, network, "", NOT_RUN) for claim in (speed, memory, batch, equal)]
     result, config = part["result"], part["config"]
     sizes = {"probes": result["probes"], "examples": result["examples"], "seeds": len(result["rows"]) // len(entries)}
     state = shortened(
@@ -99,8 +112,20 @@ def precision_rows(part: dict[str, Any] | None, network: str) -> list[Row]:
             f"{100 * (less / need - 1):+.0f} %",
             traced,
         ),
+        batch_row(batch, network, result, need, low, traced),
         Row(equal, network, gap, state),
     ]
+
+
+def batch_row(claim: str, network: str, result: dict[str, Any], need: float, low: dict[str, Any], state: str) -> Row:
+    """How many images fit in half precision where the batch fits in single precision."""
+    if low.get("largest_batch") is None:
+        return Row(claim, network, "", NOT_RUN)
+    here = (
+        f"in the {need:.0f} MB that FP32 needs for {result['examples']} images, by the compiler, "
+        f"FP16 takes about {low['largest_batch']}"
+    )
+    return Row(claim, network, here, state)
 
 
 def speed_row(
@@ -132,7 +157,8 @@ def criteria_rows(part: dict[str, Any] | None, network: str) -> list[Row]:
         )
         paired = "; ".join(f"{gap['first']} − {gap['other']} {percent(gap['difference'])}" for gap in gaps)
         seeds = min((len(entry["seeds"]) for entry in entries), default=0)
-        state = short_criteria(part, seeds) if entries else NOT_RUN
+        missing = [name for name in COMPARED if name not in {entry["criterion"] for entry in entries}]
+        state = short_criteria(part, seeds, missing) if entries else NOT_RUN
         here = f"{text}; paired in points: {paired}" if paired else text
         rows.append(Row(claim.format(keep=f"{100 * keep:g} %"), network, here, state))
     return rows
@@ -159,15 +185,25 @@ def int8_rows(part: dict[str, Any] | None, network: str) -> list[Row]:
     ]
 
 
-def short_criteria(part: dict[str, Any], seeds: int) -> str:
-    """The state of a row of the comparison of criteria."""
+def short_criteria(part: dict[str, Any], seeds: int, missing: Sequence[str] = ()) -> str:
+    """The state of a row of the comparison of criteria, of which some may be missing."""
     cells, result = part["config"]["cells"], part["result"]
-    return shortened(
+    scores = cells["prune"]["scores"]
+    # Only the Hessian's scores depend on how traces are taken.
+    probed = "hessian" in cells["criteria"] and scores["estimator"] == "probes"
+    exact = "hessian" in cells["criteria"] and not probed
+    state = shortened(
         epochs=cells["finetune"]["epochs"],
         int8_epochs=cells["int8"]["epochs"],
         seeds=seeds,
         images=result["train_images"] if part["config"]["train_images"] else None,
+        probes=scores["probes"] if probed else PAPER_PROBES,
+        examples=scores["examples"] if probed or exact else PAPER_EXAMPLES,
     )
+    notes = [
+        f"exact traces{' where proven' if scores['estimator'] == 'auto' else ''}, not {PAPER_PROBES} probes"
+    ] * exact
+    return "; ".join([state, *notes, *(f"without {name}" for name in missing)])
 
 
 def shortened(
@@ -189,8 +225,10 @@ def shortened(
         less.append(f"{images:,} training images")
     if seeds < PAPER_SEEDS:
         less.append(f"{seeds} of {PAPER_SEEDS} seeds")
-    if probes < PAPER_PROBES or examples < PAPER_EXAMPLES:
-        less.append(f"{probes} probes on {examples} images")
+    if probes < PAPER_PROBES:
+        less.append(f"{probes} of {PAPER_PROBES} probes")
+    if examples < PAPER_EXAMPLES:
+        less.append(f"{examples} of {PAPER_EXAMPLES} images in the Hessian batch")
     return f"ran shortened: {', '.join(less)}" if less else "ran"
 
 
@@ -208,17 +246,46 @@ def published_rows(comparison: dict[str, Any]) -> list[Row]:
     return [Row("300 FP16 probes rank the channels (EHAP's released code)", network, here, state)]
 
 
-def never_run() -> list[Row]:
-    """Claims and goals that no recipe of this project has measured."""
-    return [
-        Row("A larger Hessian batch fits in FP16 (EHAP)", "-", "", NOT_RUN),
-        Row(
-            "Goal: ResNet-56, 93.46 % at 47 % of the MACs, 93.36 % at 40 %",
-            "-",
-            "",
-            f"{NOT_RUN}: recipes.sweep resnet56",
-        ),
-    ]
+def sweep_row(run: dict[str, Any]) -> Row:
+    """Accuracy over kept fractions, by the first criterion; the goal where it is a ResNet-56."""
+    config, result = run["config"], run["sweep"]
+    cells, model = config["cells"], result["model"]
+    criterion = cells["criteria"][0]
+    entries = [e for e in result["statistics"] if e["criterion"] in ("dense", criterion)]
+    kept = ["dense" if e["criterion"] == "dense" else f"{100 * e['keep']:g} %" for e in entries]
+    here = "; ".join(f"{k}: {percent(e['accuracy'])} %" for k, e in zip(kept, entries, strict=True))
+    claim = RESNET56 if model == "resnet56" else f"Accuracy of {model} at fractions of the {cells['prune']['budget']}"
+    how = [f"{cells['finetune']['epochs']} epochs of fine-tuning", f"{cells['seeds']} seeds"]
+    if config["train_images"]:
+        how.append(f"{result['train_images']:,} training images")
+    if result["cells_done"] < result["cells"]:
+        how.append(f"{result['cells_done']} of {result['cells']} cells")
+    return Row(claim, network_of({**run, "result": result}), f"{criterion}: {here}", f"ran: {', '.join(how)}")
+
+
+def int8_goal_row(run: dict[str, Any]) -> Row:
+    """Integers beside the float network trained for as long, and what rounding costs without training."""
+    config, summary = run["config"], run["summary"]
+    accuracies = {s["stage"]: percent({"mean": s["accuracy"], "std": s["accuracy_std"]}) for s in summary["stages"]}
+    points = summary["checks"]["points_from_float_trained_qat_integer"]
+    here = (
+        f"{points:.2f} points in the mean over seeds, {'reached' if points <= POINTS else 'missed'}: "
+        f"float {accuracies['float']} %, trained on {accuracies['float_trained']} %; integers without training "
+        f"{accuracies['ptq_integer']} %, trained {accuracies['qat_integer']} %"
+    )
+    how = [f"{config['qat']['epochs']} epochs", f"{len(summary['seeds'])} of {PAPER_SEEDS} seeds"]
+    if config["train_images"]:
+        how.append(f"{config['train_images']:,} training images")
+    network = f"{_short(config['network'])}, {_short(config['data'])}, {run['versions']['device']['kind']}"
+    return Row(INT8, network, here, f"ran: {', '.join(how)}")
+
+
+def goal_rows(sweeps: Sequence[dict[str, Any]], quantized: Sequence[dict[str, Any]]) -> list[Row]:
+    """The project's own goals, those without a run included."""
+    rows = [*(sweep_row(run) for run in sweeps), *(int8_goal_row(run) for run in quantized)]
+    recipes = {RESNET56: "recipes.sweep resnet56", INT8: "recipes.quantize cifar"}
+    missing = recipes.keys() - {row.claim for row in rows}
+    return rows + [Row(goal, "-", "", f"{NOT_RUN}: {recipes[goal]}") for goal in recipes if goal in missing]
 
 
 def draw(run: dict[str, Any], path: Path) -> bool:
@@ -229,11 +296,17 @@ def draw(run: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def document(runs: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]], pictures: Sequence[str] = ()) -> str:
+def document(
+    runs: Sequence[dict[str, Any]],
+    published: Sequence[dict[str, Any]],
+    sweeps: Sequence[dict[str, Any]] = (),
+    quantized: Sequence[dict[str, Any]] = (),
+    pictures: Sequence[str] = (),
+) -> str:
     """The page; `pictures` are files beside it."""
     rows = [row for run in runs for row in rows_of(run)]
     rows += [row for comparison in published for row in published_rows(comparison)]
-    rows += never_run()
+    rows += goal_rows(sweeps, quantized)
     table = markdown_table(("claim", "network, data, device", "here", "state"), rows)
     return (
         "# The papers' claims, checked\n\n"
@@ -245,20 +318,35 @@ def document(runs: Sequence[dict[str, Any]], published: Sequence[dict[str, Any]]
     )
 
 
+def read_run(path: Path, name: str) -> dict[str, Any]:
+    """A run's result under its name, with its configuration and versions: from one file, or from those beside it."""
+    found = _read(path)
+    if name in found:
+        return found
+    return {name: found, **{other: _read(path.with_name(f"{other}.json")) for other in ("config", "versions")}}
+
+
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _short(name: str) -> str:
+    """A file or data set without the folders of the machine."""
+    return name.rsplit("/", 1)[-1]
 
 
 def command(arguments: Sequence[str] | None = None) -> int:
     """Parse and write."""
     given = tyro.cli(Arguments, args=arguments, prog="python -m recipes.reproduction")
     try:
-        if not given.runs:
-            raise ValueError("name at least one reproduction.json")
+        if not (given.runs or given.published or given.sweeps or given.quantized):
+            raise ValueError("name at least one file")
         runs, published = ([_read(path) for path in paths] for paths in (given.runs, given.published))
         files = [given.output.with_name(f"{path.stem}.png") for path in given.runs]
         pictures = [file.name for run, file in zip(runs, files, strict=True) if draw(run, file)]
-        write_text(given.output, document(runs, published, pictures))
+        sweeps = [read_run(path, "sweep") for path in given.sweeps]
+        quantized = [read_run(path, "summary") for path in given.quantized]
+        write_text(given.output, document(runs, published, sweeps, quantized, pictures))
     except (KeyError, ValueError, OSError, ImportError) as error:
         print(f"reproduction: {type(error).__name__}: {error}", file=sys.stderr)
         return 2

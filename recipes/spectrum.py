@@ -27,12 +27,11 @@ from jax.flatten_util import ravel_pytree
 
 from ehap_jax._whole_files import written_whole
 from ehap_jax.curvature import gnvp, linearized_hvp
-from ehap_jax.data import load_dataset
 from ehap_jax.report.figure_style import new_figure, save_figure
 from ehap_jax.training import Deadline, Progress, RunDirectory
 from recipes.command import RunOptions, run_command
 from recipes.lab import evaluation_loss, training_batch
-from recipes.network import Network, load_network
+from recipes.network import Network, load_data, load_network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +94,7 @@ class Quadrature(NamedTuple):
 def main(config: Config, options: RunOptions) -> None:
     deadline = Deadline(options.max_minutes)
     network, chunks = prepare(config)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    run = options.create_run(config, "spectrum")
     found: dict[str, Any] = {}
     quadratures: dict[str, list[Quadrature]] = {}
     vectors: dict[str, np.ndarray] = {}
@@ -125,7 +124,7 @@ def prepare(config: Config) -> tuple[Network, list[tuple[jax.Array, jax.Array]]]
     """The network and the chunks of its batch; every setting is checked before any work starts.
 
     Raises:
-        ValueError: a setting out of range. ImportError: matfree or matplotlib is missing.
+        ValueError: a setting out of range.
     """
     for name in ("examples", "microbatch", "steps", "draws", "pairs"):
         if getattr(config, name) < 1:
@@ -134,12 +133,11 @@ def prepare(config: Config) -> tuple[Network, list[tuple[jax.Array, jax.Array]]]
         raise ValueError(f"--matrices must be different ones, at least one; got {config.matrices}")
     if config.pairs > config.steps:
         raise ValueError(f"{config.steps} steps give at most as many eigenpairs, not --pairs {config.pairs}")
-    tridiagonal(config, 1)
     network = load_network(config.dense)
     size = sum(leaf.size for leaf in jax.tree.leaves(network.variables["params"]))
     if config.steps > size:
         raise ValueError(f"--steps {config.steps} is more than the network's {size} parameters")
-    dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
+    dataset = load_data(network, config.data)
     images, labels = training_batch(dataset, config.examples, config.seed)
     starts = range(0, config.examples, config.microbatch)
     return network, [(images[i : i + config.microbatch], labels[i : i + config.microbatch]) for i in starts]
@@ -179,10 +177,8 @@ def operator_of(matrix: Matrix, network: Network, chunks: list[tuple[jax.Array, 
 
 def tridiagonal(config: Config, steps: int) -> Callable:
     """matfree's Lanczos algorithm."""
-    try:
-        from matfree import decomp
-    except ImportError as error:
-        raise ImportError("spectra need matfree: pip install 'ehap-jax[spectrum]'") from error
+    from matfree import decomp
+
     reortho = "full" if config.reorthogonalise else "none"
     return decomp.tridiag_sym(steps, reortho=reortho, custom_vjp=False)
 
@@ -286,7 +282,7 @@ def figure_of(quadratures: dict[str, list[Quadrature]]) -> Figure:
 
 def command(arguments: Sequence[str] | None = None) -> int:
     """Parse and run."""
-    return run_command(main, VARIANTS, arguments, name="spectrum")
+    return run_command(main, VARIANTS, arguments, name="spectrum", options=RunOptions)
 
 
 if __name__ == "__main__":

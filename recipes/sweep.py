@@ -19,7 +19,7 @@ from typing import Annotated
 import tyro
 
 from recipes.cells import CellsConfig, compare_cells
-from recipes.command import RunOptions, run_command
+from recipes.command import TrainingOptions, run_command
 from recipes.criteria import ScoreConfig
 from recipes.lab import Phase
 from recipes.pruned import PruneConfig
@@ -67,7 +67,7 @@ VARIANTS = {
 }
 
 
-def main(config: Config, options: RunOptions) -> None:
+def main(config: Config, options: TrainingOptions) -> None:
     compare_cells(config, options, name="sweep", plot="pareto.png", cost="macs")
 
 

@@ -7,8 +7,10 @@ be 17 % to 44 % faster on its GPUs.
     python -m recipes.trace short resnet20.th --data npz:cifar10.npz             # minutes on two CPU cores
 
 Expect float16 to agree with float32 on the same probes (rank correlation above 0.99). The exact trace needs no probes
-and is computed where it is proven to be the Hessian's. Writes ``trace.json`` (totals, seconds per probe, rank
-correlations), ``scores.npz``, the traces themselves and ``report.html``.
+and is computed where it is proven to be the Hessian's; without it, the standard errors of the probes say what their
+ranking is worth. Writes ``trace.json`` (totals, seconds per probe, rank correlations, and from the standard errors the
+expected agreement with infinitely many probes: rank correlation, overlap of the half that would be pruned),
+``scores.npz``, the traces themselves and ``report.html``.
 """
 
 from __future__ import annotations
@@ -22,12 +24,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from ehap_jax.curvature import TraceEstimate
-from ehap_jax.data import load_dataset
+from ehap_jax.curvature import TraceEstimate, expected_agreement
 from ehap_jax.graph import count_cost
 from ehap_jax.pruning import hessian_scores
 from ehap_jax.report import write_report
-from ehap_jax.training import Deadline, Progress, RunDirectory
+from ehap_jax.training import Deadline, Progress
 from recipes.command import RunOptions, run_command
 from recipes.criteria import (
     Compute,
@@ -40,7 +41,7 @@ from recipes.criteria import (
     probed_trace,
 )
 from recipes.lab import Lab, accuracy, training_batch
-from recipes.network import load_network
+from recipes.network import load_data, load_network
 from recipes.ranking import spearman
 from recipes.summary import Stage, probe_costs, summarise, write_scores
 
@@ -71,12 +72,14 @@ def main(config: Config, options: RunOptions) -> None:
     if not config.computes or len(set(config.computes)) < len(config.computes):
         raise ValueError(f"--computes must be different precisions, at least one; got {config.computes}")
     network = load_network(config.dense)
-    dataset = load_dataset(config.data, normalisation=network.architecture.normalisation)
+    dataset = load_data(network, config.data)
     check_scores(dataset, config.scores, "--scores")
+    if config.scores.probes < 2:
+        raise ValueError(f"--scores.probes must be at least 2 for standard errors, got {config.scores.probes}")
     batch = training_batch(dataset, config.scores.examples, config.seed)
-    run = RunDirectory.create(options.output, config, resume=options.resume, overwrite=options.overwrite)
+    run = options.create_run(config, "report")
     with Progress() as progress:
-        lab = Lab(dataset, run, progress, deadline, options.sinks(config))
+        lab = Lab(dataset, run, progress, deadline)
         graph = network.graph()
         traces: dict[str, TraceEstimate] = {}
         for compute in config.computes:
@@ -94,6 +97,7 @@ def main(config: Config, options: RunOptions) -> None:
             rows[name] |= {f"rank_correlation_with_{first}": spearman(scores[name], scores[first])}
             if name != "exact":
                 rows[name]["total_sem"] = trace.total_sem()
+                rows[name]["expected_agreement"] = expected_agreement(trace, network.variables)
                 rows[name]["seconds_per_probe"] = Course(lab, config.seed, f"trace_{name}").seconds_per_probe
                 settings = replace(config.scores, compute=name)
                 rows[name]["probe_bytes"] = probe_bytes(network.apply, network.variables, batch, settings)
@@ -111,7 +115,7 @@ def main(config: Config, options: RunOptions) -> None:
 
 def command(arguments: Sequence[str] | None = None) -> int:
     """Parse and run."""
-    return run_command(main, VARIANTS, arguments, name="trace")
+    return run_command(main, VARIANTS, arguments, name="trace", options=RunOptions)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Epoch after epoch, with checkpoints between them."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ def fit(
     epochs: int,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 1,
+    checkpoint_seconds: float = 0.0,
     on_epoch: Callable[[int, TrainState, EpochMetrics], None] | None = None,
     deadline: Deadline | None = None,
 ) -> TrainState:
@@ -36,6 +38,8 @@ def fit(
         epochs: how many in total.
         checkpoints: where to save, and to resume from if it has a checkpoint (numbered by epochs done).
         checkpoint_every: epochs from one checkpoint to the next; the last epoch is always saved.
+        checkpoint_seconds: at least so long from one checkpoint to the next: a kill costs little more than that, or an
+            epoch where that is longer, and short epochs are not spent on writing.
         on_epoch: called as `on_epoch(epochs_done, state, metrics)` before the checkpoint is saved, for bars and logs;
             a resumed run may repeat epochs it has already reported.
         deadline: where it has passed after an epoch other than the last, that epoch is saved and the run stops.
@@ -53,6 +57,7 @@ def fit(
             raise ValueError(f"{checkpoints.directory} holds {done} epochs, more than the {epochs} asked for")
         state = checkpoints.restore(state, done)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
+    saved_at = time.monotonic()
     for number in range((done or 0) + 1, epochs + 1):
         state, metrics = epoch(state, images, labels)
         # Metrics reach the host once per epoch; this also waits for the epoch to be done.
@@ -65,8 +70,10 @@ def fit(
         if on_epoch is not None:
             on_epoch(number, state, metrics)
         stopping = deadline is not None and deadline.passed and number < epochs
-        if checkpoints is not None and (number % checkpoint_every == 0 or number == epochs or stopping):
+        due = number % checkpoint_every == 0 and time.monotonic() - saved_at >= checkpoint_seconds
+        if checkpoints is not None and (due or number == epochs or stopping):
             checkpoints.save(number, state)
+            saved_at = time.monotonic()
         if deadline is not None and stopping:
             deadline.check(f"{number} of {epochs} epochs done")
     return state

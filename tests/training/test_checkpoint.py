@@ -1,5 +1,7 @@
 """A run killed and resumed ends in the same bits; half a checkpoint is never read."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,21 @@ def test_killed_after_any_epoch_and_resumed_is_bit_identical(run, tmp_path, ever
             assert checkpoints.latest() == EPOCHS
         assert reported == list(range(saved + 1, EPOCHS + 1))
         assert_identical(whole, resumed)
+
+
+def test_checkpoints_are_written_by_the_clock(run, tmp_path, monkeypatch):
+    train, _ = run
+    now, saved = 0.0, []
+
+    def after_40_seconds(*_):
+        nonlocal now
+        now += 40.0
+
+    monkeypatch.setitem(fit.__globals__, "time", SimpleNamespace(monotonic=lambda: now))
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints, "save", lambda number, _: saved.append(number))
+        train(checkpoints=checkpoints, checkpoint_seconds=60.0, on_epoch=after_40_seconds)
+    assert saved == [2, EPOCHS]
 
 
 def test_a_finished_run_is_restored_without_training(run, tmp_path):

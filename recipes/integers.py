@@ -1,0 +1,63 @@
+"""The integers that an INT8 network was trained to be: run in JAX, and as an ONNX file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ehap_jax.quant import IntegerNetwork, save_onnx, to_integer, to_onnx
+from recipes.int8 import Int8Network
+from recipes.lab import Lab
+from recipes.network import Network
+
+
+def integer_network(lab: Lab, int8: Int8Network) -> IntegerNetwork:
+    """The network in integers from the first rounding to the logits."""
+    example = jnp.zeros((1, *lab.dataset.image_shape))
+    return to_integer(int8.quantized, int8.variables["variables"], int8.variables["ranges"], example=example)
+
+
+def run_integers(network: IntegerNetwork, x: jax.Array) -> jax.Array:
+    """Logits; what `recipes.lab.accuracy` evaluates."""
+    return network(x)
+
+
+def int8_onnx(lab: Lab, seed: int, network: Network, int8: Int8Network, *, expose: bool = False) -> Any:
+    """The same integers as an `onnx.ModelProto`, its quantised activations outputs, too, where they are exposed.
+
+    Args:
+        lab: where.
+        seed: of the network, for the file's metadata.
+        network: that was quantised; dense or shrunk.
+        int8: what became of it.
+        expose: see `to_onnx`.
+    """
+    weights, ranges = int8.variables["variables"], int8.variables["ranges"]
+    return to_onnx(int8.quantized, weights, ranges, expose=expose, **_onnx_options(lab, seed, network))
+
+
+def float_onnx(lab: Lab, seed: int, network: Network) -> Any:
+    """A network in floating point as an `onnx.ModelProto`."""
+    return to_onnx(network.apply, network.variables, **_onnx_options(lab, seed, network))
+
+
+def write_onnx(lab: Lab, model: Any, name: str) -> None:
+    """Write a file of the run, in place of an earlier one."""
+    path = lab.run.file(name)
+    path.unlink(missing_ok=True)
+    save_onnx(model, path)
+
+
+def _onnx_options(lab: Lab, seed: int, network: Network) -> dict[str, Any]:
+    return {
+        "example": jax.ShapeDtypeStruct((1, *lab.dataset.image_shape), jnp.float32),
+        "plan": network.plan,
+        "metadata": {
+            "seed": seed,
+            "model": network.architecture.model,
+            "normalisation": network.architecture.normalisation,
+        },
+        "dynamic_batch": True,
+    }
