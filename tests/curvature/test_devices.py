@@ -114,8 +114,8 @@ def test_axes_of_other_names_are_refused():
 
 
 def test_an_exact_trace_on_a_mesh_is_that_of_one_device(found):
-    """In several compiled functions, the way of CPUs, in one, and begun on four devices and ended on one."""
+    """On three meshes in several compiled functions, the way of CPUs; in one; begun on four devices, ended on one."""
     one, *others = (np.array(values) for values in found["exact"])
-    assert one.max() > 0 and len(others) == 4
+    assert one.max() > 0 and len(others) == 5
     for other in others:
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-6 * one.max())
