@@ -42,8 +42,8 @@ def needs():
 def test_each_way_needs_less_than_the_faster_one(needs):
     assert list(needs) == ["linearize", "jvp", "remat"]
     residuals = 12 * 512 * 16 * 4
-    assert needs["linearize"] > needs["jvp"] > residuals > 0.5 * needs["remat"]
-    assert needs["remat"] < 0.7 * needs["jvp"]
+    assert needs["linearize"] > needs["jvp"] > residuals
+    assert needs["remat"] < 0.5 * needs["jvp"]  # 0.41 of it with JAX 0.10, 0.44 with 0.11
 
 
 def test_the_fastest_that_fits_is_chosen_and_its_bytes_are_told(needs):
