@@ -131,7 +131,10 @@ def versions() -> dict[str, Any]:
 
 
 def _git_commit(directory: Path) -> dict[str, Any] | None:
-    """Commit and whether tracked files differ from it, only where this package is part of the repository."""
+    """Commit and whether tracked files differ from it, only where this package is part of the repository.
+
+    Files of measured results do not count: a benchmark of several parts rewrites its own between them.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(directory), *arguments]
@@ -140,7 +143,8 @@ def _git_commit(directory: Path) -> dict[str, Any] | None:
     try:
         if not git("ls-files", str(directory)):
             return None
-        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return None
 
