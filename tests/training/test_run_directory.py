@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ehap_jax.training import Progress, RunDirectory
+from ehap_jax.training import Progress, RunDirectory, run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,3 +109,22 @@ def test_on_a_terminal_there_is_a_bar_with_the_counts():
     stream = io.StringIO()
     stages(Console(file=stream, force_terminal=True, width=120))
     assert "dense" in stream.getvalue() and "2/2" in stream.getvalue() and "accuracy 0.9877" in stream.getvalue()
+
+
+def test_rewritten_results_are_no_change_of_the_code(tmp_path):
+    def git(*arguments):
+        who = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    package, measured = tmp_path / "package", tmp_path / "results"
+    git("init")
+    for folder in (package, measured):
+        folder.mkdir()
+        (folder / "file").write_text("old")
+    git("add", ".")
+    git("commit", "-m", "first")
+    (measured / "file").write_text("new")
+    found = run_directory._git_commit(package)
+    assert found is not None and len(found["commit"]) == 40 and not found["modified"]
+    (package / "file").write_text("new")
+    assert run_directory._git_commit(package) == {**found, "modified": True}
