@@ -4,11 +4,12 @@
     python -m benchmarks.training --network resnet32 ehap-wrn28-8 --compute bfloat16 --batches 200      # a GPU
 
 JAX: `ehap_jax.training.make_epoch`, the data set on the device as uint8; shuffle, crop, flip and normalisation inside
-jit. PyTorch: what one writes first, a DataLoader with crop and flip per image (in worker processes on a GPU),
-channels_last, SGD with Nesterov momentum, autocast to bfloat16 where that is asked for; eager, and through
-torch.compile with its defaults. Images are random numbers of CIFAR's shape: the speed does not depend on what they
-show. Every row runs in a process of its own; its first epoch (which compiles) is reported apart. `load_average` far
-above the cores means that others used the machine: then compare CPU seconds.
+jit. `jax.devices` (CPU only): the same with a device per core, which share every batch. PyTorch: what one writes first,
+a DataLoader with crop and flip per image (in worker processes on a GPU), channels_last, SGD with Nesterov momentum,
+autocast to bfloat16 where that is asked for; eager, and through torch.compile with its defaults. Images are random
+numbers of CIFAR's shape: the speed does not depend on what they show. Every row runs in a process of its own; its first
+epoch (which compiles) is reported apart. `load_average` far above the cores means that others used the machine: then
+compare CPU seconds.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ehap_jax.data import Augmentation, Dataset, limit_training, make_dataset
 from ehap_jax.models import init_variables, make_model, train_apply
 from ehap_jax.training import (
     create_train_state,
+    data_mesh,
     forward_from_apply,
     low_precision,
     make_epoch,
@@ -39,7 +41,7 @@ from ehap_jax.training import (
 )
 from ehap_jax.training.run_directory import versions
 
-ROWS = ("jax", "torch", "torch.compile")
+ROWS = ("jax", "jax.devices", "torch", "torch.compile")
 RATE, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
 
 
@@ -59,8 +61,10 @@ def random_dataset(images: int) -> Dataset:
 
 def measure(row: str, network: str, batch_size: int, batches: int, epochs: int, compute: str) -> dict[str, Any]:
     """One row: seconds of the first epoch, and images per second over the others."""
+    if row == "jax.devices":
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     dataset = random_dataset(batch_size * batches)
-    epoch = (jax_epoch if row == "jax" else torch_epoch)(dataset, network, batch_size, epochs, compute, row)
+    epoch = (jax_epoch if row.startswith("jax") else torch_epoch)(dataset, network, batch_size, epochs, compute, row)
     started = time.perf_counter()
     next(epoch)
     first = time.perf_counter() - started
@@ -103,7 +107,9 @@ def jax_epoch(dataset: Dataset, network: str, batch_size: int, epochs: int, comp
     forward = forward_from_apply(train_apply(model))
     if compute != "float32":
         forward = low_precision(forward, compute)
-    run = make_epoch(forward, optimizer, training_inputs(dataset), batch_size=batch_size, num_examples=count)
+    mesh = data_mesh() if jax.device_count() > 1 else None
+    inputs = training_inputs(dataset)
+    run = make_epoch(forward, optimizer, inputs, batch_size=batch_size, num_examples=count, mesh=mesh)
     state = create_train_state(variables, optimizer, jax.random.key(0))
     images, labels = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
     while True:

@@ -113,7 +113,9 @@ def make_epoch(
     for several seeds, or several masks kept in `model_state`, and it compiles once.
 
     XLA's CPU backend runs gradients of convolutions inside a loop body about twenty times slower than outside, so
-    there the epoch is a Python loop over one jitted step; elsewhere it is one jitted scan.
+    there the epoch is a Python loop; elsewhere it is one jitted scan. In that loop the forward and the backward pass
+    are two programs: in one, that backend would compute activations again, element by element in the transposed order
+    in which weight gradients read them, which takes a third of a step's time (`python -m benchmarks.training`).
 
     Args:
         forward: `forward(params, model_state, x) -> (logits, new_model_state)`, pure; see `forward_from_apply`.
@@ -163,9 +165,7 @@ def make_epoch(
         raise ValueError(f"batch size {batch_size} is not a multiple of the {mesh.size} devices of the mesh")
     steps = num_examples // batch_size
 
-    def step(
-        state: TrainState, totals: _Totals, order: jax.Array, images: jax.Array, labels: jax.Array, teaching: Any
-    ) -> tuple[TrainState, _Totals]:
+    def forward_pass(state: TrainState, order: jax.Array, images: jax.Array, labels: jax.Array, teaching: Any):
         start = jnp.mod(state.step, steps) * batch_size
         chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))
         # Keys of steps and of shuffles come from two different streams.
@@ -180,16 +180,22 @@ def make_epoch(
             if teacher is not None:
                 taught = distillation_loss(logits, teacher.apply(teaching, x), teacher.temperature)
                 value = (1 - teacher.weight) * value + teacher.weight * jnp.mean(taught)
-            return value, (logits, model_state)
+            correct = jnp.sum(jnp.argmax(logits, axis=-1).astype(y.dtype) == y, dtype=jnp.int32)
+            return value, (model_state, correct)
 
-        (value, (logits, model_state)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        value, backward, (model_state, correct) = jax.vjp(objective, state.params, has_aux=True)
+        return value, model_state, correct, backward
+
+    def backward_pass(
+        state: TrainState, totals: _Totals, value: jax.Array, model_state: Any, correct: jax.Array, backward: Callable
+    ) -> tuple[TrainState, _Totals]:
+        (gradient,) = backward(jnp.ones_like(value))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         if project is not None:
             projected = dict(project({"params": params, **model_state}))
             params = projected.pop("params")
             model_state = projected
-        correct = jnp.sum(jnp.argmax(logits, axis=-1).astype(y.dtype) == y, dtype=jnp.int32)
         totals = _Totals(totals.loss + value.astype(jnp.float32), totals.correct + correct)
         following = state.average
         if average is not None:
@@ -202,14 +208,15 @@ def make_epoch(
 
     def scanned(state: TrainState, images: jax.Array, labels: jax.Array, teaching: Any) -> tuple[TrainState, _Totals]:
         order = shuffle(state)
-        carry, _ = jax.lax.scan(
-            lambda carry, _: (step(*carry, order, images, labels, teaching), None),
-            (state, _zero_totals()),
-            length=steps,
-        )
-        return carry
 
-    jitted_scan, jitted_shuffle, jitted_step = jax.jit(scanned), jax.jit(shuffle), jax.jit(step)
+        def step(carry: tuple[TrainState, _Totals], _: None) -> tuple[tuple[TrainState, _Totals], None]:
+            state, totals = carry
+            return backward_pass(state, totals, *forward_pass(state, order, images, labels, teaching)), None
+
+        return jax.lax.scan(step, (state, _zero_totals()), length=steps)[0]
+
+    jitted_scan, jitted_shuffle = jax.jit(scanned), jax.jit(shuffle)
+    jitted_forward, jitted_backward = jax.jit(forward_pass), jax.jit(backward_pass)
 
     def epoch(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, EpochMetrics]:
         if len(images) != num_examples or len(labels) != num_examples:
@@ -230,7 +237,8 @@ def make_epoch(
         else:
             order = jitted_shuffle(state)
             for _ in range(steps):
-                state, totals = jitted_step(state, totals, order, images, labels, teaching)
+                passed = jitted_forward(state, order, images, labels, teaching)
+                state, totals = jitted_backward(state, totals, *passed)
         return state, EpochMetrics(totals.loss / steps, totals.correct / (steps * batch_size))
 
     return epoch
