@@ -4,7 +4,8 @@
     python -m benchmarks.channel_trace --max-minutes 10   # a part of them; the same command goes on from there
     python -m benchmarks.channel_trace --quick --out /tmp/quick.json      # a tiny network: does it run?
 
-`ehap` is `channel_trace` as a user calls it. `float32` is JAX's matmul precision "highest" (in PyTorch: TF32 off),
+`ehap` is `channel_trace` as a user calls it; `ehap-devices` (CPU only) the same with a mesh of a device per core, which
+divide the images. `float32` is JAX's matmul precision "highest" (in PyTorch: TF32 off),
 `tf32` JAX's default (in PyTorch: TF32 on), the same as `float32` on a CPU and therefore left out there; `bfloat16` and
 `float16` are policies (in PyTorch: autocast; for `torch-func` the network cast). PyTorch's rows are the functions of
 `interop.reference.products` on the same weights, with one thread per core that the process may use: `torch-published`

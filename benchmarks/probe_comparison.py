@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.probe_rows import PEAKS, TORCH, Row
+from benchmarks.probe_rows import OURS, PEAKS, TORCH, Row
 
 BASES = {"tf32": ("float32",), "bfloat16": ("float32", "tf32"), "float16": ("float32", "tf32")}
 """Which of our own precisions another one is compared with."""
@@ -46,11 +46,11 @@ def beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     peaks = [other for other in others if other["variant"] in PEAKS and other["precision"] == row["precision"]]
     for what in ("matmul", "conv") if peaks else ():
         found[f"of_{what}_peak"] = flops / max(peak[f"{what}_flops"] for peak in peaks)
-    if row["variant"] != "ehap":
+    if row["variant"] not in OURS:
         return found
     alike = [other for other in others if all(other[k] == row[k] for k in ("network", "batch", "side"))]
     pytorch = {o["variant"]: o for o in alike if o["variant"] in TORCH and o["precision"] == row["precision"]}
-    ours = [o for o in alike if o["variant"] == "ehap" and o["chunk"] == row["chunk"]]
+    ours = [o for o in alike if o["variant"] == row["variant"] and o["chunk"] == row["chunk"]]
     bases = {f"ehap {o['precision']}": o for o in ours if o["precision"] in BASES.get(row["precision"], ())}
     found["times_as_fast_as"] = {
         **{name: times_as_fast(row, other) for name, other in pytorch.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,8 +16,9 @@ import numpy as np
 
 from benchmarks.measure import about, peak_memory, torch_device, torch_provenance
 from benchmarks.peaks import measure_peak
-from benchmarks.probe_rows import TORCH, Row, flop_per_probe, loss_and_start
+from benchmarks.probe_rows import OURS, TORCH, Row, flop_per_probe, loss_and_start
 from ehap_jax.curvature import Policy, channel_trace, product_memory
+from ehap_jax.curvature.devices import DATA, PROBE
 
 
 class _Enough(Exception):
@@ -30,6 +32,8 @@ def probes_between_waits(platform: str, probes: int) -> int:
 
 def measure_ehap(row: Row, seconds: float, probes: int, *, started: Callable[[], Any], gpu: bool) -> dict[str, Any]:
     """Probes until there are ``probes`` of them or ``seconds`` have passed, after the first chunk."""
+    if row.variant == "ehap-devices":
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     device = jax.devices()[0]
     if gpu and device.platform == "cpu":
         raise RuntimeError("JAX sees no GPU")
@@ -46,7 +50,8 @@ def measure_ehap(row: Row, seconds: float, probes: int, *, started: Callable[[],
     loss, variables, batch, forward, first = loss_and_start(row)
     policy = Policy(row.precision if row.precision in ("bfloat16", "float16") else "float32")
     step = probes_between_waits(device.platform, probes)
-    options: dict[str, Any] = {"policy": policy, "microbatch": row.chunk or None}
+    mesh = jax.make_mesh((jax.device_count(), 1), (DATA, PROBE)) if row.variant == "ehap-devices" else None
+    options: dict[str, Any] = {"policy": policy, "microbatch": row.chunk or None, "mesh": mesh}
     began = time.perf_counter()
     spent["compile"] = 0.0
     memory = product_memory(loss, variables, batch, **options)
@@ -163,5 +168,5 @@ def measure(
     Raises:
       RuntimeError: it must, and there is none.
     """
-    how = measure_ehap if row.variant == "ehap" else measure_torch if row.variant in TORCH else measure_peak
+    how = measure_ehap if row.variant in OURS else measure_torch if row.variant in TORCH else measure_peak
     return {**asdict(row), **how(row, seconds, probes, started=started, gpu=gpu)}

@@ -23,7 +23,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 """What a row calls a network, and how the zoo makes it: with 1x1 convolutions as shortcuts, as EHAP's are."""
 
 TORCH = ("torch-affine", "torch-vectorised", "torch-published", "torch-func", "torch-compile")
-VARIANTS = ("ehap", *TORCH)
+OURS = ("ehap", "ehap-devices")
+VARIANTS = (*OURS, *TORCH)
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 PEAKS = ("peak-jax", "peak-torch")
 
@@ -99,22 +100,25 @@ def planned(preset: str) -> list[Row]:
     instructions.
     """
     if preset == "quick":
-        pairs = [("ehap", "float32"), ("torch-vectorised", "float32"), ("ehap", "float16"), ("torch-func", "bfloat16")]
+        pairs = [(v, "float32") for v in (*OURS, "torch-vectorised")] + [
+            ("ehap", "float16"),
+            ("torch-func", "bfloat16"),
+        ]
         rows = [Row(v, p, "tiny", 4, 8) for v, p in pairs]
         return [*rows, *(Row(v, "float32", side=8) for v in PEAKS)]
     if preset == "cpu":
-        order = [(v, "float32") for v in ("ehap", "torch-affine", "torch-vectorised", "torch-published")]
+        order = [(v, "float32") for v in (*OURS, "torch-affine", "torch-vectorised", "torch-published")]
         rows = [Row(v, p, "resnet32", 128) for v, p in order]
         rows += [Row(v, "float32") for v in PEAKS]
         late = [("torch-func", "float32"), *((v, "bfloat16") for v in ("ehap", "torch-affine", "torch-vectorised"))]
         late.append(("ehap", "float16"))
         rows += [Row(v, p, "resnet32", 128) for v, p in late]
-        rows.append(Row("ehap", "float32", "resnet32", 512, chunk=128))
+        rows += [Row(v, "float32", "resnet32", 512, chunk=128) for v in OURS]
         rows += [Row(v, "float32", "resnet32", 512) for v in ("torch-affine", "torch-vectorised")]
         rows.append(Row("torch-compile", "float32", "resnet32", 128))
         rows += [Row(v, "bfloat16") for v in PEAKS]
         large = [("resnet56", 128), ("wrn28-8", 16)]
-        return [*rows, *(Row(v, "float32", n, b) for n, b in large for v in ("ehap", "torch-affine"))]
+        return [*rows, *(Row(v, "float32", n, b) for n, b in large for v in (*OURS, "torch-affine"))]
     rows = [Row(v, p) for p in PRECISIONS for v in PEAKS]
     rows += [Row("ehap", p, n, b) for n, b in ON_GPU for p in PRECISIONS]
     rows += [Row(v, p, n, b) for v in TORCH for n, b in ON_GPU for p in PRECISIONS]
