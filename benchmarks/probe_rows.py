@@ -95,9 +95,8 @@ def flop_per_probe(way: str, forward: float, first: float) -> float:
 def planned(preset: str) -> list[Row]:
     """The rows of a preset, the most telling first.
 
-    `cpu` is ResNet-32 at batch 128, and at 512 in four chunks, as larger ones leave the caches; then ResNet-56, and
-    WRN-28-8 with 16 images, as with 128 a probe takes minutes. Few rows are in 16 bits, for which CPUs lack
-    instructions.
+    `cpu` is ResNet-32 at batch 128, and at 512 in chunks, as larger ones leave the caches; then ResNet-56, and WRN-28-8
+    with 16 images, as with 128 a probe takes minutes. Few rows are in 16 bits, for which CPUs lack instructions.
     """
     if preset == "quick":
         pairs = [(v, "float32") for v in (*OURS, "torch-vectorised")] + [
@@ -109,11 +108,13 @@ def planned(preset: str) -> list[Row]:
     if preset == "cpu":
         order = [(v, "float32") for v in (*OURS, "torch-affine", "torch-vectorised", "torch-published")]
         rows = [Row(v, p, "resnet32", 128) for v, p in order]
+        rows.append(Row("ehap-devices", "float32", "resnet32", 128, chunk=16))
         rows += [Row(v, "float32") for v in PEAKS]
         late = [("torch-func", "float32"), *((v, "bfloat16") for v in ("ehap", "torch-affine", "torch-vectorised"))]
         late.append(("ehap", "float16"))
         rows += [Row(v, p, "resnet32", 128) for v, p in late]
-        rows += [Row(v, "float32", "resnet32", 512, chunk=128) for v in OURS]
+        rows += [Row("ehap", "float32", "resnet32", 512, chunk=128)]
+        rows += [Row("ehap-devices", "float32", "resnet32", 512, chunk=16)]
         rows += [Row(v, "float32", "resnet32", 512) for v in ("torch-affine", "torch-vectorised")]
         rows.append(Row("torch-compile", "float32", "resnet32", 128))
         rows += [Row(v, "bfloat16") for v in PEAKS]
