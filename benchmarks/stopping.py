@@ -20,14 +20,13 @@ is timed. Results of several networks lie side by side in one file.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from benchmarks.measure import provenance
+from benchmarks.measure import provenance, read_results, write_results
 from benchmarks.trained import flat, hap_scores
 from ehap_jax.curvature import TraceEstimate, channel_trace, gauss_newton_trace, stable_decision
 from ehap_jax.curvature.channel_trace import MIN_PROBES_TO_STOP
@@ -195,11 +194,7 @@ def main() -> None:
     if options.probes <= MIN_PROBES_TO_STOP or options.seeds < 1:
         parser.error(f"--probes must be more than {MIN_PROBES_TO_STOP} and --seeds at least 1")
     found = measure(options.network, options.data, options.images, options.microbatch, options.seeds, options.probes)
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    results[found["network"]] = found
-    written = options.out.with_name(f".{options.out.name}")
-    written.write_text(json.dumps(results, indent=1) + "\n")
-    written.replace(options.out)
+    write_results(options.out, {**read_results(options.out), found["network"]: found})
     print(table(found))
 
 

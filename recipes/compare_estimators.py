@@ -45,7 +45,7 @@ from ehap_jax.report.figure_style import new_figure, save_figure
 from ehap_jax.training import Deadline, Progress
 from recipes.cells import aligned, percent, spread
 from recipes.command import TrainingOptions, run_command
-from recipes.lab import Lab, Phase, accuracy, check_phases, evaluation_loss, train, training_batch
+from recipes.lab import Lab, Phase, accuracy, all_devices, check_phases, evaluation_loss, train, training_batch
 from recipes.network import Network, load_data, load_network
 
 MEASURED = ("accuracy_pruned", "accuracy", "loss_increase", "predicted_increase")
@@ -126,7 +126,8 @@ def run_cells(lab: Lab, network: Network, config: Config) -> None:
         OutOfTime: the lab's deadline has passed; finished cells are kept.
     """
     graph, batch = network.graph(), training_batch(lab.dataset, config.examples)
-    exact = hessian_scores(graph, network.variables, gauss_newton_trace(network.apply, network.variables, batch))
+    trace = gauss_newton_trace(network.apply, network.variables, batch, mesh=all_devices("data"))
+    exact = hessian_scores(graph, network.variables, trace)
     scored: dict[int, Mapping[str, Scores]] = {}
     todo = [cell for cell in cells(config) if not lab.run.file(file_of(*cell)).exists()]
     for number, (estimator, keep, seed) in enumerate(todo):
@@ -173,6 +174,7 @@ def seed_scores(lab: Lab, network: Network, graph: Graph, batch, config: Config,
                 key=jax.random.key(2000 + seed),
                 num_probes=count,
                 microbatch=config.microbatch,
+                mesh=all_devices("probe"),
                 until=lambda _: lab.deadline.passed,
                 save_to=lab.run.file(f"traces/seed{seed}-{count}.npz"),
                 progress=report,

@@ -31,7 +31,7 @@ from ehap_jax.pruning import (
     taylor_scores,
 )
 from ehap_jax.report import Convergence
-from recipes.lab import Lab, evaluation_loss, training_batch
+from recipes.lab import Lab, all_devices, evaluation_loss, training_batch
 
 Criterion = Literal["hessian", "magnitude", "taylor", "fisher", "random"]
 Compute = Literal["float32", "bfloat16", "float16"]
@@ -108,7 +108,7 @@ def hessian_trace(
     # Where every kernel is proven there are no probes to show, to save or to stop between.
     if config.estimator == "exact" or (config.estimator == "auto" and is_proven(graph)):
         with lab.progress.stage(f"seed {seed}: exact trace", 1) as advance:
-            trace = gauss_newton_trace(apply, variables, batch, policy=Policy(config.compute))
+            trace = gauss_newton_trace(apply, variables, batch, policy=Policy(config.compute), mesh=all_devices("data"))
             advance()
         return trace
     method = "auto" if config.estimator == "auto" else "hutchinson"
@@ -160,6 +160,7 @@ def probed_trace(
             policy=Policy(config.compute),
             probes_per_step=max(config.probes // 20, 1),
             microbatch=config.microbatch,
+            mesh=all_devices("probe"),
             save_to=lab.run.file(f"seed{seed}/{label}_{config.compute}.npz"),
             progress=progress,
             until=stop,
@@ -181,7 +182,10 @@ def probe_memory(
 ) -> ProductMemory:
     """How a probe of `probed_trace` computes its product, and what that needs."""
     policy = Policy(config.compute)
-    return product_memory(evaluation_loss(apply), variables, batch, policy=policy, microbatch=config.microbatch)
+    mesh = all_devices("probe")
+    return product_memory(
+        evaluation_loss(apply), variables, batch, policy=policy, microbatch=config.microbatch, mesh=mesh
+    )
 
 
 class Course:

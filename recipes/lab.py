@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ehap_jax.data import Dataset, normalise
 from ehap_jax.pruning import PruningPlan, mask_variables
@@ -25,7 +26,6 @@ from ehap_jax.training import (
     check_finite,
     create_train_state,
     cross_entropy,
-    data_mesh,
     evaluation_inputs,
     fit,
     forward_from_apply,
@@ -185,8 +185,13 @@ def make_phase(apply: Callable, dataset: Dataset, phase: Phase, teacher: Teacher
         loss=smoothed_cross_entropy(phase.label_smoothing),
         average=phase.average,
         teacher=teacher,
-        mesh=data_mesh() if jax.device_count() > 1 else None,
+        mesh=all_devices("data"),
     )
+
+
+def all_devices(axis: str) -> Mesh | None:
+    """A mesh of all devices along one axis, "data" or "probe"; None where there is one device."""
+    return Mesh(np.array(jax.devices()), (axis,)) if jax.device_count() > 1 else None
 
 
 @lru_cache(maxsize=8)

@@ -344,10 +344,13 @@ def along(vector: jax.Array, axis: int | None, rank: int) -> jax.Array:
 
 
 def _choose(program: Program, certificates: Mapping[str, Certificate], wanted) -> dict[str, Execution]:
+    layers = [step for step in program.steps if isinstance(step, LayerStep)]
+    unknown = sorted(set(wanted) - {step.site.name for step in layers}) if isinstance(wanted, Mapping) else []
+    if unknown:
+        names = ", ".join(step.site.name for step in layers)
+        raise ValueError(f"execution names {', '.join(unknown)}, which are no layers here; they are {names}.")
     chosen: dict[str, Execution] = {}
-    for step in program.steps:
-        if not isinstance(step, LayerStep):
-            continue
+    for step in layers:
         name, certificate = step.site.name, certificates[step.site.name]
         given = wanted.get(name) if isinstance(wanted, Mapping) else wanted
         how = default_execution(step.site, certificate.float32_parts, jax.default_backend()) if given is None else given

@@ -356,6 +356,8 @@ def test_float32_is_refused_where_one_channel_is_not_exact_and_int32_where_it_ov
     quantized, qstate = calibrate(dense, DENSE, DENSE_X)
     with pytest.raises(ValueError, match="'fp4' for kernel"):
         to_integer(quantized, DENSE, qstate, example=DENSE_X, execution="fp4")
+    with pytest.raises(ValueError, match="kernels, which are no layers here; they are kernel"):
+        to_integer(quantized, DENSE, qstate, example=DENSE_X, execution={"kernels": "int8"})
 
 
 # What is refused
