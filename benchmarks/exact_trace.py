@@ -222,7 +222,7 @@ def add_quality(found: Subject, entry: dict[str, Any], size: Size, kept: Path, d
         rows.append({"method": "published", "samples": PUBLISHED_PROBES, **agreement, **provenance()})
         yield describe(rows[-1])
     for name in HUTCHINSON:
-        file = kept.with_suffix(f".{name.replace(' ', '-')}.npz")
+        file = kept.with_name(f"{kept.name}.{name.replace(' ', '-')}.npz")
         for estimate in estimates(found, HUTCHINSON[name], counts[name], file, deadline):
             agreement = quality(found.scores(estimate.mean), truth)
             row = {"method": name, "samples": estimate.count, **agreement, **provenance()}

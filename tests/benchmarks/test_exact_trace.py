@@ -74,6 +74,18 @@ def test_runs_stops_and_goes_on(tiny, monkeypatch, tmp_path, capsys):
     assert json.loads(out.read_text())["networks"] == json.loads(before)["networks"]
 
 
+def test_every_network_and_precision_keeps_its_own_probes(tiny, monkeypatch, tmp_path):
+    files = []
+    monkeypatch.setattr(exact_trace, "SAMPLED", {})
+    monkeypatch.setattr(exact_trace, "estimates", lambda *given: files.append(given[3]) or iter(()))
+    for network in ("resnet20", "resnet32"):
+        published = {"method": "published", "samples": exact_trace.PUBLISHED_PROBES}
+        done = {"rows": [{"method": "exact float16", "samples": None}, published]}
+        size, kept = exact_trace.Size(12, 2, 2), (tmp_path / "found.json").with_suffix(f".{network}")
+        assert list(exact_trace.add_quality(tiny, done, size, kept, exact_trace.NO_DEADLINE)) == []
+    assert len({file.name for file in files}) == 4
+
+
 def test_published_weights(tiny):
     """Each probe weighs 2^-8 of the one before: the sum over explicit probes."""
     pytest.importorskip("torch", reason="the published weights of probes are in the PyTorch reference")

@@ -16,6 +16,14 @@ from ehap_jax.curvature.probes import rademacher
 GROUPS, EACH = 3, 8
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly():
+    """Tiny networks take longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def as_a_user_has_it():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -1,23 +1,64 @@
 """How recipes are tested: under the rules a user has them, and compiled quickly."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
 
+from tests.recipes.tiny import MODEL, phase
+
+
+@contextlib.contextmanager
+def as_users_do():
+    """Under JAX's own promotion rules, the strict ones of the tests being for the library; and compiled quickly, as
+    tiny networks take longer to compile than to run."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        before = jax.config.values["jax_disable_most_optimizations"]
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+
 
 @pytest.fixture(autouse=True, scope="module")
-def as_a_user_has_it():
-    """Recipes run under JAX's own promotion rules; the strict ones of the tests are for the library."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+def recipes_run_as_users_run_them():
+    with as_users_do():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Tiny networks take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    """A run of recipes.pretrain."""
+    from recipes import pretrain
+
+    output = tmp_path_factory.mktemp("pretrain") / "run"
+    with as_users_do():
+        assert pretrain.command(["digits", *MODEL, *phase("phase", 2), "--output", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def pruned(dense, tmp_path_factory):
+    """A run of recipes.prune."""
+    from recipes import prune
+
+    output = tmp_path_factory.mktemp("prune") / "run"
+    given = ["short", str(dense), "--data", "digits", "--train-images", "1000", "--prune.scores.examples", "16"]
+    with as_users_do():
+        assert prune.command([*given, *phase("finetune"), "--output", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def swept(dense, tmp_path_factory):
+    """A run of recipes.sweep."""
+    from recipes import sweep
+
+    output = tmp_path_factory.mktemp("sweep") / "run"
+    given = ["short", str(dense), "--data", "digits", "--cells.criteria", "magnitude", "--cells.keeps", "0.5"]
+    with as_users_do():
+        assert sweep.command([*given, *phase("cells.finetune"), "--train-images", "256", "--output", str(output)]) == 0
+    return output
 
 
 @pytest.fixture(scope="module")
