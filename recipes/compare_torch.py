@@ -28,15 +28,20 @@ import tyro
 
 from ehap_jax.pruning import Scores
 from ehap_jax.training import Progress, RunDirectory
-from recipes.published_schedule import compare_schedules, fixed_scores, published_scores, reference_scores
-from recipes.torch_cost import compare_cost
-from recipes.torch_identity import compare_identity
-from recipes.torch_integers import compare_int8
-from recipes.torch_job import PRECISION, Config, Job, prepare
-from recipes.torch_limits import beyond_limits, limits
-from recipes.torch_pruning import compare_method, pruned_accuracies
-from recipes.torch_report import MEANING, write_results
-from recipes.torch_scores import agreement
+from recipes.torch_comparison.cost import compare_cost
+from recipes.torch_comparison.identity import compare_identity
+from recipes.torch_comparison.integers import compare_int8
+from recipes.torch_comparison.job import PRECISION, Config, Job, prepare
+from recipes.torch_comparison.limits import beyond_limits, limits
+from recipes.torch_comparison.pruning import compare_method, pruned_accuracies
+from recipes.torch_comparison.published_schedule import (
+    compare_schedules,
+    fixed_scores,
+    published_scores,
+    reference_scores,
+)
+from recipes.torch_comparison.report import MEANING, write_results
+from recipes.torch_comparison.scores import agreement
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from recipes import compare_torch, torch_cost
-from recipes.torch_limits import SAME, beyond_limits
-from recipes.torch_report import tables
-from tests.recipes import dying
+from recipes import compare_torch
+from recipes.torch_comparison import cost as torch_cost
+from recipes.torch_comparison.limits import SAME, beyond_limits
+from recipes.torch_comparison.report import tables
+from tests.recipes.torch_comparison import dying
 
 pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")

@@ -11,7 +11,7 @@ import numpy as np
 from ehap_jax.pruning import Scores, shrink, shrink_variables
 from ehap_jax.quant import INT8, fake_quant, to_integer
 from interop.parity import torch_images, torch_logits
-from recipes.torch_job import Job
+from recipes.torch_comparison.job import Job
 
 
 def compare_int8(job: Job, scores: Scores) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from ehap_jax.pruning import Scores
 from interop.parity import Arrays, Pair
 from recipes.ranking import kept_overlap, spearman
-from recipes.torch_job import Job
+from recipes.torch_comparison.job import Job
 
 
 def torch_scores(nets: Pair, traces: Arrays, norms: Mapping[str, np.ndarray]) -> Scores:

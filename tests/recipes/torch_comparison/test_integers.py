@@ -8,8 +8,8 @@ from rich.console import Console
 
 from ehap_jax.pruning import random_scores
 from ehap_jax.training import Progress
-from recipes.torch_integers import compare_int8
-from recipes.torch_job import Config, prepare
+from recipes.torch_comparison.integers import compare_int8
+from recipes.torch_comparison.job import Config, prepare
 
 pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.torch_pruning import torch_kept
+from recipes.torch_comparison.pruning import torch_kept
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 

@@ -13,7 +13,7 @@ from ehap_jax.pruning import Scores
 from ehap_jax.report import score_scatter
 from ehap_jax.report.figure_style import BLUE, LINE, RED, new_figure, save_figure
 from ehap_jax.training import RunDirectory
-from recipes.torch_limits import beyond_limits, limited_figures
+from recipes.torch_comparison.limits import beyond_limits, limited_figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ import numpy as np
 
 from ehap_jax.curvature import channel_trace
 from interop.parity import Pair, jax_batch, pair, torch_batch
-from recipes.torch_job import PRECISION, Job
+from recipes.torch_comparison.job import PRECISION, Job
 
 
 def compare_cost(job: Job) -> dict[str, Any]:

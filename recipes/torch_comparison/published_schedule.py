@@ -16,8 +16,8 @@ from ehap_jax.curvature import channel_trace, gauss_newton_trace, is_kernel, rad
 from ehap_jax.graph.trace import path_name
 from ehap_jax.pruning import Scores, hessian_scores
 from interop.parity import torch_batch
-from recipes.torch_job import Job
-from recipes.torch_scores import agreement, torch_scores
+from recipes.torch_comparison.job import Job
+from recipes.torch_comparison.scores import agreement, torch_scores
 
 VANISHED_AFTER = 20
 """The published scale of probe i is 2^(16 - 8i), which float32 rounds to 0 from i = 21 on."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recipes.torch_cost import measure
+from recipes.torch_comparison.cost import measure
 
 pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 

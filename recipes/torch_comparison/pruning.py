@@ -12,7 +12,7 @@ from ehap_jax.pruning import Scores, mask_variables, shrink_variables
 from interop.forms import RESNET
 from interop.parity import torch_logits
 from interop.to_torch import to_torch
-from recipes.torch_job import Job
+from recipes.torch_comparison.job import Job
 
 
 def pruned_accuracies(job: Job, criteria: Mapping[str, Scores]) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ import numpy as np
 
 from ehap_jax.pruning import Scores, hessian_scores
 from interop.parity import gradient_pair, hessian_vector_pair, logits_pair, relative, trace_pair
-from recipes.torch_job import Job
-from recipes.torch_scores import torch_scores
+from recipes.torch_comparison.job import Job
+from recipes.torch_comparison.scores import torch_scores
 
 
 def compare_identity(job: Job) -> tuple[dict[str, Any], dict[str, Scores]]:
