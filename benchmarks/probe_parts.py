@@ -7,7 +7,8 @@ A probe on a linearised gradient is five convolutions for every kernel (benchmar
 x * v and x' * v forward, and two backward through the transpose. For every size of kernel in the network the script
 times one forward and one backward alone, in seconds; then two pairs that one wider convolution could compute: the
 sum x' * w + x * v with inputs and kernels side by side (`sum`), and x' * w, x' * v with the kernels side by side
-(`both`), each as two convolutions and as one. Then the whole compiled step, and the sum of its parts.
+(`both`), each as two convolutions and as one. Then the whole compiled step, and the sum of its parts. Beside them
+stands the gradient alone, as one program and as two (`ehap_jax.training.make_epoch` takes two on a CPU).
 
 Least of repeated calls, on the wall clock and (where the device is a CPU) on the CPU clock of the process, all threads
 together, which other programs on the machine disturb less.
@@ -86,6 +87,23 @@ def time_site(site: Site, seconds: float) -> dict[str, Any]:
     return found
 
 
+def time_gradient(
+    loss: Callable, variables: Any, batch: Any, seconds: float
+) -> dict[str, dict[str, float] | dict[str, dict[str, float]]]:
+    """The loss, and its gradient as one program and as two: what the second reads, the first has written."""
+    ahead = jax.jit(lambda p, batch: jax.vjp(lambda p: loss(p, batch), p))
+    back = jax.jit(lambda backward, one: backward(one)[0])
+
+    def apart() -> Any:
+        value, backward = ahead(variables, batch)
+        return back(backward, jnp.ones_like(value))
+
+    return {
+        "forward": timed(loss, (variables, batch), seconds),
+        "gradient": {"as_one": timed(jax.grad(loss), (variables, batch), seconds), "apart": least(apart, seconds)},
+    }
+
+
 def timed(function: Callable, arguments: tuple, seconds: float) -> dict[str, float]:
     run = jax.jit(function)
     return least(lambda: run(*arguments), seconds)
@@ -118,6 +136,7 @@ def measure(row: Row, seconds: float) -> dict[str, Any]:
         "step": whole,
         "parts": parts,
         **sums(parts, whole),
+        **time_gradient(loss, variables, batch, seconds / 3),
         **provenance(),
     }
 
@@ -165,7 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
         row = Row("ehap", "float32", "tiny", 4, 8)
     found = measure(row, 0.1 if given.quick else given.seconds)
     write_results(given.out, found)
-    print(json.dumps({"step": found["step"], **found["sums"]}, indent=1))
+    shown = {name: found[name] for name in ("step", "forward", "gradient")}
+    print(json.dumps({**shown, **found["sums"]}, indent=1))
 
 
 if __name__ == "__main__":

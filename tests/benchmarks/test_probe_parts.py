@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.probe_parts import line, sums, time_site
+from benchmarks import probe_parts
+from benchmarks.probe_parts import line, sums, time_gradient, time_site
 from ehap_jax.curvature.taps import find_taps
 from ehap_jax.graph import trace_graph
 
@@ -44,3 +45,16 @@ def test_a_kernel_is_timed_in_every_form(kernel):
     assert {"input", "kernel", "output", *names} == found.keys()
     assert found["kernel"] == kernel and found["forward"]["seconds"] > 0
     assert ("as one" in line({"uses": 1, **found})) == (len(kernel) == 4)
+
+
+def test_both_ways_to_a_gradient_give_it(monkeypatch):
+    """What is timed is the gradient, and all of it."""
+    given = []
+    monkeypatch.setattr(probe_parts, "least", lambda call, _: given.append(call()) or clock(1.0))
+    loss, params, x = (lambda p, x: jnp.sum(jnp.sin(x @ p["kernel"]))), {"kernel": jnp.ones((2, 3))}, jnp.eye(2)
+    found = time_gradient(loss, params, x, 1.0)
+    assert found == {"forward": clock(1.0), "gradient": {"as_one": clock(1.0), "apart": clock(1.0)}}
+    value, one, apart = given
+    assert value == loss(params, x)
+    expected = jnp.full((2, 3), jnp.cos(1.0))
+    assert all(jnp.allclose(gradient["kernel"], expected) for gradient in (one, apart))
