@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import jax
@@ -331,11 +331,20 @@ def first_state(run: Run, key: jax.Array, policy: Policy) -> TraceState:
 
 
 def _search_scales(run: Run, state: TraceState) -> TraceState:
+    """Chunk by chunk: what is too large is mostly seen at the first, and what one needs is no news to the next."""
+    problem = run.problem
+    for chunk, weight in zip(problem.chunks, problem.weights, strict=True):
+        state = _lower_scales(replace(run, problem=problem._replace(chunks=[chunk], weights=[weight])), state)
+    return state._replace(loss_scale=state.loss_scale / 4)
+
+
+def _lower_scales(run: Run, state: TraceState) -> TraceState:
+    """Until the next probe's product is finite."""
     first = state
     while True:
         found = _first_of(run.mesh, one_probe(run, linearizations(run, state), state))
         if not bool(found.any_bad):
-            return state._replace(loss_scale=state.loss_scale / 4)
+            return state
         lower_loss = bool(_lowers_loss(found, state))
         guilty = state.loss_scale if lower_loss else state.probe_scale
         if float(guilty) <= SMALLEST_SCALE or (state is first and hopeless(run)):

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from ehap_jax._compat import enable_x64
-from ehap_jax.curvature import Policy, channel_trace, probe_channel_products, rademacher
+from ehap_jax.curvature import Policy, channel_trace, probe_channel_products, probe_loop, rademacher
 from ehap_jax.curvature.estimate import PRODUCTS
 from tests.curvature import network
 
@@ -64,6 +64,28 @@ def test_float16_finds_scales_with_room_and_rejects_nothing_more(problem):
     assert np.log2(loss_scale).is_integer() and np.log2(probe_scale).is_integer()
     assert 2.0**4 <= loss_scale < 2.0**20
     assert estimate.rejected <= 1
+
+
+def test_scales_are_sought_chunk_by_chunk(problem, monkeypatch):
+    """A scale that is too large costs one chunk, not the batch; that of the last chunk is right for all."""
+    seen, real = [], probe_loop.one_probe
+
+    def counted(run, linear, state):
+        seen.append((len(run.problem.chunks), float(state.loss_scale)))
+        return real(run, linear, state)
+
+    monkeypatch.setattr(probe_loop, "one_probe", counted)
+    params, batch = problem
+    size = len(jax.tree.leaves(batch)[0])
+    options = {"key": KEY, "num_probes": 1, "microbatch": -(-size // 3)}
+    found = channel_trace(network.loss, params, batch, policy=Policy("float16"), **options)
+    *search, (chunks, scale) = seen
+    assert (chunks, scale) == (3, search[-1][1] / 4) and all(one == 1 for one, _ in search)
+    scales = [scale for _, scale in search]
+    lowered = np.log2(scales[0] / scales[-1]) / 2
+    assert scales == sorted(scales, reverse=True) and len(search) == 3 + lowered and lowered >= 1
+    given = channel_trace(network.loss, params, batch, policy=Policy("float16", loss_scale=scale), **options)
+    np.testing.assert_array_equal(channels(found), channels(given))
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
