@@ -41,28 +41,22 @@ def probed(data: Path, network: str, images: int, probes: int, groups: int, kept
     """
     apply, variables, batch = load(data, network, images)
     exact = gauss_newton_trace(apply, variables, batch)
-    found = []
-    with Progress() as progress, progress.stage(f"{network}: probes", probes) as advance:
+    each, found = probes // groups, []
+    with Progress() as progress:
         for group in range(groups):
-            before = 0
-
-            def report(done: int, _: int) -> None:
-                nonlocal before
-                advance(done - before)
-                before = done
-
-            estimate = channel_trace(
-                mean_loss(apply),
-                variables,
-                batch,
-                key=jax.random.fold_in(jax.random.key(2025), group),
-                num_probes=probes // groups,
-                microbatch=CHUNK,
-                probes_per_step=5,
-                save_to=kept.with_suffix(f".{group}.npz"),
-                progress=report,
-                until=lambda _: deadline.passed,
-            )
+            with progress.counted(f"{network}: probes {group * each + 1} to {(group + 1) * each}", each) as report:
+                estimate = channel_trace(
+                    mean_loss(apply),
+                    variables,
+                    batch,
+                    key=jax.random.fold_in(jax.random.key(2025), group),
+                    num_probes=each,
+                    microbatch=CHUNK,
+                    probes_per_step=5,
+                    save_to=kept.with_suffix(f".{group}.npz"),
+                    progress=report,
+                    until=lambda _: deadline.passed,
+                )
             found.append(estimate)
             if sum(one.count for one in found) < probes:
                 deadline.check(f"group {group + 1} of {groups} of the probes of {network}")

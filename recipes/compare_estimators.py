@@ -158,14 +158,7 @@ def seed_scores(lab: Lab, network: Network, graph: Graph, batch, config: Config,
         "magnitude": magnitude_scores(graph, variables),
     }
     for count in sorted({*config.probes, *config.rms_probes}):
-        with lab.progress.stage(f"seed {seed}: {count} probes", count) as advance:
-            before = 0
-
-            def report(done: int, _: int) -> None:
-                nonlocal before
-                advance(done - before)
-                before = done
-
+        with lab.progress.counted(f"seed {seed}: {count} probes", count) as report:
             # Every number starts anew, for a file of its own: the first probes are the same, and few.
             estimate = channel_trace(
                 evaluation_loss(network.apply),

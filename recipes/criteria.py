@@ -137,13 +137,7 @@ def probed_trace(
         OutOfTime: the lab's deadline has passed; the probes so far are saved.
     """
     course = Course(lab, seed, f"{label}_{config.compute}")
-    with lab.progress.stage(f"seed {seed}: trace {config.compute}", config.probes) as advance:
-        done = 0
-
-        def progress(now: int, total: int) -> None:
-            nonlocal done
-            advance(now - done)
-            done = now
+    with lab.progress.counted(f"seed {seed}: trace {config.compute}", config.probes) as report:
 
         def stop(now: TraceEstimate) -> bool:
             course.add(now)
@@ -162,7 +156,7 @@ def probed_trace(
             microbatch=config.microbatch,
             mesh=all_devices("probe"),
             save_to=lab.run.file(f"seed{seed}/{label}_{config.compute}.npz"),
-            progress=progress,
+            progress=report,
             until=stop,
         )
     course.add(trace)

@@ -66,6 +66,19 @@ class Progress:
             line = f"{name}: {seconds:.1f} s" + (f", {note}" if note else "")
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    @contextmanager
+    def counted(self, name: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        """A stage that counts itself; yields `report(done, total)`, as `channel_trace(progress=)` takes."""
+        with self.stage(name, total) as advance:
+            before = 0
+
+            def report(done: int, _: int) -> None:
+                nonlocal before
+                advance(done - before)
+                before = done
+
+            yield report
+
     def note(self, text: str) -> None:
         """Print a line of text above the bars."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,32 +14,9 @@ from ehap_jax.curvature.probes import rademacher
 from ehap_jax.models import ResNet, eval_apply, init_variables, train_apply
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Tiny networks take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def as_a_user_has_it():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def tiny():
-    """Two dense layers, 12 examples."""
-    rng = np.random.default_rng(4)
-    params = {
-        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in {"a": (5, 8), "b": (8, 3)}.items()
-    }
-    batch = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32), jnp.asarray(rng.integers(0, 3, 12), jnp.int32)
-
-    def apply(p, x):
-        return jax.nn.relu(x @ p["a"]) @ p["b"]
-
+def tiny(two_layers):
+    apply, params, batch = two_layers
     return exact_trace.Subject(apply, params, batch, mean_loss(apply))
 
 

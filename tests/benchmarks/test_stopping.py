@@ -4,7 +4,6 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,24 +15,9 @@ from ehap_jax.curvature.channel_trace import MIN_PROBES_TO_STOP
 PROBES = MIN_PROBES_TO_STOP + 4
 
 
-@pytest.fixture(autouse=True)
-def as_a_user_has_it():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def tiny():
-    """Two dense layers, 12 examples."""
-    rng = np.random.default_rng(4)
-    params = {
-        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in {"a": (5, 8), "b": (8, 3)}.items()
-    }
-    batch = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32), jnp.asarray(rng.integers(0, 3, 12), jnp.int32)
-
-    def apply(p, x):
-        return jax.nn.relu(x @ p["a"]) @ p["b"]
-
+def tiny(two_layers):
+    apply, params, batch = two_layers
     return mean_loss(apply), params, batch
 
 

@@ -4,7 +4,6 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,44 +15,15 @@ from ehap_jax.curvature.probes import rademacher
 GROUPS, EACH = 3, 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Tiny networks take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def as_a_user_has_it():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """Two dense layers, 12 examples."""
-    rng = np.random.default_rng(4)
-    params = {
-        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in {"a": (5, 8), "b": (8, 3)}.items()
-    }
-    batch = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32), jnp.asarray(rng.integers(0, 3, 12), jnp.int32)
-
-    def apply(p, x):
-        return jax.nn.relu(x @ p["a"]) @ p["b"]
-
-    return apply, params, batch
-
-
 def run(monkeypatch, out, *more):
     line = ["zscores", "--data", "none", "--out", str(out), "--networks", "resnet20"]
     monkeypatch.setattr(sys, "argv", [*line, "--probes", str(GROUPS * EACH), "--groups", str(GROUPS), *more])
     return zscores.main()
 
 
-def test_they_are_those_of_all_probes_and_a_stopped_run_goes_on(tiny, monkeypatch, tmp_path):
-    apply, params, batch = tiny
-    monkeypatch.setattr(zscores, "load", lambda *_: tiny)
+def test_they_are_those_of_all_probes_and_a_stopped_run_goes_on(two_layers, monkeypatch, tmp_path):
+    apply, params, batch = two_layers
+    monkeypatch.setattr(zscores, "load", lambda *_: two_layers)
     out = tmp_path / "found.json"
     assert run(monkeypatch, out, "--max-minutes", "1e-4") == 3
     assert not out.exists() and len(list(tmp_path.glob("*.npz"))) == 1

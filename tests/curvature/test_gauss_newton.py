@@ -23,13 +23,6 @@ from ehap_jax.curvature.taps import Site
 DOUBLE = Policy("float64")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(params=["_chunk", "_whole_chunk"])
 def chunk_function(request, monkeypatch):
     """The way of a CPU, several compiled functions, and that of an accelerator, one."""

@@ -1,4 +1,4 @@
-"""How recipes are tested: under the rules a user has them, and compiled quickly."""
+"""How recipes are tested: under the rules a user has them, on runs of seconds."""
 
 import contextlib
 
@@ -11,13 +11,9 @@ from tests.recipes.tiny import MODEL, phase
 
 @contextlib.contextmanager
 def as_users_do():
-    """Under JAX's own promotion rules, the strict ones of the tests being for the library; and compiled quickly, as
-    tiny networks take longer to compile than to run."""
+    """Under JAX's own promotion rules; the strict ones of the tests are for the library."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        before = jax.config.values["jax_disable_most_optimizations"]
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True, scope="module")
