@@ -54,9 +54,9 @@ def expected_agreement(
 ) -> Agreement:
     """The expected rank correlation of HAP scores with their limit of infinitely many probes, and the overlap.
 
-    Scores are ``Tr(H_cc) / p_c * ||w_c||^2`` (HAP eq. 8), ranked over all probed leaves together. On a trained
-    ResNet-20 both numbers are within 0.1 of the truth after 10 probes and within 0.03 from 100 on
-    (``python -m benchmarks.exact_trace``; docs/exact_traces.md has the table).
+    Scores are ``Tr(H_cc) / p_c * ||w_c||^2`` (HAP eq. 8), ranked over all probed leaves together. On trained
+    ResNet-20 and ResNet-32 both numbers are within 0.13 of the truth after 10 probes and within 0.05 from 100 on, and
+    mostly too high (``python -m benchmarks.exact_trace``; docs/exact_traces.md has the table).
 
     Args:
       estimate: of `channel_trace`, with at least two probes, or an exact one.
