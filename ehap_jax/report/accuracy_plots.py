@@ -66,7 +66,8 @@ def accuracy_against_cost(runs: Mapping[str, Sequence[Mapping[str, Any]]], cost:
     Args:
         runs: name -> its stages, as in ``summary.json``. One colour and marker per run, or per curve of a run
             whose stages lie on curves, joined in the order of the costs, mean ± standard deviation. Stages more than
-            ten points below the dense network are left out and counted.
+            ten points below the dense network that lie on no curve, such as those before fine-tuning, are left out
+            and counted.
         cost: "params", "macs" or "bytes".
 
     Raises:
@@ -88,7 +89,7 @@ def accuracy_against_cost(runs: Mapping[str, Sequence[Mapping[str, Any]]], cost:
     axes = figure.add_subplot()
     plain_axes(axes)
     for number, (name, dense, stages) in enumerate(series):
-        near = [s for s in stages if s["accuracy"] >= dense["accuracy"] - FOCUS]
+        near = [s for s in stages if s.get("curve") is not None or s["accuracy"] >= dense["accuracy"] - FOCUS]
         left_out += len(stages) - len(near)
         near.sort(key=lambda stage: stage[cost])
         if not near:
@@ -107,7 +108,7 @@ def accuracy_against_cost(runs: Mapping[str, Sequence[Mapping[str, Any]]], cost:
     axes.set_ylabel("accuracy − dense, points")
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
-    note = f"{left_out} stage{'s' * (left_out != 1)} more than {100 * FOCUS:.0f} points below dense not shown"
+    note = f"{left_out} stage{'s' * (left_out != 1)} more than {100 * FOCUS:.0f} points below not shown"
     set_title(axes, f"Accuracy against {costs}", note if left_out else "")
     return figure
 

@@ -63,7 +63,8 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
     stages = {name: run.stages for name, run in zip(names, data, strict=True)}
     overview = {
         "table": html_table(("run", *HEADER), rows),
-        "caption": "accuracy: mean ± standard deviation; in brackets points and shares against the run's own dense",
+        "caption": "accuracy: mean ± standard deviation; in brackets points and shares against the run's own dense "
+        "network, or its first stage",
         "figures": [
             _picture(accuracy_against_cost(stages, cost), "Mean ± standard deviation of every stage.", cost)
             for cost in ("macs", "bytes")

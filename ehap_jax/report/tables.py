@@ -45,7 +45,7 @@ def stage_caption(summary: Mapping[str, Any]) -> str:
     """What the numbers of the table mean, in one line."""
     count = len(summary["stages"][0]["accuracies"])
     seeds = f"{count} seeds, mean ± standard deviation" if count > 1 else "1 seed"
-    return f"{seeds}; in brackets points and shares against dense"
+    return f"{seeds}; in brackets points and shares against {dense_stage(summary['stages'])['stage']}"
 
 
 def stage_table(summary: Mapping[str, Any]) -> Table:
