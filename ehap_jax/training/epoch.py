@@ -115,7 +115,7 @@ def make_epoch(
     XLA's CPU backend runs gradients of convolutions inside a loop body about twenty times slower than outside, so
     there the epoch is a Python loop; elsewhere it is one jitted scan. In that loop the forward and the backward pass
     are two programs: in one, that backend would compute activations again, element by element in the transposed order
-    in which weight gradients read them, which takes a third of a step's time (`python -m benchmarks.training`).
+    in which weight gradients read them, which takes half of the gradient's time (`python -m benchmarks.probe_parts`).
 
     Args:
         forward: `forward(params, model_state, x) -> (logits, new_model_state)`, pure; see `forward_from_apply`.
@@ -237,8 +237,8 @@ def make_epoch(
         else:
             order = jitted_shuffle(state)
             for _ in range(steps):
-                passed = jitted_forward(state, order, images, labels, teaching)
-                state, totals = jitted_backward(state, totals, *passed)
+                # Nothing here holds on to what the forward pass leaves: it is as large as all activations.
+                state, totals = jitted_backward(state, totals, *jitted_forward(state, order, images, labels, teaching))
         return state, EpochMetrics(totals.loss / steps, totals.correct / (steps * batch_size))
 
     return epoch
