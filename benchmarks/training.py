@@ -31,8 +31,8 @@ from ehap_jax._whole_files import write_json
 from ehap_jax.data import Augmentation, Dataset, limit_training, make_dataset
 from ehap_jax.models import init_variables, make_model, train_apply
 from ehap_jax.training import (
+    all_devices,
     create_train_state,
-    data_mesh,
     forward_from_apply,
     low_precision,
     make_epoch,
@@ -107,9 +107,8 @@ def jax_epoch(dataset: Dataset, network: str, batch_size: int, epochs: int, comp
     forward = forward_from_apply(train_apply(model))
     if compute != "float32":
         forward = low_precision(forward, compute)
-    mesh = data_mesh() if jax.device_count() > 1 else None
     inputs = training_inputs(dataset)
-    run = make_epoch(forward, optimizer, inputs, batch_size=batch_size, num_examples=count, mesh=mesh)
+    run = make_epoch(forward, optimizer, inputs, batch_size=batch_size, num_examples=count, mesh=all_devices("data"))
     state = create_train_state(variables, optimizer, jax.random.key(0))
     images, labels = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
     while True:

@@ -42,10 +42,10 @@ from ehap_jax.pruning import (
     random_scores,
 )
 from ehap_jax.report.figure_style import new_figure, save_figure
-from ehap_jax.training import Deadline, Progress
+from ehap_jax.training import Deadline, Progress, all_devices
 from recipes.cells import aligned, percent, spread
 from recipes.command import TrainingOptions, run_command
-from recipes.lab import Lab, Phase, accuracy, all_devices, check_phases, evaluation_loss, train, training_batch
+from recipes.lab import Lab, Phase, accuracy, check_phases, evaluation_loss, train, training_batch
 from recipes.network import Network, load_data, load_network
 
 MEASURED = ("accuracy_pruned", "accuracy", "loss_increase", "predicted_increase")

@@ -31,7 +31,8 @@ from ehap_jax.pruning import (
     taylor_scores,
 )
 from ehap_jax.report import Convergence
-from recipes.lab import Lab, all_devices, evaluation_loss, training_batch
+from ehap_jax.training import all_devices
+from recipes.lab import Lab, evaluation_loss, training_batch
 
 Criterion = Literal["hessian", "magnitude", "taylor", "fisher", "random"]
 Compute = Literal["float32", "bfloat16", "float16"]

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ehap_jax.data import Dataset, normalise
 from ehap_jax.pruning import PruningPlan, mask_variables
@@ -23,6 +22,7 @@ from ehap_jax.training import (
     Sink,
     Teacher,
     TrainState,
+    all_devices,
     check_finite,
     create_train_state,
     cross_entropy,
@@ -187,11 +187,6 @@ def make_phase(apply: Callable, dataset: Dataset, phase: Phase, teacher: Teacher
         teacher=teacher,
         mesh=all_devices("data"),
     )
-
-
-def all_devices(axis: str) -> Mesh | None:
-    """A mesh of all devices along one axis, "data" or "probe"; None where there is one device."""
-    return Mesh(np.array(jax.devices()), (axis,)) if jax.device_count() > 1 else None
 
 
 @lru_cache(maxsize=8)

@@ -4,7 +4,7 @@ from ehap_jax.training.checkpoint import Checkpoints as Checkpoints
 from ehap_jax.training.deadline import Deadline as Deadline
 from ehap_jax.training.deadline import OutOfTime as OutOfTime
 from ehap_jax.training.epoch import EpochMetrics as EpochMetrics
-from ehap_jax.training.epoch import data_mesh as data_mesh
+from ehap_jax.training.epoch import all_devices as all_devices
 from ehap_jax.training.epoch import forward_from_apply as forward_from_apply
 from ehap_jax.training.epoch import frozen_forward as frozen_forward
 from ehap_jax.training.epoch import low_precision as low_precision

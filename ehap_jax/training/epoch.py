@@ -78,9 +78,12 @@ def low_precision(forward: Forward, dtype: Any) -> Forward:
     return computed
 
 
-def data_mesh() -> Mesh:
-    """All devices along one axis, "data", for `make_epoch(mesh=...)`."""
-    return Mesh(np.array(jax.devices()), ("data",))
+def all_devices(axis: str) -> Mesh | None:
+    """A mesh of all devices along one axis, for `mesh=` of `make_epoch` ("data") or of `channel_trace`.
+
+    None where there is one device.
+    """
+    return Mesh(np.array(jax.devices()), (axis,)) if jax.device_count() > 1 else None
 
 
 def training_inputs(dataset: Dataset) -> Prepare:
@@ -129,8 +132,8 @@ def make_epoch(
         average: decay of the moving average of the variables, which follows in `state.average`; after t steps it is
             at most (1 + t) / (10 + t), so that the start is forgotten. The state must be created with `average=True`.
         teacher: a network to distil from.
-        mesh: devices that share every batch, such as `data_mesh()`. The state is the same on all of them, and so is
-            the result (up to rounding) as on one: gradients and batch statistics are of the whole batch.
+        mesh: devices that share every batch, such as `all_devices("data")`. The state is the same on all of them, and
+            so is the result (up to rounding) as on one: gradients and batch statistics are of the whole batch.
 
     Raises:
         ValueError: the batch is larger than the data set or no multiple of the mesh, an option is out of range, or

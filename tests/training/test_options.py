@@ -184,12 +184,12 @@ def test_an_average_needs_a_state_with_one(data):
 MESH = """
 import json, jax, numpy as np
 from tests.training import test_options as t
-from ehap_jax.training import data_mesh
+from ehap_jax.training import all_devices
 given = t.example()
 (*_, one), alone = t.run(given, epochs=2)
 found = {"devices": jax.device_count()}
 for loop in ("step", "scan"):
-    (*_, many), shared = t.run(given, epochs=2, mesh=data_mesh(), loop=loop)
+    (*_, many), shared = t.run(given, epochs=2, mesh=all_devices("data"), loop=loop)
     found[loop] = [
         float(np.abs(one.params["w"] - many.params["w"]).max()),
         float(np.abs(one.model_state["stats"]["mean"] - many.model_state["stats"]["mean"]).max()),
@@ -199,7 +199,7 @@ def loud(params, model_state, x):
     jax.debug.inspect_array_sharding(x, callback=lambda s: shards.append(s.shard_shape(x.shape)))
     return t.forward(params, model_state, x)
 shards = []
-t.run(given, mesh=data_mesh(), forward=loud)
+t.run(given, mesh=all_devices("data"), forward=loud)
 found["shards"] = shards
 print(json.dumps(found))
 """
