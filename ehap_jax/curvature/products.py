@@ -23,8 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from ehap_jax.curvature.problem import Layout
+from ehap_jax.curvature.residuals import keep_little, remake
 from ehap_jax.curvature.taps import Taps, find_taps
 from ehap_jax.graph import trace_graph
+from ehap_jax.graph.trace import Body
 
 __all__ = ["Linearization", "Products", "add_linear_products", "add_products", "linearize", "no_products", "taps_of"]
 
@@ -80,17 +82,17 @@ class _Gradient(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("arrays", "gradient_bad", "loss_scale"),
-    meta_fields=("places", "structure", "taps"),
+    meta_fields=("rest", "structure", "taps"),
 )
 @dataclass(frozen=True)
 class Linearization:
     """The gradient linearised at one loss scale; a pytree.
 
     Attributes:
-      arrays: the gradient and the residuals of its linear part, each array once.
+      arrays: what the gradient and its pushforward can be made of again.
       gradient_bad: ``(leaves,)``, whether the gradient of a leaf is not finite.
       loss_scale: what the loss was multiplied with.
-      places: for every leaf of ``structure`` its place in ``arrays``.
+      rest: how they are made again.
       structure: the tree structure of the gradient and its pushforward.
       taps: the loss with its taps.
     """
@@ -98,12 +100,12 @@ class Linearization:
     arrays: list[jax.Array]
     gradient_bad: jax.Array
     loss_scale: jax.Array
-    places: tuple[int, ...]
+    rest: Body
     structure: Any
     taps: Taps
 
     def parts(self) -> tuple[_Gradient, Callable[[PyTree], _Gradient]]:
-        return jax.tree.unflatten(self.structure, [self.arrays[place] for place in self.places])
+        return remake(self.arrays, self.rest, self.structure)
 
 
 def no_products(layout: Layout, leaves: list[jax.Array]) -> Products:
@@ -129,15 +131,16 @@ def add_products(loss, layout: Layout, leaves, v, examples, weight, scales, foun
 def linearize(loss, layout: Layout, leaves, examples, loss_scale) -> Linearization:
     """Linearise the gradient of ``loss_scale * loss`` on one chunk."""
     taps = taps_of(loss, layout, leaves, examples)
-    gradient, probed = _gradient(layout, taps, leaves, examples, loss_scale)
-    at, pushforward = jax.linearize(gradient, probed)
+
+    def linearized(leaves, examples, loss_scale):
+        gradient, probed = _gradient(layout, taps, leaves, examples, loss_scale)
+        return jax.linearize(gradient, probed)
+
     # What a kernel reads is among the residuals, too. As one array it is stored once, and the compiler sees that the
     # products need no convolution that the pushforward does not have already.
-    parts, structure = jax.tree.flatten((at, pushforward))
-    arrays = list({id(x): x for x in parts}.values())
-    order = {id(x): place for place, x in enumerate(arrays)}
-    places = tuple(order[id(x)] for x in parts)
-    return Linearization(arrays, at.not_finite(layout, taps), loss_scale, places, structure, taps)
+    arrays, rest, structure = keep_little(linearized, leaves, examples, loss_scale)
+    at, _ = remake(arrays, rest, structure)
+    return Linearization(arrays, at.not_finite(layout, taps), loss_scale, rest, structure, taps)
 
 
 @partial(jax.jit, static_argnames="layout")
