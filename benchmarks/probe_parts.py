@@ -8,7 +8,8 @@ x * v and x' * v forward, and two backward through the transpose. For every size
 times one forward and one backward alone, in seconds; then two pairs that one wider convolution could compute: the
 sum x' * w + x * v with inputs and kernels side by side (`sum`), and x' * w, x' * v with the kernels side by side
 (`both`), each as two convolutions and as one. Then the whole compiled step, and the sum of its parts. Beside them
-stands the gradient alone, as one program and as two (`ehap_jax.training.make_epoch` takes two on a CPU).
+stands the gradient alone, as one program and as two (`ehap_jax.training.make_epoch` takes two on a CPU), and the bytes
+that a linearisation keeps, beside those of `jax.linearize(jax.grad(loss), variables)`.
 
 Least of repeated calls, on the wall clock and (where the device is a CPU) on the CPU clock of the process, all threads
 together, which other programs on the machine disturb less.
@@ -29,7 +30,14 @@ import jax.numpy as jnp
 from benchmarks.measure import least, provenance, write_results
 from benchmarks.probe_rows import NETWORKS, Row, loss_and_start
 from ehap_jax.curvature import Policy
-from ehap_jax.curvature.probe_loop import Run, add_linear_chunk, begin, blank_state, linearizations
+from ehap_jax.curvature.probe_loop import (
+    Run,
+    add_linear_chunk,
+    begin,
+    blank_state,
+    linearizations,
+    linearize_chunk,
+)
 from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import prepare
 from ehap_jax.curvature.taps import Site
@@ -104,6 +112,31 @@ def time_gradient(
     }
 
 
+def kept_bytes(row: Row) -> dict[str, dict[str, int]]:
+    """What is kept of the linearised gradient, here and by JAX, in single and in half precision."""
+    found = {}
+    for precision in ("float32", "float16"):
+        loss, variables, batch, _, _ = loss_and_start(row)
+        policy = Policy(precision)
+        problem = prepare(loss, variables, batch, policy=policy, select=is_kernel, channel_axis=-1, microbatch=None)
+        one = blank_state(Run(loss, problem, "linearize"), jax.random.key(0), policy).loss_scale
+        arguments = (loss, problem.layout, None, problem.leaves, problem.chunks[0], one)
+        ours = jax.eval_shape(linearize_chunk, *arguments)
+        cast = [x.astype(precision) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in jax.tree.leaves(variables)]
+        low = jax.tree.unflatten(jax.tree.structure(variables), cast)
+        images, labels = batch
+
+        def linearized(low, images, labels, loss=loss):
+            return jax.linearize(jax.grad(lambda p: loss(p, (images, labels))), low)
+
+        plain = jax.eval_shape(linearized, low, images.astype(precision), labels)
+        found[precision] = {
+            name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+            for name, kept in (("ours", ours.arrays), ("jax", plain))
+        }
+    return found
+
+
 def timed(function: Callable, arguments: tuple, seconds: float) -> dict[str, float]:
     run = jax.jit(function)
     return least(lambda: run(*arguments), seconds)
@@ -137,6 +170,7 @@ def measure(row: Row, seconds: float) -> dict[str, Any]:
         "parts": parts,
         **sums(parts, whole),
         **time_gradient(loss, variables, batch, seconds / 3),
+        "kept_bytes": kept_bytes(row),
         **provenance(),
     }
 
@@ -184,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
         row = Row("ehap", "float32", "tiny", 4, 8)
     found = measure(row, 0.1 if given.quick else given.seconds)
     write_results(given.out, found)
-    shown = {name: found[name] for name in ("step", "forward", "gradient")}
+    shown = {name: found[name] for name in ("step", "forward", "gradient", "kept_bytes")}
     print(json.dumps({**shown, **found["sums"]}, indent=1))
 
 

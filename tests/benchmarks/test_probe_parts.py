@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import probe_parts
-from benchmarks.probe_parts import line, sums, time_gradient, time_site
+from benchmarks.probe_parts import kept_bytes, line, sums, time_gradient, time_site
+from benchmarks.probe_rows import Row
 from ehap_jax.curvature.taps import find_taps
 from ehap_jax.graph import trace_graph
 
@@ -58,3 +59,9 @@ def test_both_ways_to_a_gradient_give_it(monkeypatch):
     assert value == loss(params, x)
     expected = jnp.full((2, 3), jnp.cos(1.0))
     assert all(jnp.allclose(gradient["kernel"], expected) for gradient in (one, apart))
+
+
+def test_less_is_kept_than_jax_keeps():
+    found = kept_bytes(Row("ehap", "float32", "tiny", 4, 8))
+    assert found["float32"]["ours"] < found["float32"]["jax"] / 2
+    assert 0.49 < found["float16"]["ours"] / found["float32"]["ours"] < 0.55
