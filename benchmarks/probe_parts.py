@@ -132,7 +132,7 @@ def kept_bytes(row: Row) -> dict[str, dict[str, int]]:
         plain = jax.eval_shape(linearized, low, images.astype(precision), labels)
         found[precision] = {
             name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
-            for name, kept in (("ours", ours.arrays), ("jax", plain))
+            for name, kept in (("ours", ours.kept), ("jax", plain))
         }
     return found
 

@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from ehap_jax.curvature.problem import Layout
-from ehap_jax.curvature.residuals import keep_little, remake
+from ehap_jax.curvature.residuals import Kept, keep_little
 from ehap_jax.curvature.taps import Taps, find_taps
 from ehap_jax.graph import trace_graph
-from ehap_jax.graph.trace import Body
 
 __all__ = ["Linearization", "Products", "add_linear_products", "add_products", "linearize", "no_products", "taps_of"]
 
@@ -81,31 +80,27 @@ class _Gradient(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("arrays", "gradient_bad", "loss_scale"),
-    meta_fields=("rest", "structure", "taps"),
+    data_fields=("kept", "gradient_bad", "loss_scale"),
+    meta_fields=("taps",),
 )
 @dataclass(frozen=True)
 class Linearization:
     """The gradient linearised at one loss scale; a pytree.
 
     Attributes:
-      arrays: what the gradient and its pushforward can be made of again.
+      kept: what the gradient and its pushforward are made of again.
       gradient_bad: ``(leaves,)``, whether the gradient of a leaf is not finite.
       loss_scale: what the loss was multiplied with.
-      rest: how they are made again.
-      structure: the tree structure of the gradient and its pushforward.
       taps: the loss with its taps.
     """
 
-    arrays: list[jax.Array]
+    kept: Kept
     gradient_bad: jax.Array
     loss_scale: jax.Array
-    rest: Body
-    structure: Any
     taps: Taps
 
     def parts(self) -> tuple[_Gradient, Callable[[PyTree], _Gradient]]:
-        return remake(self.arrays, self.rest, self.structure)
+        return self.kept.results()
 
 
 def no_products(layout: Layout, leaves: list[jax.Array]) -> Products:
@@ -138,9 +133,9 @@ def linearize(loss, layout: Layout, leaves, examples, loss_scale) -> Linearizati
 
     # What a kernel reads is among the residuals, too. As one array it is stored once, and the compiler sees that the
     # products need no convolution that the pushforward does not have already.
-    arrays, rest, structure = keep_little(linearized, leaves, examples, loss_scale)
-    at, _ = remake(arrays, rest, structure)
-    return Linearization(arrays, at.not_finite(layout, taps), loss_scale, rest, structure, taps)
+    kept = keep_little(linearized, leaves, examples, loss_scale)
+    at, _ = kept.results()
+    return Linearization(kept, at.not_finite(layout, taps), loss_scale, taps)
 
 
 @partial(jax.jit, static_argnames="layout")

@@ -9,41 +9,61 @@ left.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ehap_jax.graph import Node, Value, evaluate
-from ehap_jax.graph.trace import Body, Constant, Operand, body_of
+from ehap_jax.graph.interpret import evaluate
+from ehap_jax.graph.trace import Body, Constant, Node, Operand, Value, body_of
 
-__all__ = ["keep_little", "remake"]
+__all__ = ["Kept", "keep_little"]
 
 PyTree = Any
 
 
-def keep_little(function: Callable[..., PyTree], *arguments: PyTree) -> tuple[list[jax.Array], Body, Any]:
+@partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("rest", "structure"))
+@dataclass(frozen=True)
+class Kept:
+    """What the results of a function can be made of again; a pytree.
+
+    Attributes:
+      arrays: what is kept.
+      rest: how the results are made of it.
+      structure: their tree structure.
+    """
+
+    arrays: list[jax.Array]
+    rest: Body
+    structure: Any
+
+    def results(self) -> PyTree:
+        return jax.tree.unflatten(self.structure, evaluate(self.rest, self.arrays, lambda node, inputs: None))
+
+
+def keep_little(function: Callable[..., PyTree], *arguments: PyTree) -> Kept:
     """Run ``function``, and keep what its results can be made of again.
+
+    To be called inside a jitted function that returns what is kept, to another one that needs the results.
 
     Args:
       function: a pure function from pytrees of arrays to a pytree of arrays.
       arguments: of it.
 
-    Returns:
-      The arrays to keep; what `remake` makes the results of; and their tree structure.
+    >>> kept = keep_little(lambda x: (jax.nn.relu(x), x > 0, jnp.zeros_like(x)), jnp.ones(3))
+    >>> len(kept.arrays)
+    1
+    >>> [x.tolist() for x in kept.results()]
+    [[1.0, 1.0, 1.0], [True, True, True], [0.0, 0.0, 0.0]]
     """
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     closed, results = jax.make_jaxpr(function, return_shape=True)(*structs)
     first, rest = _split(body_of(closed))
-    kept = evaluate(first, jax.tree.leaves(arguments), lambda node, inputs: None)
-    return [jnp.asarray(x) for x in kept], rest, jax.tree.structure(results)
-
-
-def remake(arrays: list[jax.Array], rest: Body, structure: Any) -> PyTree:
-    """The results that `keep_little` has kept as ``arrays``."""
-    return jax.tree.unflatten(structure, evaluate(rest, arrays, lambda node, inputs: None))
+    arrays = evaluate(first, jax.tree.leaves(arguments), lambda node, inputs: None)
+    return Kept([jnp.asarray(x) for x in arrays], rest, jax.tree.structure(results))
 
 
 def _split(body: Body) -> tuple[Body, Body]:

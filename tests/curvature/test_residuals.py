@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ehap_jax.curvature.residuals import keep_little, remake
+from ehap_jax.curvature.residuals import keep_little
 
 X = jnp.asarray([[-1.0, -0.0, 0.0, 2.0], [jnp.nan, jnp.inf, -jnp.inf, 1e-45]], jnp.float32)
 
@@ -51,9 +51,9 @@ def test_results_are_made_again(name, jit):
     seen = []
 
     def there_and_back(x):
-        arrays, rest, structure = keep_little(function, x)
-        seen.append(arrays)
-        return remake(arrays, rest, structure)
+        kept = keep_little(function, x)
+        seen.append(kept.arrays)
+        return kept.results()
 
     found = (jax.jit(there_and_back) if jit else there_and_back)(X)
     truth = function(X)
@@ -79,13 +79,13 @@ def test_a_relu_network_keeps_what_its_layers_read_and_their_cotangents():
 
         return jax.grad(loss)([jnp.zeros((5, 6))] * 4)
 
-    arrays, rest, structure = keep_little(lambda kernels: jax.linearize(gradient, kernels), kernels)
-    kept = sorted(str(array.dtype) for array in arrays if array.shape == (5, 6))
-    assert kept == ["bool", *["float32"] * 8]  # x, three inputs, four cotangents
+    kept = keep_little(lambda kernels: jax.linearize(gradient, kernels), kernels)
+    wide = sorted(str(array.dtype) for array in kept.arrays if array.shape == (5, 6))
+    assert wide == ["bool", *["float32"] * 8]  # x, three inputs, four cotangents
     _, plain = jax.linearize(gradient, kernels)
     plain_sizes = [leaf.shape for leaf in jax.tree.leaves(plain)].count((5, 6))
-    assert plain_sizes > 2 * len(kept) - 4
+    assert plain_sizes > 2 * len(wide) - 4
     direction = [jnp.ones((6, 6))] * 4
-    _, pushforward = remake(arrays, rest, structure)
+    _, pushforward = kept.results()
     for ours, theirs in zip(pushforward(direction), plain(direction), strict=True):
         np.testing.assert_array_equal(ours, theirs)
