@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_memory [--networks resnet32 …] [--batches 128] [--max-minutes 10]
 
 XLA compiles for a GPU that is described and not there: the program that `channel_trace` runs on an H100, all probes in
-one loop. Of it the script writes the bytes for arguments, results and everything in between, and in which types its
-convolutions compute. What cuDNN takes for itself while it runs is not among them: it is chosen on the GPU. Nothing is
+one loop. Of it the script writes the bytes for arguments, results and everything in between, and the types of what its
+convolutions return. What cuDNN takes for itself while it runs is not among them: it is chosen on the GPU. Nothing is
 timed but the compilation, and it may run beside other work. Every program is compiled in a process of its own and
 written when it is done; the same command goes on from there.
 """

@@ -9,7 +9,7 @@ times one forward and one backward alone, in seconds; then two pairs that one wi
 sum x' * w + x * v with inputs and kernels side by side (`sum`), and x' * w, x' * v with the kernels side by side
 (`both`), each as two convolutions and as one. Then the whole compiled step, and the sum of its parts. Beside them
 stands the gradient alone, as one program and as two (`ehap_jax.training.make_epoch` takes two on a CPU), and the bytes
-that a linearisation keeps, beside those of `jax.linearize(jax.grad(loss), variables)`.
+that a linearisation keeps, beside those of `jax.linearize(jax.grad(loss), params)`.
 
 Least of repeated calls, on the wall clock and (where the device is a CPU) on the CPU clock of the process, all threads
 together, which other programs on the machine disturb less.
@@ -21,6 +21,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +123,22 @@ def kept_bytes(row: Row) -> dict[str, dict[str, int]]:
         one = blank_state(Run(loss, problem, "linearize"), jax.random.key(0), policy).loss_scale
         arguments = (loss, problem.layout, None, problem.leaves, problem.chunks[0], one)
         ours = jax.eval_shape(linearize_chunk, *arguments)
-        cast = [x.astype(precision) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in jax.tree.leaves(variables)]
-        low = jax.tree.unflatten(jax.tree.structure(variables), cast)
+        low = jax.tree.map(partial(lower, precision), variables)
         images, labels = batch
 
-        def linearized(low, images, labels, loss=loss):
-            return jax.linearize(jax.grad(lambda p: loss(p, (images, labels))), low)
+        def linearized(params, low, images, labels, loss=loss):
+            return jax.linearize(jax.grad(lambda p: loss({**low, "params": p}, (images, labels))), params)
 
-        plain = jax.eval_shape(linearized, low, images.astype(precision), labels)
+        plain = jax.eval_shape(linearized, low["params"], low, images.astype(precision), labels)
         found[precision] = {
             name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
             for name, kept in (("ours", ours.kept), ("jax", plain))
         }
     return found
+
+
+def lower(precision: str, x: jax.Array) -> jax.Array:
+    return x.astype(precision) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def timed(function: Callable, arguments: tuple, seconds: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,16 +179,20 @@ def _step_bytes(run: Run, state: TraceState) -> int | None:
 def _estimated_bytes(run: Run, state: TraceState) -> int:
     """An upper bound from the residuals of every chunk: kept, or made with their derivatives for one chunk at a time.
 
-    Identical arrays that a compiler would share are counted apart, and rematerialisation is given no credit.
+    While they are made, all that JAX keeps counts, and rematerialisation is given no credit.
     """
     layout, leaves, chunks, _ = run.problem
     devices = 1 if run.mesh is None else run.mesh.size
-    residuals = []
+    kept, made = [], []
     for chunk in chunks:
         line = jax.eval_shape(linearize_chunk, run.given, layout, run.mesh, leaves, chunk, state.loss_scale)
-        residuals.append(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(line)) // devices)
-    kept = sum(residuals) if run.linear else max(residuals)
-    return _bytes((leaves, chunks)) + kept + max(residuals)
+        kept.append(_size(jax.tree.leaves(line)) // devices)
+        made.append(_size(line.kept.rest.outputs))
+    return _bytes((leaves, chunks)) + (sum(kept) if run.linear else max(made)) + max(made)
+
+
+def _size(arrays: Iterable[Any]) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
 def _stats(lowered: Any) -> Any:

@@ -59,7 +59,7 @@ def keep_little(function: Callable[..., PyTree], *arguments: PyTree) -> Kept:
     >>> [x.tolist() for x in kept.results()]
     [[1.0, 1.0, 1.0], [True, True, True], [0.0, 0.0, 0.0]]
     """
-    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type), arguments)
     closed, results = jax.make_jaxpr(function, return_shape=True)(*structs)
     first, rest = _split(body_of(closed))
     arrays = evaluate(first, jax.tree.leaves(arguments), lambda node, inputs: None)
@@ -70,26 +70,26 @@ def _split(body: Body) -> tuple[Body, Body]:
     """``body`` in two: its inputs to what is kept, and this to its outputs."""
     same, makers = _equal_values(body)
     outputs = [same.get(operand, operand) for operand in body.outputs]
-    clipped = {}  # by what max(a, c) reads, a and the constant c: its output
+    clipped: dict[tuple[Hashable, Hashable], Operand] = {}  # a and the number c of an output max(a, c): that output
     for node in body.nodes:
-        if operands := _maximum(node):
-            clipped[_name(same, operands[0]), _name(same, operands[1])] = node.outputs[0]
-    cheap: dict[Operand, Node] = {}
+        if (operands := _maximum(node)) and (value := same.get(node.outputs[0])) in outputs:
+            clipped.setdefault((_name(same, operands[0]), _name(same, operands[1])), value)
+    remade: dict[Operand, Node] = {}
     for operand in outputs:
         node = makers.get(operand)
         if node is None:
             continue
         if node.name == "broadcast_in_dim" and isinstance(node.inputs[0], Constant):
-            cheap[operand] = node
+            remade[operand] = node
         elif node.name == "gt":
             # max(a, c) > c exactly where a > c, and nowhere if a is NaN.
             clip = clipped.get((_name(same, node.inputs[0]), _name(same, node.inputs[1])))
-            if clip in outputs:
-                cheap[operand] = replace(node, inputs=(clip, node.inputs[1]))
-    kept = list(dict.fromkeys(operand for operand in outputs if operand not in cheap))
+            if clip is not None:
+                remade[operand] = replace(node, inputs=(clip, node.inputs[1]))
+    kept = list(dict.fromkeys(operand for operand in outputs if operand not in remade))
     read = [operand if isinstance(operand, Value) else Value(operand.shape, operand.dtype) for operand in kept]
     place = dict(zip(kept, read, strict=True))
-    rest = Body(tuple(read), {}, tuple(cheap.values()), tuple(place.get(operand, operand) for operand in outputs))
+    rest = Body(tuple(read), {}, tuple(remade.values()), tuple(place.get(operand, operand) for operand in outputs))
     return replace(body, outputs=tuple(kept)), rest
 
 
@@ -97,15 +97,15 @@ def _equal_values(body: Body) -> tuple[dict[Operand, Value], dict[Operand, Node]
     """Of every value the first one that is computed alike, and by what operation."""
     same: dict[Operand, Value] = {}
     makers: dict[Operand, Node] = {}
-    first: dict[Hashable, Value] = {}
+    found: dict[Hashable, Value] = {}
     for node in body.nodes:
-        if len(node.outputs) != 1:
+        if len(node.outputs) != 1 or node.effects:
             continue
         (value,) = node.outputs
         names = tuple(_name(same, operand) for operand in node.inputs)
         key = (node.name, tuple(sorted(node.params.items())), names)
         try:
-            same[value] = first.setdefault(key, value)
+            same[value] = found.setdefault(key, value)
         except TypeError:  # parameters that cannot be compared
             same[value] = value
         makers.setdefault(same[value], node)
@@ -114,19 +114,24 @@ def _equal_values(body: Body) -> tuple[dict[Operand, Value], dict[Operand, Node]
 
 def _name(same: dict[Operand, Value], operand: Operand) -> Hashable:
     """Equal for operands that are known to be equal."""
-    if isinstance(operand, Constant):
-        array = np.asarray(operand.value)
-        return array.dtype, array.shape, array.tobytes()
-    return same.get(operand, operand)
+    if not isinstance(operand, Constant):
+        return same.get(operand, operand)
+    if jnp.issubdtype(operand.dtype, jax.dtypes.extended):  # a PRNG key
+        return operand
+    number = np.asarray(operand.value)
+    return number.dtype, number.shape, number.tobytes()
 
 
-def _maximum(node: Node) -> tuple[Operand, ...] | None:
-    """What the node takes the maximum of, whatever its derivative is; None for other operations."""
-    if node.name == "max":
-        return node.inputs
-    body = node.body
-    if node.name != "custom_jvp_call" or body is None or [inner.name for inner in body.nodes] != ["max"]:
+def _maximum(node: Node) -> tuple[Operand, Constant] | None:
+    """What the node takes the maximum of, if that is an array and a number, whatever its derivative is."""
+    operands = node.inputs
+    if node.name == "custom_jvp_call" and node.body is not None:
+        body = node.body
+        if [inner.name for inner in body.nodes] != ["max"] or body.nodes[0].outputs != body.outputs:
+            return None
+        given: dict[Operand, Operand] = dict(zip(body.inputs, node.inputs, strict=True))
+        operands = tuple(given.get(operand, operand) for operand in body.nodes[0].inputs)
+    elif node.name != "max":
         return None
-    (inner,) = body.nodes
-    given: dict[Operand, Operand] = dict(zip(body.inputs, node.inputs, strict=True))
-    return tuple(given.get(operand, operand) for operand in inner.inputs) if inner.outputs == body.outputs else None
+    array, number = sorted(operands, key=lambda operand: isinstance(operand, Constant))
+    return (array, number) if isinstance(number, Constant) else None

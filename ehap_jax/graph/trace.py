@@ -9,7 +9,7 @@ rewriting can keep the derivative rule, the rematerialisation policy or the loop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -64,7 +64,8 @@ Operand = Value | Constant
 class Node:
     """One operation: ``outputs = primitive(*inputs, **params)``.
 
-    ``source`` is the user's line. ``body`` is the traced inside of a call, None elsewhere.
+    ``source`` is the user's line. ``body`` is the traced inside of a call, None elsewhere. ``effects`` are what it does
+    beside computing its outputs, such as writing to a ref.
     """
 
     primitive: Any
@@ -73,6 +74,7 @@ class Node:
     outputs: tuple[Value, ...]
     source: str
     body: Body | None = None
+    effects: Collection[Any] = ()
 
     @property
     def name(self) -> str:
@@ -237,10 +239,10 @@ class _Read:
             self.known[value] = array
         return value
 
-    def append(self, node: Node, effects) -> None:
+    def append(self, node: Node) -> None:
         self.nodes.append(node)
         small = len(node.outputs) == 1 and prod(node.outputs[0].shape) <= MOST_INDICES
-        if small and not effects and node.body is None and all(map(self._is_fixed, node.inputs)):
+        if small and not node.effects and node.body is None and all(map(self._is_fixed, node.inputs)):
             self.makers[node.outputs[0]] = node
 
     def _is_fixed(self, operand: Operand) -> bool:
@@ -295,8 +297,9 @@ def _inline(jaxpr: _compat.Jaxpr, consts, env, read: _Read, caller: str) -> None
             outputs=outputs,
             source=source,
             body=_call_body(eqn, source),
+            effects=eqn.effects,
         )
-        read.append(node, eqn.effects)
+        read.append(node)
 
 
 def _call_body(eqn: _compat.JaxprEqn, source: str) -> Body | None:

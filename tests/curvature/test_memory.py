@@ -92,6 +92,23 @@ def test_without_word_from_the_compiler_an_estimate_decides_and_says_so(monkeypa
         product_memory(deep, *deep_problem(), memory_budget=1)
 
 
+def test_the_estimate_is_no_less_than_what_the_compiler_says(monkeypatch):
+    """Also of ReLUs, of whose residuals most are made again rather than kept."""
+
+    def loss(p, x):
+        for w in p["kernel"]:
+            x = jax.nn.relu(x @ w)
+        return (x**2).sum(1).mean()
+
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2)
+    said = product_memory(loss, *deep_problem())
+    monkeypatch.setattr(memory, "_stats", lambda lowered: None)
+    estimated = product_memory(loss, *deep_problem())
+    assert (said.source, estimated.source) == ("compiler", "estimate")
+    assert said.needs.keys() == estimated.needs.keys() == {"linearize", "jvp", "remat"}
+    assert all(size <= estimated.needs[way] for way, size in said.needs.items())
+
+
 def test_segments_give_the_same_derivatives():
     params, batch = network.params_and_batch()
     again = rematerialized(network.loss)
