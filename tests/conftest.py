@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "EHAP_JAX_OPTIMIZED" not in os.environ:  # set it to compile as users do
@@ -11,6 +12,12 @@ if "EHAP_JAX_OPTIMIZED" not in os.environ:  # set it to compile as users do
         + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
         + [os.environ.get("XLA_FLAGS", "")]
     )
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what several tests compile is compiled once; workers inherit it
+    compiled = tempfile.TemporaryDirectory(prefix="ehap_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 

@@ -14,11 +14,9 @@ from jax.sharding import Mesh
 from ehap_jax.curvature.control_variate import METHODS, split_curvature
 from ehap_jax.curvature.devices import (
     DATA,
-    SAME,
     check_mesh,
     divide,
     fetch,
-    place,
     size_of,
 )
 from ehap_jax.curvature.estimate import TraceEstimate, TraceState, estimate_of, exact_state
@@ -203,7 +201,7 @@ def channel_trace(
         if product == "auto":
             product = state.origin.product or product
     run = run_by(choose_product(product, memory_budget, run_by, key, policy).product)
-    now = first_state(run, key, policy) if state is None else place(mesh, fetch(state), SAME)
+    now = first_state(run, key, policy) if state is None else run.place(fetch(state))
     now = now._replace(origin=run.origin)
 
     def estimate(state: TraceState) -> TraceEstimate:

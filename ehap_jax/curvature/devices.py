@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ehap_jax._placement import bind, bound_to
 from ehap_jax.curvature.problem import Problem, batch_size
 
 __all__ = [
@@ -114,11 +115,14 @@ def place(mesh: Mesh | None, tree: PyTree, kind: str) -> PyTree:
 def divide(problem: Problem, mesh: Mesh | None) -> Problem:
     """A problem on a mesh: its parameters everywhere, every chunk's examples divided over the data axis.
 
+    Without a mesh all of it is bound to a device if any of it is.
+
     What is left of a chunk, fewer examples than devices, is a chunk of its own with one example per device; devices
     beyond the rest repeat the first example with the weight 0.
     """
     if mesh is None:
-        return problem
+        layout, *arrays = problem
+        return Problem(layout, *bind(arrays, bound_to(arrays)))
     along, size = size_of(mesh, DATA), sum(batch_size(chunk) for chunk in problem.chunks)
     dtype = problem.layout.policy.sums
     chunks, weights = [], []

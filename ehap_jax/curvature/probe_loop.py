@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ehap_jax._placement import bind, bound_to
 from ehap_jax.curvature.devices import (
     EXAMPLES,
     OWN,
@@ -77,6 +78,10 @@ class Run:
     def loss(self) -> Callable:
         return rematerialized(self.given) if self.product == "remat" else self.given
 
+    def place(self, tree):
+        """Arrays put where those of the problem are: on the mesh, the same on every device, or on their device."""
+        return bind(tree, bound_to(self.problem.leaves)) if self.mesh is None else place(self.mesh, tree, SAME)
+
     @property
     def linear(self) -> bool:
         return self.product == "linearize"
@@ -93,7 +98,7 @@ class Run:
 
 def advance(run: Run, linear: list[Linearization], state: TraceState, done: int, target: int) -> TraceState:
     """From ``done`` to ``target`` probes without a word to the host; fewer where a product was not finite."""
-    goal = place(run.mesh, jnp.int32(target), SAME)
+    goal = run.place(jnp.int32(target))
     if run.on_device:
         return advance_on_device(run, state, goal)
     for _ in range(-(-(target - done) // size_of(run.mesh, PROBE))):
@@ -128,7 +133,7 @@ def begin(layout: Layout, mesh, leaves, state: TraceState) -> tuple[dict[str, ja
     On one device leaf by leaf: the generator takes most of a second to compile, so it is compiled once per shape.
     """
     if mesh is None:
-        return _draw(layout, mesh, leaves, state), no_products(layout, leaves)
+        return _draw(layout, mesh, leaves, state), bind(no_products(layout, leaves), bound_to(leaves))
     return _begin_on_mesh(layout, mesh, leaves, state)
 
 
@@ -321,7 +326,7 @@ def blank_state(run: Run, key: jax.Array, policy: Policy) -> TraceState:
         moments=Moments(zero, jax.tree.map(jnp.zeros_like, zero)),
         origin=run.origin,
     )
-    return place(run.mesh, state, SAME)
+    return run.place(state)
 
 
 def first_state(run: Run, key: jax.Array, policy: Policy) -> TraceState:

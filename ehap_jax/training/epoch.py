@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ehap_jax._placement import bind, bound_to
 from ehap_jax.data.augment import augment, normalise
 from ehap_jax.data.dataset import Dataset
 from ehap_jax.training.losses import Teacher, cross_entropy, distillation_loss
@@ -231,10 +232,8 @@ def make_epoch(
         teaching = None if teacher is None else teacher.variables
         totals = _zero_totals()
         everything = (state, totals, images, labels, teaching)
-        place = _bound_to(everything) if mesh is None else NamedSharding(mesh, PartitionSpec())
-        if place is not None:
-            # Every mixture of arrays that are bound to a device and arrays that are not is compiled anew.
-            state, totals, images, labels, teaching = jax.device_put(everything, place)
+        place = bound_to(everything) if mesh is None else NamedSharding(mesh, PartitionSpec())
+        state, totals, images, labels, teaching = bind(everything, place)
         if loop == "scan" or (loop == "auto" and jax.default_backend() != "cpu"):
             state, totals = jitted_scan(state, images, labels, teaching)
         else:
@@ -245,13 +244,6 @@ def make_epoch(
         return state, EpochMetrics(totals.loss / steps, totals.correct / (steps * batch_size))
 
     return epoch
-
-
-def _bound_to(tree: Any) -> Sharding | None:
-    """The one device that arrays are bound to; None where none are, or where their owner spread them over several."""
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and leaf.committed]
-    single = [array.sharding for array in arrays if isinstance(array.sharding, SingleDeviceSharding)]
-    return single[0] if single and len(single) == len(arrays) else None
 
 
 def _follow(average: Any, variables: Any, decay: float, step: jax.Array) -> Any:

@@ -60,8 +60,9 @@ def test_the_fastest_that_fits_is_chosen_and_its_bytes_are_told(needs):
     assert 0 < memory.free_memory(jax.devices()[0]) < 2**50
 
 
-def test_what_the_compiler_says_is_compiled_once():
-    """Deciding compiles what is run, and the run compiles nothing again."""
+@pytest.mark.parametrize("bound", [False, True])
+def test_what_the_compiler_says_is_compiled_once(bound):
+    """Deciding compiles what is run, and the run compiles nothing again; also with weights bound to their device."""
     compiled = []
 
     def note(name, duration, **_):
@@ -72,6 +73,8 @@ def test_what_the_compiler_says_is_compiled_once():
         return deep(p, x) * 2
 
     params, batch = deep_problem()
+    if bound:
+        params = jax.device_put(params, jax.devices()[0])
     channel_trace(deep, params, batch, key=KEY, num_probes=2, microbatch=200)  # the parts that depend on no loss
     jax.monitoring.register_event_duration_secs_listener(note)
     found = product_memory(loss, params, batch, microbatch=200)
