@@ -6,8 +6,9 @@
 Writes the table, and beside it one picture per run, accuracy against multiply-accumulates, named after its JSON file.
 Reads ``reproduction.json`` of `recipes.reproduce`, ``comparison.json`` of `recipes.compare_torch` (the trace as
 EHAP's released code computes it beside the fixed one), ``sweep.json`` of `recipes.sweep` and ``summary.json`` of
-`recipes.quantize`; of the last two, configuration and versions beside them, or all three in one file: ``{"config": …,
-"versions": …, "sweep": …}``, or ``"summary"``. Every row says whether it ran, ran shortened (and how), or did not run.
+`recipes.quantize`; of these two, configuration and versions beside them, or all three in one file: ``{"config": …,
+"versions": …, "sweep": …}``, or ``"summary"``; and what `benchmarks.gpu_memory` writes. Every row says whether it ran,
+ran shortened (and how), or did not run.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Arguments:
     """``sweep.json`` files of recipes.sweep."""
     quantized: tuple[Path, ...] = ()
     """``summary.json`` files of recipes.quantize."""
+    compiled: tuple[Path, ...] = ()
+    """Files of benchmarks.gpu_memory."""
     output: Path = Path("results/REPRODUCTION.md")
     """Replaced where it exists."""
 
@@ -61,6 +64,7 @@ NOT_RUN = "not run"
 COMPARED = ("hessian", "magnitude", "random")
 """The criteria of the papers' claim."""
 
+MEMORY = "FP16 traces take about 40 % less GPU memory (EHAP)"
 RESNET56 = "Goal: ResNet-56, 93.46 % at 47 % of the MACs, 93.36 % at 40 %"
 INT8 = f"Goal: INT8 integers within {POINTS} points of float training"
 
@@ -82,12 +86,11 @@ def network_of(part: dict[str, Any]) -> str:
 def precision_rows(part: dict[str, Any] | None, network: str) -> list[Row]:
     """Speed and memory of the trace, and accuracy after pruning by it."""
     speed = "FP16 traces are 17 % to 44 % faster than FP32 ones (EHAP, on its GPUs)"
-    memory = "FP16 traces take about 40 % less GPU memory (EHAP)"
     batch = "A larger Hessian batch fits in FP16 (EHAP)"
     equal = "Pruning by FP16 traces is as accurate as by FP32 ones (EHAP)"
     entries = {} if part is None else {entry["compute"]: entry for entry in part["result"]["precisions"]}
     if part is None or not {"float32", "float16"} <= entries.keys():
-        return [Row(claim, network, "", NOT_RUN) for claim in (speed, memory, batch, equal)]
+        return [Row(claim, network, "", NOT_RUN) for claim in (speed, MEMORY, batch, equal)]
     result, config = part["result"], part["config"]
     sizes = {"probes": result["probes"], "examples": result["examples"], "seeds": len(result["rows"]) // len(entries)}
     state = shortened(
@@ -106,7 +109,7 @@ def precision_rows(part: dict[str, Any] | None, network: str) -> list[Row]:
     return [
         speed_row(speed, network, result, full, low, traced),
         Row(
-            memory,
+            MEMORY,
             network,
             f"{need:.0f} MB at the peak of a probe in FP32, {less:.0f} MB in FP16, by the compiler: "
             f"{100 * (less / need - 1):+.0f} %",
@@ -280,6 +283,23 @@ def int8_goal_row(run: dict[str, Any]) -> Row:
     return Row(INT8, network, here, f"ran: {', '.join(how)}")
 
 
+def compiled_rows(found: dict[str, Any]) -> list[Row]:
+    """What probes on a linearised gradient need on a GPU that they were compiled for."""
+    needs = {
+        (r["network"], r["batch"], r["precision"]): r["bytes"] for r in found["rows"] if r["product"] == "linearize"
+    }
+    rows = []
+    for network, batch, precision in needs:
+        if precision != "float16" or (network, batch, "float32") not in needs:
+            continue
+        full, low = needs[network, batch, "float32"], needs[network, batch, "float16"]
+        sizes = f"{full / 2**30:.2f} GB in FP32, {low / 2**30:.2f} GB in FP16"
+        here = f"{sizes}, by the compiler: {100 * (low / full - 1):+.0f} %"
+        state = f"compiled for the device, not run: {batch} of {PAPER_EXAMPLES} images in the Hessian batch"
+        rows.append(Row(MEMORY, f"{network}, {found['device']}", here, state))
+    return rows
+
+
 def goal_rows(sweeps: Sequence[dict[str, Any]], quantized: Sequence[dict[str, Any]]) -> list[Row]:
     """The project's own goals, those without a run included."""
     rows = [*(sweep_row(run) for run in sweeps), *(int8_goal_row(run) for run in quantized)]
@@ -301,11 +321,13 @@ def document(
     published: Sequence[dict[str, Any]],
     sweeps: Sequence[dict[str, Any]] = (),
     quantized: Sequence[dict[str, Any]] = (),
+    compiled: Sequence[dict[str, Any]] = (),
     pictures: Sequence[str] = (),
 ) -> str:
     """The page; `pictures` are files beside it."""
     rows = [row for run in runs for row in rows_of(run)]
     rows += [row for comparison in published for row in published_rows(comparison)]
+    rows += [row for found in compiled for row in compiled_rows(found)]
     rows += goal_rows(sweeps, quantized)
     table = markdown_table(("claim", "network, data, device", "here", "state"), rows)
     return (
@@ -339,14 +361,15 @@ def command(arguments: Sequence[str] | None = None) -> int:
     """Parse and write."""
     given = tyro.cli(Arguments, args=arguments, prog="python -m recipes.reproduction")
     try:
-        if not (given.runs or given.published or given.sweeps or given.quantized):
+        if not (given.runs or given.published or given.sweeps or given.quantized or given.compiled):
             raise ValueError("name at least one file")
         runs, published = ([_read(path) for path in paths] for paths in (given.runs, given.published))
         files = [given.output.with_name(f"{path.stem}.png") for path in given.runs]
         pictures = [file.name for run, file in zip(runs, files, strict=True) if draw(run, file)]
         sweeps = [read_run(path, "sweep") for path in given.sweeps]
         quantized = [read_run(path, "summary") for path in given.quantized]
-        write_text(given.output, document(runs, published, sweeps, quantized, pictures))
+        compiled = [_read(path) for path in given.compiled]
+        write_text(given.output, document(runs, published, sweeps, quantized, compiled, pictures))
     except (KeyError, ValueError, OSError, ImportError) as error:
         print(f"reproduction: {type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -129,6 +129,22 @@ def test_the_state_says_how_traces_were_taken(criteria, scores, missing, state):
     assert reproduction.short_criteria(part, 3, missing) == state
 
 
+def test_memory_on_a_gpu_is_read_from_what_was_compiled_for_it(tmp_path):
+    """Both precisions of a network, on a linearised gradient; anything else is left out."""
+    sizes = [("a", "float32", "linearize", 4), ("a", "float16", "linearize", 1), ("a", "float32", "jvp", 2)]
+    sizes += [("b", "float16", "linearize", 1), ("c", "float32", "linearize", 1)]
+    rows = [
+        {"network": network, "batch": 128, "precision": precision, "product": product, "bytes": size * 2**30}
+        for network, precision, product, size in sizes
+    ]
+    found, page = tmp_path / "gpu_memory.json", tmp_path / "claims.md"
+    found.write_text(json.dumps({"device": "a GPU", "rows": rows}))
+    assert reproduction.command(["--compiled", str(found), "--output", str(page)]) == 0
+    lines = [line for line in page.read_text().splitlines() if "GPU memory" in line]
+    assert len(lines) == 1 and "a, a GPU" in lines[0]
+    assert "4.00 GB in FP32, 1.00 GB in FP16, by the compiler: -75 %" in lines[0] and "not run" in lines[0]
+
+
 def test_a_table_of_nothing_is_an_error(tmp_path, capsys):
     assert reproduction.command(["--output", str(tmp_path / "table.md")]) == 2
     assert "at least one" in capsys.readouterr().err and not (tmp_path / "table.md").exists()
