@@ -4,7 +4,7 @@
     python -m benchmarks.recipe_times --only prune trace    # those, in a file that has the others already
     python -m benchmarks.recipe_times --max-minutes 10      # stops between two recipes; the next call goes on
 
-The digits are 8 × 8 pixels and 1,617 training images: these are the times of a first look, not those of CIFAR-10. The
+The digits are 8 × 8 pixels and 1,295 training images: these are the times of a first look, not those of CIFAR-10. The
 recipes build on one another: the first trains the network that the others start from. Every recipe keeps on
 what, how busy it was before, and with which versions it was timed.
 """
@@ -29,14 +29,14 @@ COMMANDS = {
     "pretrain": "digits",
     "quickstart": "--seeds 1",
     "trace": "short DENSE --data digits",
-    "prune": "short DENSE --data digits --train-images 1600 --finetune.epochs 10",
-    "quantize": "short PRUNED --data digits --train-images 1600 --seeds 1 --qat.epochs 4",
+    "prune": "short DENSE --data digits --train-images 1280 --finetune.epochs 10",
+    "quantize": "short PRUNED --data digits --train-images 1280 --seeds 1 --qat.epochs 4",
     "ehap": "digits --dense DENSE --seeds 1",
-    "compare_precision": "short DENSE --data digits --train-images 1600 --seeds 1",
-    "compare_criteria": "short DENSE --data digits --train-images 1600 --cells.seeds 1",
-    "sweep": "short DENSE --data digits --train-images 1600",
-    "reproduce": "cpu DENSE --data digits --train-images 1600 --cells.seeds 1",
-    "compare_estimators": "short DENSE --data digits --train-images 1600 --seeds 1",
+    "compare_precision": "short DENSE --data digits --train-images 1280 --seeds 1",
+    "compare_criteria": "short DENSE --data digits --train-images 1280 --cells.seeds 1",
+    "sweep": "short DENSE --data digits --train-images 1280",
+    "reproduce": "cpu DENSE --data digits --train-images 1280 --cells.seeds 1",
+    "compare_estimators": "short DENSE --data digits --train-images 1280 --seeds 1",
     "spectrum": "short DENSE --data digits",
 }
 """Recipe -> its arguments; DENSE and PRUNED are the runs of pretrain and prune."""
