@@ -1,7 +1,8 @@
 """The papers' claims as a table in markdown, from the JSON of runs: one row per claim and run.
 
     python -m recipes.reproduction results/reproduction_*.json --published results/compare_torch_*.json \
-        --sweeps runs/sweep/sweep.json --quantized runs/quantize/summary.json --output results/REPRODUCTION.md
+        --sweeps runs/sweep/sweep.json --quantized runs/quantize/summary.json --compiled results/gpu_memory.json \
+        --output results/REPRODUCTION.md
 
 Writes the table, and beside it one picture per run, accuracy against multiply-accumulates, named after its JSON file.
 Reads ``reproduction.json`` of `recipes.reproduce`, ``comparison.json`` of `recipes.compare_torch` (the trace as
