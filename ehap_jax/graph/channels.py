@@ -60,6 +60,17 @@ class ChannelStructure:
         ]
         return tuple(ChannelGroup(p, members) for p, members in zip(producers, slices.values(), strict=True) if p)
 
+    def group_numbers(self) -> np.ndarray:
+        """For every class of labels the position of its group in :meth:`groups`, -1 where it is none."""
+        classes, numbers = self.solution.classes, np.full(self.solution.classes.max(initial=0) + 1, -1)
+        for leaf in self.solution.structure.leaves:  # a group has a kernel's output axis in it
+            if self.kernel_axes.get(leaf.path) == leaf.axis:
+                numbers[classes[leaf.start : leaf.start + leaf.size]] = 0
+        grouped = [c for c in self.solution.produced_classes() if numbers[c] == 0]
+        numbers[:] = -1
+        numbers[grouped] = np.arange(len(grouped))
+        return numbers
+
     def alive(self, keep: Mapping[str, Any]) -> np.ndarray:
         """Which classes live when kernels keep only the output channels ``keep`` (others keep all).
 
