@@ -1,4 +1,4 @@
-"""How much memory an exact trace needs per example, and so how many examples go together."""
+"""How much memory exact traces and removal costs need per example, and so how many examples go together."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.taps import Taps
+from ehap_jax.graph.trace import Body
 
-__all__ = ["bytes_per_example", "examples_together"]
+__all__ = ["bytes_of_passes", "bytes_of_traces", "examples_together"]
 
 DEFAULT_BUDGET = 2**30
 
@@ -26,20 +27,14 @@ HEAD_ARRAYS = 4
 """Arrays as large as what the head makes that are alive at once."""
 
 
-def bytes_per_example(taps: Taps, columns: int, formed_columns: int, policy: Policy) -> int:
-    """What the arrays of one example take, by estimate.
+def bytes_of_traces(taps: Taps, columns: int, formed_columns: int, policy: Policy) -> int:
+    """What the arrays of one example take when kernels' gradients are squared, by estimate.
 
     Args:
       columns: cotangents that go backward together.
       formed_columns: columns of the head's root that are formed at once besides.
     """
     item, wide = jnp.dtype(policy.compute).itemsize, jnp.dtype(policy.sums).itemsize
-    forward, passing = 0, 0
-    for node in taps.body.nodes:
-        forward += sum(math.prod(out.shape) for out in node.outputs)
-        widest = node.inputs[0] if node.name in EXTREMES else node.outputs[0]
-        passing = max(passing, EXTREMES.get(node.name, COTANGENTS) * math.prod(widest.shape))
-    head = HEAD_ARRAYS * (columns + formed_columns) * math.prod(taps.body.outputs[0].shape)
     backward, largest = 0, 0
     for site in taps.sites:
         positions, groups, read, channels = site.sizes
@@ -49,7 +44,20 @@ def bytes_per_example(taps: Taps, columns: int, formed_columns: int, policy: Pol
         backward += outputs
         largest = max(largest, positions * groups * read * item + inner * wide)
     copies = sum(math.prod(taps.graph.leaves[path].shape) for path in taps.untapped) * (columns + 1)
-    return max((forward + columns * passing + backward + copies) * item + head * wide + largest, 1)
+    return bytes_of_passes(taps.body, columns, formed_columns, policy) + (backward + copies) * item + largest
+
+
+def bytes_of_passes(body: Body, columns: int, formed_columns: int, policy: Policy) -> int:
+    """What one example takes on the way forward through ``body`` and, ``columns`` times, backward."""
+    item, wide = jnp.dtype(policy.compute).itemsize, jnp.dtype(policy.sums).itemsize
+    forward, passing = 0, 0
+    for node in body.walk():
+        forward += sum(math.prod(out.shape) for out in node.outputs)
+        widest = node.inputs[0] if node.name in EXTREMES else node.outputs[0] if node.outputs else None
+        if widest is not None:
+            passing = max(passing, EXTREMES.get(node.name, COTANGENTS) * math.prod(widest.shape))
+    head = HEAD_ARRAYS * (columns + formed_columns) * math.prod(body.outputs[0].shape)
+    return max((forward + columns * passing) * item + head * wide, 1)
 
 
 def examples_together(each: int, microbatch: int | None, budget: int | None, on_cpu: bool) -> int:

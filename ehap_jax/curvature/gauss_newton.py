@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,14 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ehap_jax.curvature.chunk_memory import bytes_per_example, examples_together
-from ehap_jax.curvature.devices import DATA, EXAMPLES, SAME, check_mesh, place, size_of
+from ehap_jax.curvature.chunk_memory import bytes_of_traces
 from ehap_jax.curvature.estimate import Moments, TraceEstimate, estimate_of, exact_state
-from ehap_jax.curvature.heads import Head, forms_root, inputs_and_targets, root_of, root_times, softmax_cross_entropy
+from ehap_jax.curvature.example_columns import (
+    Columns,
+    add_up,
+    columns_of,
+    count_draws,
+    first_scale,
+    head_roots,
+    on_cpu,
+    read_examples,
+)
+from ehap_jax.curvature.heads import Head, softmax_cross_entropy
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
-from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
+from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import Layout, batch_size, layout_of, require_finite
+from ehap_jax.curvature.problem import Layout, layout_of
 from ehap_jax.curvature.saved_trace import fingerprint
 from ehap_jax.curvature.tapped_model import require_proven, tapped_model
 from ehap_jax.curvature.taps import Site, Taps
@@ -30,12 +37,6 @@ from ehap_jax.curvature.taps import Site, Taps
 __all__ = ["gauss_newton_trace"]
 
 PyTree = Any
-
-COLUMNS_PER_PASS = 16
-"""Cotangents that go backward together."""
-
-FIRST_FLOAT16_SCALE = 2.0**10
-"""Cotangents are scaled to about this in float16, less where that overflows."""
 
 
 def gauss_newton_trace(
@@ -116,63 +117,51 @@ def gauss_newton_trace(
     >>> trace.mean["b"].tolist()
     [1.25, 1.25]
     """
-    policy.require_available()
-    check_mesh(mesh)
-    if mesh is not None and jax.process_count() > 1:
-        raise ValueError("an exact trace is computed by the devices of one process; channel_trace takes several")
     if on_unproven not in ("error", "gauss_newton"):
         raise ValueError(f'on_unproven must be "error" or "gauss_newton"; got {on_unproven!r}')
-    draws = _draws(classes, draw, key, head)
+    draws = count_draws(classes, draw, key, head)
     layout = layout_of(params, policy, select, channel_axis)
-    size = batch_size(batch)
-    if microbatch is not None and microbatch < 1:
-        raise ValueError(f"microbatch is a number of examples and must be at least 1; got {microbatch}")
-    if memory_budget is not None and not memory_budget > 0:
-        raise ValueError(f"memory_budget is a number of bytes and must be positive; got {memory_budget}")
-    require_finite(params, "params")
-    require_finite(batch, "batch")
-    x, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
-    x, cast = policy.cast(x), policy.cast(params)
-    require_finite(cast, "params", policy.compute)
-    require_finite(x, "batch", policy.compute)
-    taps, leaves = tapped_model(model, cast, x, layout.paths), jax.tree.leaves(cast)
+    examples = read_examples(params, batch, policy, mesh)
+    taps, leaves = tapped_model(model, examples.params, examples.x, layout.paths), jax.tree.leaves(examples.params)
     if on_unproven == "error":
         require_proven(taps)
-    root_columns = _count_columns(taps, head, targets, policy, bool(draws))
-    columns = draws or root_columns
-    plan = _Plan(
-        model=model,
-        taps=taps,
-        head=head,
-        layout=layout,
-        draws=draws,
-        draw=draw,
-        root_columns=root_columns,
-        columns=math.ceil(columns / math.ceil(columns / COLUMNS_PER_PASS)),
-    )
-    devices = size_of(mesh, DATA)
-    each = bytes_per_example(taps, plan.columns, root_columns if forms_root(head) else 0, policy)
-    together = devices * examples_together(each, microbatch, memory_budget, _on_cpu(leaves))
-    chunk = math.ceil(size / math.ceil(size / together) / devices) * devices
+    columns = columns_of(head, examples.targets, taps.logits_shape, policy, draws, draw, gradient=False)
+    plan = _Plan(taps, layout, columns)
     key = jax.random.key(0) if key is None else key
     made_from = None
     if save_to is not None:
         settings: dict[str, Any] = {"policy": policy, "select": select, "channel_axis": channel_axis}
-        roots = fingerprint(partial(_roots, model, head, policy), params, batch, key=key, **settings)
+        roots = fingerprint(partial(head_roots, model, head, policy), params, batch, key=key, **settings)
         made_from = replace(roots, probes=f"exact {draws} {draw}" if draws else "exact all")
-    file = SumsFile(save_to, made_from, save_every)
     sums = PartialSums(
-        {p: (columns, leaves[i].shape[a]) for p, i, a in zip(layout.paths, layout.places, layout.axes, strict=True)},
-        policy.loss_scale or (FIRST_FLOAT16_SCALE if policy.backs_off else 1.0),
+        {
+            p: (columns.count, leaves[i].shape[a])
+            for p, i, a in zip(layout.paths, layout.places, layout.axes, strict=True)
+        },
+        first_scale(policy),
     )
-    file.resume(sums)
-    leaves = place(mesh, leaves, SAME)
-    for first in range(sums.next, size, chunk):
-        _add_chunk(plan, leaves, x, targets, key, policy, size, range(first, first + chunk), columns, sums, mesh)
-        sums.next = min(first + chunk, size)
-        file.save(sums, now=sums.next == size)
-        if progress is not None:
-            progress(sums.next, size)
+
+    def add(_: range, start: int, squares: Mapping[str, np.ndarray]) -> None:
+        for path, found in squares.items():
+            sums.add(path, start, found)
+
+    add_up(
+        model,
+        partial(_chunk_function(leaves), plan),
+        add,
+        examples,
+        columns,
+        sums,
+        what="the trace",
+        each=bytes_of_traces(taps, columns.together, columns.formed, policy),
+        key=key,
+        policy=policy,
+        microbatch=microbatch,
+        memory_budget=memory_budget,
+        mesh=mesh,
+        file=SumsFile(save_to, made_from, save_every),
+        progress=progress,
+    )
     return _estimate(layout, sums.by_path, draws, sums.rejected, key)
 
 
@@ -180,53 +169,9 @@ def gauss_newton_trace(
 class _Plan:
     """Everything that is fixed at compile time."""
 
-    model: Callable
     taps: Taps
-    head: Head
     layout: Layout
-    draws: int  # 0: every column
-    draw: str
-    root_columns: int  # of the head
-    columns: int  # of them, or combinations, that go backward together
-
-
-def _draws(classes, draw: str, key, head) -> int:
-    if draw not in ("signs", "labels"):
-        raise ValueError(f'draw must be "signs" or "labels"; got {draw!r}')
-    if classes == "all":
-        return 0
-    draws = operator.index(classes) if hasattr(classes, "__index__") and not isinstance(classes, bool) else 0
-    if draws < 1:
-        raise ValueError(f'classes must be "all" or a positive number of random combinations; got {classes!r}')
-    if key is None:
-        raise ValueError("random combinations need a key, for example key=jax.random.key(0)")
-    if draw == "labels" and head is not softmax_cross_entropy:
-        raise ValueError('draw="labels" draws from the softmax: it needs head=softmax_cross_entropy')
-    return draws
-
-
-def _count_columns(taps: Taps, head: Head, targets, policy: Policy, random: bool) -> int:
-    """Of the head; raises what `root_of` does."""
-    logits = jax.ShapeDtypeStruct(taps.body.outputs[0].shape[1:], policy.sums)
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), targets)
-    return jax.eval_shape(lambda z, t: root_of(head, z, t, random)[0], logits, one).shape[0]
-
-
-def _cotangents(plan: _Plan, logits, targets, example, key, start):
-    """The columns from ``start`` on of one example, (columns, *logits.shape), and their signs; zeros past the end."""
-    logits = logits.astype(plan.layout.policy.sums)
-    which = start + jnp.arange(plan.columns, dtype=jnp.int32)
-    if not plan.draws:
-        chosen = jax.nn.one_hot(which, plan.root_columns, dtype=logits.dtype)
-        found, signs = root_times(plan.head, logits, targets, chosen)
-        return found, chosen @ signs
-    inside = (which < plan.draws).astype(logits.dtype)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, example), i))(which)
-    if plan.draw == "labels":
-        labels = jax.vmap(lambda k: jax.random.categorical(k, logits))(keys)
-        return jax.nn.softmax(logits)[None] - jax.nn.one_hot(labels, logits.size, dtype=logits.dtype), inside
-    flips = jax.vmap(lambda k: jax.random.bits(k, (plan.root_columns,), jnp.uint8) & jnp.uint8(1))(keys)
-    return root_times(plan.head, logits, targets, 1 - 2 * flips.astype(logits.dtype))[0], inside
+    columns: Columns
 
 
 def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale):
@@ -252,7 +197,7 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
         )
     for path, index, axis in zip(layout.paths, layout.places, layout.axes, strict=True):
         if path not in found:  # used nowhere
-            found[path] = jnp.zeros((plan.columns, leaves[index].shape[axis]), layout.policy.sums)
+            found[path] = jnp.zeros((plan.columns.together, leaves[index].shape[axis]), layout.policy.sums)
     return found, logits
 
 
@@ -261,7 +206,7 @@ _whole_chunk = jax.jit(_chunk, static_argnames="plan")
 
 def _chunk_function(leaves) -> Callable:
     """How a chunk is computed: by several compiled functions on CPU (see `_chunk`), by one elsewhere."""
-    return _chunk if _on_cpu(leaves) else _whole_chunk
+    return _chunk if on_cpu(leaves) else _whole_chunk
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -271,19 +216,11 @@ def _passes(plan: _Plan, leaves, x, targets, examples, weights, key, start, scal
     Returns the logits, what every site reads, the cotangents of what it writes, the gradients of untapped kernels, and
     with what each squared gradient counts, (columns, n).
     """
-    taps, layout = plan.taps, plan.layout
-    sums = jnp.dtype(layout.policy.sums)
     inputs = jax.tree.leaves(jax.tree.map(lambda leaf: leaf[:, None], x))
-    logits, read, pull = taps.backward(leaves, inputs)
-    columns, signs = jax.vmap(partial(_cotangents, plan, key=key, start=start))(logits, targets, examples)
-    columns, signs = jnp.swapaxes(columns, 0, 1), signs.T  # (r, n, ...), (r, n)
-    # A power of two per example and column brings its largest entry near one: nothing underflows, nothing is rounded.
-    _, exponent = jnp.frexp(jnp.abs(columns).max(tuple(range(2, columns.ndim)), keepdims=True))
-    columns = jnp.ldexp(columns, -exponent) * scale
-    unscale = jnp.ldexp(jnp.ones((), sums), exponent.reshape(signs.shape)) / scale
-    counts = signs * unscale * unscale * weights[None, :]
-    deltas, own = pull(columns.astype(logits.dtype))
-    return logits, read, deltas, own, counts
+    logits, read, pull = plan.taps.backward(leaves, inputs)
+    columns, signs, unscale = plan.columns.scaled(logits, targets, examples, key, start, scale)
+    deltas, own = pull(columns)
+    return logits, read, deltas, own, signs * unscale * unscale * weights[None, :]
 
 
 class _Kind:
@@ -325,68 +262,6 @@ def _added_squares(plan: _Plan, sites: tuple[int, ...], leaves, read, deltas, ow
         others = tuple(2 + a for a in range(g.ndim - 2) if a != axes[path])
         found[path] = jnp.einsum("rnc,rn->rc", (g * g).sum(others), counts)
     return found
-
-
-def _roots(model, head: Head, policy: Policy, params, batch):
-    """What the trace is made of besides the gradients, for the fingerprint: the head's columns for every example."""
-    x, targets = inputs_and_targets(batch)
-    logits = model(policy.cast(params), policy.cast(x)).astype(policy.sums)
-    return jax.vmap(lambda *example: root_of(head, example[0], example[1:])[0])(logits, *targets)
-
-
-def _add_chunk(
-    plan: _Plan, leaves, x, targets, key, policy: Policy, size: int, chunk: range, columns: int, sums: PartialSums, mesh
-) -> None:
-    """Add a chunk's share of the mean of squares; what lies beyond the last example weighs nothing."""
-    examples = np.minimum(np.asarray(chunk), size - 1).astype(np.int32)
-    weights = (np.asarray(chunk) < size).astype(plan.layout.policy.sums) / np.asarray(size, plan.layout.policy.sums)
-    inputs, outputs = jax.tree.map(lambda leaf: leaf[examples], (x, targets))
-    chunk_of = _chunk_function(leaves)
-    here = place(mesh, (inputs, outputs, jnp.asarray(examples), jnp.asarray(weights)), EXAMPLES)
-    for start in range(0, columns, plan.columns):
-        while True:
-            scale = jnp.asarray(sums.scale, policy.sums)
-            squares, logits = chunk_of(plan, leaves, *here, key, jnp.int32(start), scale)
-            squares = {path: np.asarray(s, np.float64) for path, s in jax.device_get(squares).items()}
-            bad = [path for path, s in squares.items() if not np.isfinite(s).all()]
-            if not bad:
-                break
-            if not policy.backs_off or sums.scale <= SMALLEST_SCALE:
-                wider = ' Use Policy("float32")' if policy.sums != policy.compute else ""
-                raise FloatingPointError(
-                    f"the trace of {bad[0]!r} is not finite in {policy.compute} for examples {chunk[0]} to "
-                    f"{min(chunk[-1], size - 1)}, though params and batch are: it overflows on the way.{wider}"
-                )
-            sums.scale, sums.rejected = sums.scale / 2, sums.rejected + 1
-        if chunk[0] == 0 and start == 0:
-            _require_independent(plan, leaves, x, logits[0])
-        for path, s in squares.items():
-            sums.add(path, start, s)
-
-
-@partial(jax.jit, static_argnames="plan")
-def _logits(plan: _Plan, leaves, x):
-    return plan.model(jax.tree.unflatten(plan.layout.structure, leaves), x)
-
-
-def _require_independent(plan: _Plan, leaves, x, alone) -> None:
-    """Check that the first example's logits are those it has ``alone`` also before the second one and after it."""
-    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], x) for i in (0, 1))
-    if not len(jax.tree.leaves(second)[0]):  # a batch of one example has nothing to couple
-        return
-    pairs = [jax.tree.map(lambda *parts: jnp.concatenate(parts), *pair) for pair in ((first, second), (second, first))]
-    beside = np.stack([np.asarray(_logits(plan, leaves, pair)[i], np.float64) for i, pair in enumerate(pairs)])
-    alone = np.asarray(alone, np.float64)
-    tolerance = {"float64": 1e-6, "float32": 1e-3}.get(plan.layout.policy.compute, 0.1)
-    if not np.abs(beside - alone).max() <= tolerance * max(np.abs(alone).max(), 1e-30):
-        raise ValueError(
-            "the logits of two examples together differ from those of each alone: the examples are not independent. "
-            "Use normalisation with running statistics (eval mode)"
-        )
-
-
-def _on_cpu(leaves) -> bool:
-    return next(iter(leaves[0].devices())).platform == "cpu"
 
 
 def _estimate(layout: Layout, by_column: dict, draws: int, rejected: int, key) -> TraceEstimate:

@@ -13,7 +13,21 @@ import jax.numpy as jnp
 
 from ehap_jax.curvature.problem import Batches
 
-__all__ = ["Head", "inputs_and_targets", "root_of", "second_derivative", "softmax_cross_entropy", "squared_error"]
+__all__ = [
+    "Head",
+    "centred_logits",
+    "forms_root",
+    "has_gradient",
+    "inputs_and_targets",
+    "loss_gradient",
+    "require_targets",
+    "root_of",
+    "root_times",
+    "second_derivative",
+    "softened_softmax",
+    "softmax_cross_entropy",
+    "squared_error",
+]
 
 PyTree = Any
 Head = Callable[..., Any]
@@ -110,6 +124,104 @@ class second_derivative:
         return root.reshape(*logits.shape, logits.size), jnp.sign(values)
 
 
+def centred_logits(logits: jax.Array, *targets: Any) -> jax.Array:
+    """A head without labels: half the squared change of the logits, up to a constant added to all of them.
+
+    Its Hessian ``I - 1 1^T / C`` is the same for every example, and its own square root: every example counts, where
+    the softmax of a trained network is sure of most of them and leaves the curvature to a few.
+
+    Args:
+      logits: of one example, of any shape with at least two of them.
+      targets: not used.
+
+    Returns:
+      S, ``(*logits.shape, logits.size)``.
+
+    >>> centred_logits(jnp.zeros(2)).tolist()
+    [[0.5, -0.5], [-0.5, 0.5]]
+    """
+    return jnp.moveaxis(_centred_root_times(logits, jnp.eye(logits.size, dtype=logits.dtype)), 0, -1)
+
+
+def _centred_root_times(logits: jax.Array, v: jax.Array) -> jax.Array:
+    return (v - v.mean(1, keepdims=True)).reshape(-1, *logits.shape)
+
+
+@dataclass(frozen=True)
+class softened_softmax:
+    """Softmax cross-entropy as if at a higher temperature T: the root of ``diag(p) - p p^T`` with p = softmax(z / T).
+
+    A trained network is sure of nearly all training images, so that its softmax leaves the curvature to a few of them.
+    A temperature spreads it over all (it is what distillation does, arXiv 1503.02531); `centred_logits` is the limit.
+
+    Args:
+      temperature: T, positive; 1 is `softmax_cross_entropy`. An instance is the head.
+
+    Raises:
+      ValueError: the temperature is not positive.
+
+    >>> S = softened_softmax(4.0)(jnp.array([0.0, 8.0]))
+    >>> p = jax.nn.softmax(jnp.array([0.0, 2.0]))
+    >>> bool(jnp.allclose(S @ S.T, jnp.diag(p) - jnp.outer(p, p)))
+    True
+    """
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite; got {self.temperature}")
+
+    def __call__(self, logits: jax.Array, *targets: Any) -> jax.Array:
+        return softmax_cross_entropy(logits / self.temperature)
+
+    def root_times(self, logits: jax.Array, v: jax.Array) -> jax.Array:
+        """``S v`` for every row of ``v``, (K, C - 1) to (K, C)."""
+        return _softmax_root_times(logits / self.temperature, v)
+
+
+def has_gradient(head: Head, targets: tuple) -> bool:
+    """Whether `loss_gradient` knows the head's loss, given what the batch holds."""
+    return isinstance(head, second_derivative) or (head in (softmax_cross_entropy, squared_error) and len(targets) == 1)
+
+
+def loss_gradient(head: Head, logits: jax.Array, targets: tuple) -> jax.Array:
+    """The gradient of one example's loss with respect to its logits; where `has_gradient`."""
+    if isinstance(head, second_derivative):
+        return jax.grad(head.loss)(logits, *targets)
+    (target,) = targets
+    if head is softmax_cross_entropy and jnp.issubdtype(target.dtype, jnp.integer) and target.size == 1:
+        target = jax.nn.one_hot(target.reshape(()), logits.size, dtype=logits.dtype)
+    target = target.astype(logits.dtype).reshape(logits.shape)
+    if head is squared_error:
+        return 2 * (logits - target)
+    return jax.nn.softmax(logits) * target.sum() - target
+
+
+def require_targets(head: Head, targets: tuple, shape: tuple[int, ...], *, gradient: bool) -> None:
+    """Check labels and, where the ``gradient`` of the loss is wanted, the shape of other targets.
+
+    Args:
+      targets: of the whole batch. shape: of one example's logits.
+
+    Raises:
+      ValueError: labels are out of range or several per example; targets do not have the shape of the logits.
+    """
+    if not has_gradient(head, targets) or isinstance(head, second_derivative):
+        return
+    (target,) = targets
+    each = math.prod(target.shape[1:])
+    if head is softmax_cross_entropy and jnp.issubdtype(target.dtype, jnp.integer) and each == 1:
+        low, high = int(target.min()), int(target.max())
+        if low < 0 or high >= shape[0]:
+            raise ValueError(
+                f"labels must be between 0 and {shape[0] - 1}, as there are {shape[0]} logits; the batch has "
+                f"{low if low < 0 else high}. Leave out examples without a label"
+            )
+    elif gradient and each != math.prod(shape):
+        raise ValueError(f"targets must have the shape of the logits, {shape} for one example; got {target.shape[1:]}")
+
+
 def inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
     """What the model reads of a batch, and what is handed to the head."""
     if isinstance(batch, Batches):
@@ -150,10 +262,11 @@ def root_of(head: Head, logits: jax.Array, targets: tuple, random: bool = False)
 def root_times(head: Head, logits: jax.Array, targets: tuple, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``S v`` for every row of ``v``, (K, R) to (K, *logits.shape), and the signs of the columns of S, (R,).
 
-    For the heads in `_ROOT_TIMES` S, of C^2 numbers per example, is not formed.
+    For the heads of this module but `second_derivative` S, of C^2 numbers per example, is not formed.
     """
     if not forms_root(head):
-        return _ROOT_TIMES[head](logits, v), jnp.ones(v.shape[1:], v.dtype)
+        times = head.root_times if isinstance(head, softened_softmax) else _ROOT_TIMES[head]
+        return times(logits, v), jnp.ones(v.shape[1:], v.dtype)
     root, signs = root_of(head, logits, targets)
     return jnp.tensordot(v, root, 1, precision="highest"), signs
 
@@ -161,12 +274,13 @@ def root_times(head: Head, logits: jax.Array, targets: tuple, v: jax.Array) -> t
 _ROOT_TIMES: dict[Head, Callable[[jax.Array, jax.Array], jax.Array]] = {
     softmax_cross_entropy: _softmax_root_times,
     squared_error: _squared_root_times,
+    centred_logits: _centred_root_times,
 }
 
 
 def forms_root(head: Head) -> bool:
     """Whether `root_times` has to form S."""
-    return head not in _ROOT_TIMES
+    return head not in _ROOT_TIMES and not isinstance(head, softened_softmax)
 
 
 def _require_arguments(head: Head, targets: tuple) -> None:

@@ -205,6 +205,11 @@ class Taps:
     weights: Body
     uses: tuple[tuple[Node, frozenset[str]], ...]
 
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.body.outputs[0].shape[1:]
+
     def sites_of(self, path: str) -> tuple[int, ...]:
         return tuple(i for i, site in enumerate(self.sites) if path in site.reads)
 
