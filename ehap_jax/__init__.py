@@ -2,6 +2,7 @@
 
 from ehap_jax.curvature import (
     Policy,
+    RemovalCosts,
     TraceEstimate,
     as_linear_operator,
     channel_trace,
@@ -11,6 +12,7 @@ from ehap_jax.curvature import (
     hvp,
     linearized_hvp,
     piecewise_linear_kernels,
+    removal_costs,
 )
 from ehap_jax.graph import (
     ChannelGroup,
@@ -52,6 +54,7 @@ __all__ = [
     "PruningPlan",
     "QuantRule",
     "Quantized",
+    "RemovalCosts",
     "Scores",
     "TraceEstimate",
     "UnknownPrimitiveError",
@@ -78,6 +81,7 @@ __all__ = [
     "piecewise_linear_kernels",
     "prune_iteratively",
     "random_scores",
+    "removal_costs",
     "save_onnx",
     "shrink",
     "shrink_variables",

@@ -6,7 +6,13 @@ from ehap_jax.curvature.estimate import TraceEstimate, TraceState
 from ehap_jax.curvature.fisher_vp import fisher_vp
 from ehap_jax.curvature.gauss_newton import gauss_newton_trace
 from ehap_jax.curvature.gnvp import gnvp
-from ehap_jax.curvature.heads import second_derivative, softmax_cross_entropy, squared_error
+from ehap_jax.curvature.heads import (
+    centred_logits,
+    second_derivative,
+    softened_softmax,
+    softmax_cross_entropy,
+    squared_error,
+)
 from ehap_jax.curvature.hvp import hvp, linearized_hvp
 from ehap_jax.curvature.linear_operator import as_linear_operator
 from ehap_jax.curvature.memory import ProductMemory, product_memory
@@ -14,6 +20,7 @@ from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel, rademacher
 from ehap_jax.curvature.problem import Batches
+from ehap_jax.curvature.removal_costs import RemovalCosts, removal_costs
 from ehap_jax.curvature.saved_trace import TraceFingerprint, fingerprint, load_trace, save_trace
 from ehap_jax.curvature.stopping import VarianceParts, expected_misplaced, split_variance, stable_decision
 from ehap_jax.curvature.variance_reduction import variance_reduction
@@ -23,12 +30,14 @@ __all__ = [
     "Batches",
     "Policy",
     "ProductMemory",
+    "RemovalCosts",
     "TraceEstimate",
     "TraceFingerprint",
     "TraceState",
     "VarianceParts",
     "agreement_of_scores",
     "as_linear_operator",
+    "centred_logits",
     "channel_trace",
     "expected_agreement",
     "expected_misplaced",
@@ -44,8 +53,10 @@ __all__ = [
     "probe_channel_products",
     "product_memory",
     "rademacher",
+    "removal_costs",
     "save_trace",
     "second_derivative",
+    "softened_softmax",
     "softmax_cross_entropy",
     "split_variance",
     "squared_error",

@@ -1,8 +1,9 @@
-"""The sums of an exact trace over the examples so far, on disk too, so that a run that was killed goes on."""
+"""Sums over the examples so far, on disk too, so that a run that was killed goes on."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,15 @@ __all__ = ["PartialSums", "SumsFile"]
 
 
 class PartialSums:
-    """Per kernel and column the sum of squares, in float64, and where the run stands.
+    """Sums by name in float64, and where the run stands.
 
     Attributes:
-      by_path: ``{path: (columns, channels)}``.
+      by_path: of an exact trace ``{path: (columns, channels)}``, of removal costs what `removal_costs` lists.
       next: the first example that is not in the sums.
       scale: the float16 scale in use. rejected: how often it was lowered.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], scale: float) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], scale: float) -> None:
         self.by_path = {path: np.zeros(shape) for path, shape in shapes.items()}
         self.next, self.scale, self.rejected = 0, scale, 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import layout_of
 from ehap_jax.curvature.taps import Taps, find_taps
-from ehap_jax.graph import trace_graph
+from ehap_jax.graph import Graph, trace_graph
 
-__all__ = ["require_proven", "tapped_model", "unproven_kernels"]
+__all__ = ["example_graph", "require_proven", "tapped_model", "unproven_kernels"]
 
 PyTree = Any
 
@@ -30,10 +30,25 @@ def tapped_model(model: Callable, params: PyTree, x: PyTree, paths: tuple[str, .
 
 @lru_cache(maxsize=16)
 def _taps(model, structure, described, paths) -> Taps:
+    return find_taps(_graph(model, structure, described, "freeze"), paths)
+
+
+def example_graph(model: Callable, params: PyTree, x: PyTree, on_unknown: Literal["error", "freeze"]) -> Graph:
+    """The graph of ``model`` on one example; the same object for the same function and shapes.
+
+    Raises:
+      TypeError: the model does not return one floating-point array with the examples on its first axis.
+    """
+    leaves, structure = jax.tree.flatten((params, x))
+    return _graph(model, structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves), on_unknown)
+
+
+@lru_cache(maxsize=16)
+def _graph(model, structure, described, on_unknown) -> Graph:
     structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in described]
     params, x = jax.tree.unflatten(structure, structs)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
-    graph = trace_graph(model, on_unknown="freeze")(params, one)
+    graph = trace_graph(model, on_unknown=on_unknown)(params, one)
     outputs = [(out.shape, out.dtype) for out in graph.body.outputs]
     if (
         len(outputs) != 1
@@ -46,7 +61,7 @@ def _taps(model, structure, described, paths) -> Taps:
             f"for one example it returned {outputs}. A model with more outputs needs a wrapper: "
             "lambda p, x: model(p, x)[0]"
         )
-    return find_taps(graph, paths)
+    return graph
 
 
 def unproven_kernels(
