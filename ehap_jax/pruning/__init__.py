@@ -2,6 +2,12 @@
 
 from ehap_jax.pruning.allocate import OutOfReachError, allocate
 from ehap_jax.pruning.expand import expand_variables
+from ehap_jax.pruning.group_scores import (
+    GroupScores,
+    group_fisher_scores,
+    group_magnitude_scores,
+    group_taylor_scores,
+)
 from ehap_jax.pruning.implant import Implant, zero_implants
 from ehap_jax.pruning.latency import LatencyTable, WidthGrid
 from ehap_jax.pruning.latency_measurement import measure_latency
@@ -20,6 +26,7 @@ from ehap_jax.pruning.scores import (
 from ehap_jax.pruning.shrink import shrink, shrink_variables
 
 __all__ = [
+    "GroupScores",
     "Implant",
     "LatencyTable",
     "OutOfReachError",
@@ -31,6 +38,9 @@ __all__ = [
     "cubic",
     "expand_variables",
     "fisher_scores",
+    "group_fisher_scores",
+    "group_magnitude_scores",
+    "group_taylor_scores",
     "hessian_scores",
     "kept_fractions",
     "linear",

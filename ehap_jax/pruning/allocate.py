@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import floor
 from typing import Literal, NamedTuple
@@ -15,11 +15,12 @@ from ehap_jax.graph.cost import Cost, cost_of_alive, kept_shape
 from ehap_jax.graph.kernel_uses import KernelUse, centre_taps
 from ehap_jax.graph.structure import Coupling
 from ehap_jax.graph.trace import Graph
+from ehap_jax.pruning.group_scores import AGGREGATE, GroupPrices, GroupScores, scores_of_groups
 from ehap_jax.pruning.latency import LatencyTable
 from ehap_jax.pruning.plan import PruningPlan
+from ehap_jax.pruning.removal_order import LayerLimits, greedy, interleaved, ranked, within_limits
+from ehap_jax.pruning.savings import Savings, Unit
 from ehap_jax.pruning.scores import Scores
-
-AGGREGATE = {"sum": np.sum, "mean": np.mean, "max": np.max}
 
 
 class OutOfReachError(ValueError):
@@ -28,7 +29,7 @@ class OutOfReachError(ValueError):
 
 def allocate(
     graph: Graph,
-    scores: Scores,
+    scores: Scores | GroupPrices,
     *,
     params: float | None = None,
     macs: float | None = None,
@@ -37,6 +38,8 @@ def allocate(
     latency: float | None = None,
     latency_table: LatencyTable | None = None,
     coupling: Coupling = "group",
+    per: Unit | None = None,
+    interactions: bool = False,
     max_layer_ratio: float = 0.95,
     round_to: int = 1,
     min_channels: int = 1,
@@ -57,6 +60,13 @@ def allocate(
     ``round_to`` the kept number of every pruned kernel is a multiple of it where its size allows. Groups with a kernel
     whose path matches a pattern of ``exclude`` (``"*/downsample*"``) stay whole.
 
+    ``scores`` are of channels (:class:`Scores`) or of groups (``removal_costs``, ``group_magnitude_scores``, …).
+
+    ``per`` ranks by score per unit saved: by what removing a group saves of the multiply-accumulates, parameters,
+    bytes or seconds (by ``latency_table``) once those that rank before it are gone. ``interactions`` prices what is
+    left anew after each removal, from the Gram matrix of ``removal_costs``: two groups that do the same cost little
+    alone and much together.
+
     ``ranking`` says what is compared with what. ``"global"``: all groups. ``"layer"``: groups of the same kernels, so
     that every layer loses the same fraction. ``"isomorphic"``: layers of the same structure (number and kind of the
     kernels and other variables they tie together), each such class losing the same fraction (arXiv 2407.04616).
@@ -69,8 +79,10 @@ def allocate(
     ``start`` is an earlier plan for the same network: what it removed goes first and stays gone, whatever its scores
     are now, and its implants stay implants or go (pruning in rounds, see ``prune_iteratively``).
 
-    Raises OutOfReachError (a ValueError) for a fraction below what the limits allow, and gives the range; ValueError
-    for one out of (0, 1], a ``start`` of another network or coupling, or a pattern of ``exclude`` that matches nothing.
+    Raises OutOfReachError (a ValueError) for a fraction below what the limits allow, and gives the range, or where
+    nothing can go; ValueError for one out of (0, 1], a ``start`` of another network or coupling, prices of groups of
+    another network or coupling, groups that save nothing of ``per``, ``interactions`` of scores that have none, or a
+    pattern of ``exclude`` that matches nothing.
     """
     budget, fraction = _budget(params=params, macs=macs, channels=channels, bytes=bytes, latency=latency)
     if not 0 <= max_layer_ratio < 1:
@@ -86,30 +98,50 @@ def allocate(
     for name, value in (("implants", implants), ("max_implant_ratio", max_implant_ratio)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
-    if (latency is None) != (latency_table is None):
+    if (latency is None and per != "latency") != (latency_table is None):
         raise ValueError("latency and latency_table go together: make a table with measure_latency(graph).")
+    if per not in (None, "macs", "params", "bytes", "latency"):
+        raise ValueError(f'per must be "macs", "params", "bytes", "latency" or None, got {per!r}.')
+    if ranking != "global" and (per or interactions):
+        raise ValueError(f'per and interactions compare all groups; they need ranking="global", got {ranking!r}.')
     if latency is not None and implants:
         raise ValueError("latency tables have no 1×1 implants; give another budget with them.")
     structure = channel_structure(graph, coupling)
     sizes = {path: graph.leaves[path].shape[axis] for path, axis in structure.kernel_axes.items()}
-    for path, size in sizes.items():
-        if path in scores.values and len(scores.values[path]) != size:
-            raise ValueError(f"{path} has {size} output channels, but {len(scores.values[path])} scores.")
+    _check_lengths(scores, sizes)
     groups = structure.groups()
-    order = _ranked(_without(groups, exclude, structure.kernel_axes), scores, aggregate)
-    if ranking != "global":
-        order = _interleaved(order, graph, _layer if ranking == "layer" else _isomorphism_class)
-    order, gone = _gone_first(order, graph, coupling, start)
-    removable = _within_layer_limit(order, sizes, max_layer_ratio, min_channels)
+    wanted = _without(groups, exclude, structure.kernel_axes)
+    priced = scores_of_groups(graph, scores, coupling, aggregate, wanted)
+    limits_of_layers = LayerLimits(sizes, max_layer_ratio, min_channels)
+    gone_first = _gone_first(ranked(priced, wanted), groups, graph, coupling, start)
+    if per or interactions:
+        numbers = greedy(
+            priced,
+            wanted,
+            limits_of_layers,
+            savings=_savings(structure, per, latency_table) if per else None,
+            interactions=_interactions(priced) if interactions else None,
+            first=gone_first,
+        )
+    else:
+        order = [k for k in ranked(priced, wanted) if k not in set(gone_first)]
+        if ranking != "global":
+            class_of = _layer if ranking == "layer" else _isomorphism_class
+            order = interleaved(order, lambda k: class_of(groups[k], graph))
+        numbers = within_limits([*gone_first, *order], groups, limits_of_layers)
+    removable, gone = [groups[k] for k in numbers], len(gone_first)
+    if not removable and fraction < 1:
+        raise OutOfReachError(_nothing_to_remove(groups, wanted, coupling, max_layer_ratio, min_channels))
     holders = _implant_holders(graph, removable) if implants else {}
     limits = {path: floor(max_implant_ratio * size + 1e-9) for path, size in sizes.items()}
-    total = _measure(structure, Decision([], {}), groups, budget, latency_table)
+    budget_table = latency_table if budget == "latency" else None
+    total = _measure(structure, Decision([], {}), groups, budget, budget_table)
 
     def decide(count: int) -> Decision:
         return _decide(removable[:count], sizes, round_to, round(implants * count), holders, limits)
 
     def kept_fraction(count: int) -> float:
-        return _measure(structure, decide(count), groups, budget, latency_table) / total
+        return _measure(structure, decide(count), groups, budget, budget_table) / total if total else 1.0
 
     lowest = kept_fraction(len(removable))
     if lowest > fraction:
@@ -130,6 +162,8 @@ def allocate(
     provenance = {
         "criterion": scores.criterion,
         "budget": {budget: fraction},
+        "per": per,
+        "interactions": interactions,
         "max_layer_ratio": max_layer_ratio,
         "round_to": round_to,
         "min_channels": min_channels,
@@ -140,7 +174,7 @@ def allocate(
         "max_implant_ratio": max_implant_ratio,
         "latency_device": None if latency_table is None else latency_table.device,
         "scores": dict(scores.provenance),
-        "negative_scores": scores.negative,
+        "negative_scores": scores.negative if isinstance(scores, Scores) else int((priced.prices < 0).sum()),
         "cost": cost._asdict(),
         "full_cost": full._asdict(),
     }
@@ -165,50 +199,60 @@ def _budget(**given: float | None) -> tuple[str, float]:
     return name, fraction
 
 
-def _ranked(groups: Sequence[ChannelGroup], scores: Scores, aggregate: str) -> list[ChannelGroup]:
-    """Ascending: exact zeros (dead channels), then by score, by norm, by position."""
-
-    def of(group: ChannelGroup, values) -> np.ndarray:
-        missing = [path for path in group.producers if path not in values]
-        if missing:
-            raise KeyError(
-                f"the scores have no entry for kernel {missing[0]}: they are for another network, or the kernel has to "
-                "be excluded."
-            )
-        return np.concatenate([values[path][list(i)] for path, i in group.producers.items()])
-
-    keys = []
-    for position, group in enumerate(groups):
-        values, norms = of(group, scores.values), of(group, scores.norms)
-        combine = AGGREGATE[aggregate]
-        keys.append((bool(values.any()), float(combine(values)), float(combine(norms)), position))
-    return [groups[position] for *_, position in sorted(keys)]
+def _check_lengths(scores: Scores | GroupPrices, sizes: Mapping[str, int]) -> None:
+    for path, values in scores.values.items() if isinstance(scores, Scores) else ():
+        if path in sizes and len(values) != sizes[path]:
+            raise ValueError(f"{path} has {sizes[path]} output channels, but {len(values)} scores.")
 
 
-def _without(groups: Sequence[ChannelGroup], exclude: Sequence[str], kernels) -> list[ChannelGroup]:
+def _interactions(priced: GroupScores):
+    if priced.interactions is None:
+        raise ValueError(
+            f'interactions=True needs scores that know them, as those of removal_costs do; "{priced.criterion}" does '
+            "not."
+        )
+    return priced.interactions
+
+
+def _savings(structure: ChannelStructure, per: Unit, table: LatencyTable | None) -> Savings:
+    savings = Savings(structure, per, table)
+    idle = np.flatnonzero(savings.now <= 0)
+    if len(idle) and per != "latency":  # a layer's time may be the same for several widths
+        producers = dict(structure.groups()[idle[0]].producers)
+        raise ValueError(
+            f"removing {producers} saves no {per}, so it has no score per unit of it; leave it out with exclude=, or "
+            "give another per."
+        )
+    return savings
+
+
+def _nothing_to_remove(groups, wanted, coupling: str, max_layer_ratio: float, min_channels: int) -> str:
+    if not groups:
+        return (
+            f'nothing can be removed from this network under coupling="{coupling}": none of its channels is free; '
+            "explain(graph) says why."
+        )
+    return (
+        f"nothing can be removed: of {len(groups)} groups {len(groups) - len(wanted)} are excluded, and "
+        f"max_layer_ratio={max_layer_ratio:g} and min_channels={min_channels} keep the others."
+    )
+
+
+def _without(groups: Sequence[ChannelGroup], exclude: Sequence[str], kernels) -> list[int]:
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be a sequence of patterns, not the string {exclude!r}.")
     for pattern in exclude:
         if not any(fnmatchcase(path, pattern) for path in kernels):
             raise ValueError(f"exclude pattern {pattern!r} matches no kernel; there are {', '.join(sorted(kernels))}.")
-    return [g for g in groups if not any(fnmatchcase(path, p) for path in g.producers for p in exclude)]
+    return [k for k, g in enumerate(groups) if not any(fnmatchcase(path, p) for path in g.producers for p in exclude)]
 
 
-def _interleaved(order: Sequence[ChannelGroup], graph: Graph, class_of: Callable) -> list[ChannelGroup]:
-    """``order`` rearranged so that all classes lose the same fraction: by rank within the class over its size."""
-    classes = [class_of(group, graph) for group in order]
-    size, seen = Counter(classes), Counter()
-    keys = []
-    for position, cls in enumerate(classes):
-        keys.append(((seen[cls] + 0.5) / size[cls], position))
-        seen[cls] += 1
-    return [order[position] for _, position in sorted(keys)]
-
-
-def _gone_first(order, graph: Graph, coupling: Coupling, start: PruningPlan | None) -> tuple[list[ChannelGroup], int]:
-    """``order`` with what an earlier plan removed in front, then its implants, and how many groups that is."""
+def _gone_first(
+    order: Sequence[int], groups: Sequence[ChannelGroup], graph: Graph, coupling: Coupling, start: PruningPlan | None
+) -> list[int]:
+    """What an earlier plan removed, then its implants, each in the order given."""
     if start is None:
-        return list(order), 0
+        return []
     if start.coupling != coupling:
         raise ValueError(f'start was made for coupling "{start.coupling}", not "{coupling}".')
     if dict(start.shapes) != {path: tuple(value.shape) for path, value in graph.leaves.items()}:
@@ -220,8 +264,8 @@ def _gone_first(order, graph: Graph, coupling: Coupling, start: PruningPlan | No
             return 0
         return 1 if any(path in start.implants and i in start.implants[path].channels for path, i in members) else 2
 
-    places = {id(group): place(group) for group in order}
-    return sorted(order, key=lambda group: places[id(group)]), sum(at < 2 for at in places.values())
+    places = {k: place(groups[k]) for k in order}
+    return sorted((k for k in order if places[k] < 2), key=lambda k: places[k])
 
 
 def _layer(group: ChannelGroup, graph: Graph):
@@ -237,23 +281,6 @@ def _isomorphism_class(group: ChannelGroup, graph: Graph):
             for shape in [graph.leaves[path].shape]
         )
     )
-
-
-def _within_layer_limit(
-    order, sizes: Mapping[str, int], max_layer_ratio: float, min_channels: int
-) -> list[ChannelGroup]:
-    """The groups of ``order`` that may go: whatever would take a kernel beyond its limit stays."""
-    limit = {
-        path: min(floor(max_layer_ratio * size + 1e-9), max(size - min_channels, 0)) for path, size in sizes.items()
-    }
-    gone: Counter[str] = Counter()
-    removable = []
-    for group in order:
-        loss = {path: len(indices) for path, indices in group.producers.items()}
-        if all(gone[path] + count <= limit[path] for path, count in loss.items()):
-            gone.update(loss)
-            removable.append(group)
-    return removable
 
 
 def _rounded(removed: Sequence[ChannelGroup], sizes: Mapping[str, int], round_to: int) -> list[ChannelGroup]:

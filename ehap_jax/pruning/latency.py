@@ -46,15 +46,16 @@ class LatencyTable:
 
         Raises KeyError for a layer that the table does not have.
         """
-        total = 0.0
-        for layer in layers_of(graph):
-            if layer.signature not in self.layers:
-                raise KeyError(
-                    f"the latency table of {self.device} has no entry for the layer at {layer.node.source}; measure it "
-                    "with measure_latency(graph)."
-                )
-            total += layer.rounds * self.layers[layer.signature].at(*layer.widths(shape))
-        return total
+        return sum(layer.rounds * self.grid(layer).at(*layer.widths(shape)) for layer in layers_of(graph))
+
+    def grid(self, layer: Layer) -> WidthGrid:
+        """The measurements of one layer; raises KeyError where there are none."""
+        if layer.signature not in self.layers:
+            raise KeyError(
+                f"the latency table of {self.device} has no entry for the layer at {layer.node.source}; measure it "
+                "with measure_latency(graph)."
+            )
+        return self.layers[layer.signature]
 
 
 @dataclass(frozen=True, eq=False)

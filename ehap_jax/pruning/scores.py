@@ -169,6 +169,16 @@ def _gate_gradients(graph: Graph, loss: Callable, variables, batch) -> dict[str,
     return gates
 
 
+def leaves_by_path(variables, graph: Graph) -> dict[str, Any]:
+    """The trained variables by the graph's paths. Raises KeyError or ValueError where they are not the graph's."""
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    found = {path: _leaf(leaves, path) for path in graph.parameters}
+    for path, leaf in found.items():
+        if np.shape(leaf) != graph.leaves[path].shape:
+            raise ValueError(f"{path} has shape {np.shape(leaf)}, the graph {graph.leaves[path].shape}.")
+    return found
+
+
 def _leaf(leaves: Mapping[str, Any], path: str):
     """A variable by the graph's path, in the variables themselves or in their ``params`` collection alone."""
     for name in (path, path.removeprefix("params/")):

@@ -248,7 +248,7 @@ def test_one_compilation_per_shape(two_layers):
 
 def test_bad_input_is_named_before_any_work():
     params = {"w": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
-    x, labels = jnp.arange(6.0).reshape(2, 3), jnp.array([0, 1], jnp.int32)
+    x, labels = jnp.arange(6.0)[::-1].reshape(2, 3), jnp.array([0, 1], jnp.int32)
     model = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["out"]  # noqa: E731
 
     def refused(match, error=ValueError, model=model, params=params, batch=(x, labels), **options):
