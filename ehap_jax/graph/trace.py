@@ -143,17 +143,22 @@ class Graph:
         return tuple(trained or floating)
 
     def state_leaf(self, output_path: str, shape: tuple[int, ...]) -> str | None:
-        """The variable that an output leaf is the updated value of, or None.
+        """The variable that an output leaf is the updated value of, or None; see :func:`state_leaf`."""
+        return state_leaf({path: value.shape for path, value in self.leaves.items()}, output_path, shape)
 
-        Networks in training mode return new running statistics beside the logits, as ``(y, {"batch_stats": …})``.
-        An output leaf whose path ends in the whole path of a variable of the same shape is that variable's next value,
-        if that path has a name in it: positions alone (``0/1``) identify nothing.
-        """
-        for path, value in self.leaves.items():
-            named = not all(part.isdigit() for part in path.split("/"))
-            if named and value.shape == shape and (output_path == path or output_path.endswith("/" + path)):
-                return path
-        return None
+
+def state_leaf(variables: Mapping[str, tuple[int, ...]], output_path: str, shape: tuple[int, ...]) -> str | None:
+    """Of variables with their shapes the one that an output leaf is the updated value of, or None.
+
+    Networks in training mode return new running statistics beside the logits, as ``(y, {"batch_stats": …})``.
+    An output leaf whose path ends in the whole path of a variable of the same shape is that variable's next value,
+    if that path has a name in it: positions alone (``0/1``) identify nothing.
+    """
+    for path, own in variables.items():
+        named = not all(part.isdigit() for part in path.split("/"))
+        if named and own == shape and (output_path == path or output_path.endswith("/" + path)):
+            return path
+    return None
 
 
 def trace_graph(apply: Callable, *, on_unknown: Literal["error", "freeze"] = "error") -> Callable[..., Graph]:

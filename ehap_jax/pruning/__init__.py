@@ -13,6 +13,7 @@ from ehap_jax.pruning.latency import LatencyTable, WidthGrid
 from ehap_jax.pruning.latency_measurement import measure_latency
 from ehap_jax.pruning.mask import mask_variables
 from ehap_jax.pruning.plan import PruningPlan
+from ehap_jax.pruning.recalibrate import recalibrate
 from ehap_jax.pruning.schedule import Pruned, cubic, kept_fractions, linear, prune_iteratively
 from ehap_jax.pruning.scores import (
     Scores,
@@ -50,6 +51,7 @@ __all__ = [
     "norm_scale_scores",
     "prune_iteratively",
     "random_scores",
+    "recalibrate",
     "shrink",
     "shrink_variables",
     "taylor_scores",

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 from ehap_jax.graph.trace import Graph
 from ehap_jax.pruning.allocate import allocate
 from ehap_jax.pruning.expand import expand_variables
+from ehap_jax.pruning.group_scores import GroupPrices
+from ehap_jax.pruning.mask import mask_variables
 from ehap_jax.pruning.plan import PruningPlan
 from ehap_jax.pruning.scores import Scores
 from ehap_jax.pruning.shrink import shrink_variables
@@ -65,16 +67,20 @@ def prune_iteratively(
     variables,
     fractions: Sequence[float],
     *,
-    score: Callable[[Any], Scores],
-    train: Callable[[PruningPlan, Any, int], Any],
+    score: Callable[[Any], Scores | GroupPrices],
+    train: Callable[[PruningPlan, Any, int], Any] | None = None,
+    recalibrate: Callable[[Any], Any] | None = None,
     budget: Literal["params", "macs", "bytes", "channels", "latency"] = "macs",
     **options: Any,
 ) -> Pruned:
-    """Score, cut and train, once per fraction; what has gone stays gone.
+    """Score, cut, recalibrate and train, once per fraction; what has gone stays gone.
 
     ``fractions`` of the full network's ``budget``, as from :func:`kept_fractions`. ``score(variables)`` sees full-size
     variables with zeros where channels went. ``train(plan, variables, round)`` gets and returns the shrunk variables,
-    those of ``shrink(apply, plan)``. ``options`` go to ``allocate``. All effects are those of the functions given.
+    those of ``shrink(apply, plan)``; None trains nothing. ``recalibrate(variables)`` gets and returns variables of full
+    size, zero where channels went, before they are trained: a ``partial`` of :func:`~ehap_jax.pruning.recalibrate`, so
+    that the next round is scored on a network whose normalisation fits. ``options`` go to ``allocate``. All effects are
+    those of the functions given.
 
     Raises ValueError for fractions that rise or are none, and whatever ``allocate`` raises.
 
@@ -85,8 +91,7 @@ def prune_iteratively(
     >>> w = {"in": jnp.arange(12.0).reshape(3, 4), "out": jnp.ones((4, 2))}
     >>> graph = trace_graph(apply)(w, jnp.ones((1, 3)))
     >>> plan, w = prune_iteratively(
-    ...     graph, w, kept_fractions(0.5, 2),
-    ...     score=lambda w: magnitude_scores(graph, w), train=lambda plan, w, i: w)
+    ...     graph, w, kept_fractions(0.5, 2), score=lambda w: magnitude_scores(graph, w))
     >>> plan.keep["in"].tolist(), w["in"].shape
     ([2, 3], (3, 2))
     """
@@ -97,7 +102,11 @@ def prune_iteratively(
     small = variables
     for number, fraction in enumerate(fractions):
         plan = allocate(graph, score(variables), start=plan, **{budget: fraction}, **given)
-        small = train(plan, shrink_variables(variables, plan), number)
+        if recalibrate is not None:
+            variables = recalibrate(mask_variables(variables, plan))
+        small = shrink_variables(variables, plan)
+        if train is not None:
+            small = train(plan, small, number)
         variables = expand_variables(small, plan)
     assert plan is not None
     return Pruned(plan, small)
