@@ -41,7 +41,7 @@ def recalibrate(train_apply: Callable, variables: PyTree, batches: Iterable, *, 
         average of its old value; a statistic is not finite; ``relative_to`` has other paths or shapes.
 
     >>> def train_apply(v, x):
-    ...     return x, {"mean": 0.9 * v["mean"] + 0.1 * x.mean(0)}
+    ...     return x, {"mean": 0.5 * v["mean"] + 0.5 * x.mean(0)}
     >>> recalibrate(train_apply, {"mean": jnp.zeros(1)}, [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [5.0]])])
     {'mean': Array([3.5], dtype=float32)}
     """

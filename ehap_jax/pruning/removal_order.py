@@ -90,9 +90,12 @@ def greedy(
             remove(k)
     dead = np.asarray(scores.prices) == 0
     while open_.any():
-        key = prices if savings is None else prices / np.maximum(savings.now, np.finfo(float).tiny)
         candidates = np.flatnonzero(open_ & dead) if (open_ & dead).any() else np.flatnonzero(open_)
-        best = candidates[key[candidates] == key[candidates].min()]
+        key = prices[candidates]
+        if savings is not None:
+            saved = savings.now[candidates]
+            key = np.divide(key, saved, out=np.where(key > 0, np.inf, key), where=saved > 0)
+        best = candidates[key == key.min()]
         k = int(best[np.lexsort((best, norms[best]))[0]])
         open_[k] = False
         if limits.allow(scores.groups[k]):
