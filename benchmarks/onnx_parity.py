@@ -5,10 +5,10 @@
     python -m benchmarks.onnx_parity --fast --output smoke.json           # compiled without optimisation: a smoke test
 
 The networks are EHAP's (post-activation, 1x1-convolution shortcuts) with weights and normalisation drawn from a
-seed, pruned to half of their multiply-accumulates with random scores and union coupling, so that the file has slices and
-gathers of channels. Mismatches are counted in every tensor of integers, in the session of `onnx_session`, which every row
-names, and in the logits bit for bit. Exits with status 1 where there is one, or where a convolution, sum, mean or dense
-layer was not fused into an integer kernel.
+seed, pruned to half of their multiply-accumulates with random scores and union coupling, so that the file has slices
+and gathers of channels. Mismatches are counted in every tensor of integers, in the session of `onnx_session`, which
+every row names, and in the logits bit for bit. Exits with status 1 where there is one, or where a convolution, sum,
+mean or dense layer was not fused into an integer kernel.
 """
 
 from __future__ import annotations
