@@ -10,8 +10,9 @@ fit into `--seconds` (5 at least); the two precisions take turns, so that what e
 runs on all cores of the process, whatever the number of threads of the row, so its times are under `jax` once per
 batch. `bytes` are sizes of ONNX files. `goals` are the ratios that matter, with what is asked of them.
 `convolutions`: a 3x3 convolution of int8 arrays in XLA, with int8 operands and with the same integers in float32, by
-number of input channels: what `ehap_jax.quant.integer_speed` rests on. Every row keeps on what, how busy it was, and
-with which versions it was measured; in earlier files that stands at the top, once, for the rows that do not say it.
+number of input channels: what `ehap_jax.quant.integer_speed` rests on. Sessions are those of `onnx_session`, which rows
+name. Every row keeps on what, how busy it was, and with which versions it was measured; in earlier files that stands at
+the top, once, for the rows that do not say it.
 """
 
 from __future__ import annotations
@@ -33,9 +34,20 @@ from jax import lax
 
 from benchmarks.measure import provenance, read_results, write_results
 from benchmarks.onnx_parity import FAST, drawn_variables
-from ehap_jax import allocate, fake_quant, random_scores, shrink, shrink_variables, to_integer, to_onnx, trace_graph
+from ehap_jax import (
+    allocate,
+    fake_quant,
+    onnx_session,
+    random_scores,
+    shrink,
+    shrink_variables,
+    to_integer,
+    to_onnx,
+    trace_graph,
+)
 from ehap_jax.models import eval_apply, make_model
 from ehap_jax.pruning import OutOfReachError
+from ehap_jax.quant import OnnxSession
 from ehap_jax.training import Deadline
 
 WIDTHS, BATCHES, THREADS, ROUND_TO = (16, 32, 64, 13), (1, 64), (1, 2), (1, 8, 16)
@@ -61,13 +73,13 @@ def milliseconds(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict
     return {name: median(found[2:]) for name, found in times.items()}
 
 
-def session(model, threads: int):
+def session(model, threads: int) -> OnnxSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx_session(model, options=options)
 
 
 def quantised(apply: Callable, variables):
@@ -100,18 +112,20 @@ def runnables(apply: Callable, variables) -> dict[str, Runnable]:
     }
 
 
-def measure(apply: Callable, variables, seconds: float) -> dict[str, dict[str, float]]:
-    """By precision: file size, and milliseconds by batch and threads."""
+def measure(apply: Callable, variables, seconds: float) -> dict[str, dict[str, Any]]:
+    """By precision: file size, how its sessions were made, and milliseconds by batch and threads."""
     both = runnables(apply, variables)
-    found: dict[str, dict[str, float]] = {name: {"bytes": one.model.ByteSize()} for name, one in both.items()}
+    found: dict[str, dict[str, Any]] = {name: {"bytes": one.model.ByteSize()} for name, one in both.items()}
     for batch in BATCHES:
         x = np.asarray(jax.random.normal(jax.random.key(2), (batch, *IMAGE)))
         calls: dict[str, dict[str, Callable[[], Any]]] = {}
         for threads in THREADS:
             sessions = {name: session(one.model, threads) for name, one in both.items()}
             calls[f"onnxruntime_batch{batch}_threads{threads}"] = {
-                name: partial(runtime.run, None, {"x": x}) for name, runtime in sessions.items()
+                name: partial(made.runtime.run, None, {"x": x}) for name, made in sessions.items()
             }
+            for name, made in sessions.items():
+                found[name] |= made.document()
         calls[f"jax_batch{batch}"] = {
             name: lambda one=one, x=x: jax.block_until_ready(one.run(one.weights, x)) for name, one in both.items()
         }

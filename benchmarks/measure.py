@@ -9,7 +9,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import jax
 
 from ehap_jax._whole_files import write_json
-from ehap_jax.training.run_directory import versions
+from ehap_jax.training.run_directory import processor, versions
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -91,10 +90,8 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 def provenance() -> dict[str, Any]:
     """On what, how busy it was, with which versions and with which flags of the compiler."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     return {
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
+        "cpu": processor()["name"],
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "versions": versions(),

@@ -5,10 +5,10 @@
     python -m benchmarks.onnx_parity --fast --output smoke.json           # compiled without optimisation: a smoke test
 
 The networks are EHAP's (post-activation, 1x1-convolution shortcuts) with weights and normalisation drawn from a
-seed, pruned to half of their multiply-accumulates with random scores and union coupling, so
-that the file has slices and gathers of channels. Mismatches are counted in every tensor of integers, in ONNX Runtime
-with default options, and in the logits bit for bit. Exits with status 1 where there is one, or where a convolution,
-sum, mean or dense layer was not fused into an integer kernel.
+seed, pruned to half of their multiply-accumulates with random scores and union coupling, so that the file has slices
+and gathers of channels. Mismatches are counted in every tensor of integers, in the session of `onnx_session`, which
+every row names, and in the logits bit for bit. Exits with status 1 where there is one, or where a convolution, sum,
+mean or dense layer was not fused into an integer kernel.
 """
 
 from __future__ import annotations
@@ -28,8 +28,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import provenance, read_results, write_results
-from ehap_jax import allocate, fake_quant, random_scores, shrink, shrink_variables, to_integer, to_onnx, trace_graph
+from ehap_jax import (
+    allocate,
+    fake_quant,
+    onnx_session,
+    random_scores,
+    shrink,
+    shrink_variables,
+    to_integer,
+    to_onnx,
+    trace_graph,
+)
 from ehap_jax.models import eval_apply, make_model
+from ehap_jax.quant import OnnxSession
 from ehap_jax.training.run_directory import versions
 
 NETWORKS = {
@@ -66,14 +77,14 @@ def pruned(name: str, macs: float, seed: int):
     return shrink(apply, plan), shrink_variables(variables, plan), plan
 
 
-def session(model, optimised: Path | None = None):
+def session(model, optimised: Path | None = None) -> OnnxSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx_session(model, options=options)
 
 
 def kernels(model) -> dict[str, int]:
@@ -99,17 +110,18 @@ def compare(
     network = to_integer(quantized, variables, qstate, example=x)
     logits, tensors = jax.jit(lambda n, x: (n(x), n.tensors(x)), compiler_options=compiler_options)(network, x)
     exposed = session(to_onnx(quantized, variables, qstate, example=x, expose=True))
-    names = [out.name for out in exposed.get_outputs()]
-    theirs = dict(zip(names, exposed.run(None, {"x": np.asarray(x)}), strict=True))
+    names = [out.name for out in exposed.runtime.get_outputs()]
+    theirs = dict(zip(names, exposed.runtime.run(None, {"x": np.asarray(x)}), strict=True))
     wrong = {key: int(np.sum(theirs[f"{key}/out"] != np.asarray(ours))) for key, ours in tensors.items()}
     plain = to_onnx(quantized, variables, qstate, example=x, plan=plan)
-    (alone,) = session(plain).run(None, {"x": np.asarray(x)})
+    (alone,) = session(plain).runtime.run(None, {"x": np.asarray(x)})
     counts = kernels(plain)
     return {
         "network": name,
         "images": images,
         "kept_macs": macs,
         "compiler_options": compiler_options or "default",
+        **exposed.document(),
         "tensors": len(tensors),
         "integers": int(sum(np.size(v) for v in tensors.values())),
         "mismatches": sum(wrong.values()),

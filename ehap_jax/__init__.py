@@ -47,7 +47,17 @@ from ehap_jax.pruning import (
     shrink_variables,
     taylor_scores,
 )
-from ehap_jax.quant import INT8, IntegerNetwork, Quantized, QuantRule, fake_quant, save_onnx, to_integer, to_onnx
+from ehap_jax.quant import (
+    INT8,
+    IntegerNetwork,
+    Quantized,
+    QuantRule,
+    fake_quant,
+    onnx_session,
+    save_onnx,
+    to_integer,
+    to_onnx,
+)
 
 __all__ = [
     "INT8",
@@ -87,6 +97,7 @@ __all__ = [
     "magnitude_scores",
     "mask_variables",
     "norm_scale_scores",
+    "onnx_session",
     "piecewise_linear_kernels",
     "prune_iteratively",
     "random_scores",

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from ehap_jax import INT8, fake_quant
+from ehap_jax import INT8, fake_quant, onnx_session
 from ehap_jax.data import normalise
 from ehap_jax.graph import Cost, count_cost
 from ehap_jax.quant import IntegerNetwork, rounded_activations
@@ -97,7 +97,7 @@ class SeedResult(NamedTuple):
     """Per stage accuracy and cost; per pair of implementations what differs."""
 
     stages: dict[str, Stage]
-    differences: dict[str, dict[str, float]]
+    differences: dict[str, dict[str, Any]]
 
 
 class Measured(NamedTuple):
@@ -109,10 +109,13 @@ class Measured(NamedTuple):
 
 
 class Onnx(NamedTuple):
-    """What ONNX Runtime makes of it: accuracy, how its integers differ from JAX's, and the INT8 file, unwritten."""
+    """What ONNX Runtime makes of it: accuracy, how its integers differ from JAX's, and the INT8 file, unwritten.
+
+    With the difference stands whether sums of 8-bit products saturate on this processor, and the session's options.
+    """
 
     accuracy: float
-    difference: dict[str, float]
+    difference: dict[str, Any]
     model: Any
 
 
@@ -131,7 +134,7 @@ def run_seed(lab: Lab, seed: int, dense: Network, config: Config) -> SeedResult:
         "float": Stage(accuracy(lab, network.apply, network.variables), cost),
         "float_trained": Stage(accuracy(lab, network.apply, control), cost),
     }
-    differences: dict[str, dict[str, float]] = {}
+    differences: dict[str, dict[str, Any]] = {}
     onnx = None
     for name, found in (("ptq", untrained), ("qat", trained)):
         measured = measure(lab, found, cost, config.compared_images)
@@ -203,29 +206,22 @@ def run_onnx(
     """Write the float file, and run the INT8 one."""
     write_onnx(lab, float_onnx(lab, seed, network), f"seed{seed}/float.onnx")
     whole = int8_onnx(lab, seed, network, int8)
-    dataset, runtime = lab.dataset, session(whole)
+    dataset, runtime = lab.dataset, onnx_session(whole).runtime
     right = 0
     for start in range(0, len(dataset.x_test), BATCH):
         x = onnx_inputs(lab, start, start + BATCH)
         (logits,) = runtime.run(None, {"x": x})
         right += int(np.sum(np.argmax(logits, axis=1) == dataset.y_test[start : start + BATCH]))
-    exposed = session(int8_onnx(lab, seed, network, int8, expose=True))
-    names = [out.name.removesuffix("/out") for out in exposed.get_outputs()]
-    theirs = dict(zip(names, exposed.run(None, {"x": onnx_inputs(lab, 0, compared)}), strict=True))
-    difference = compare_tensors(integers, {name: theirs[name] for name in integers})
+    exposed = onnx_session(int8_onnx(lab, seed, network, int8, expose=True))
+    names = [out.name.removesuffix("/out") for out in exposed.runtime.get_outputs()]
+    theirs = dict(zip(names, exposed.runtime.run(None, {"x": onnx_inputs(lab, 0, compared)}), strict=True))
+    difference = compare_tensors(integers, {name: theirs[name] for name in integers}) | exposed.document()
     return Onnx(right / len(dataset.x_test), difference, whole)
 
 
 def onnx_inputs(lab: Lab, start: int, end: int) -> np.ndarray:
     """Normalised test images."""
     return np.asarray(normalise(jnp.asarray(lab.dataset.x_test[start:end]), lab.dataset.mean, lab.dataset.std))
-
-
-def session(model: Any) -> Any:
-    """An ONNX Runtime session with default options."""
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def check_config(config: Config, lab_images: int) -> None:
@@ -276,7 +272,7 @@ def points_apart(seeds: Sequence[Mapping[str, Stage]], stage: str, base: str) ->
     return 100 * mean(abs(stages[stage].accuracy - stages[base].accuracy) for stages in seeds)
 
 
-def misses(points: float, differences: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
+def misses(points: float, differences: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """What the recipe promises and did not reach, in words.
 
     Args:

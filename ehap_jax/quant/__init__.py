@@ -22,6 +22,7 @@ from ehap_jax.quant.observers import (
     with_range_parameters,
 )
 from ehap_jax.quant.onnx_export import save_onnx, to_onnx
+from ehap_jax.quant.onnx_session import OnnxSession, onnx_session, sums_saturate
 from ehap_jax.quant.rules import HAWQ, INT4_WEIGHTS, INT8, QuantRule, match_rules
 from ehap_jax.quant.weights import QuantizedKernel, quantize_weights, quantized_bytes
 
@@ -32,6 +33,7 @@ __all__ = [
     "Certificate",
     "Grid",
     "IntegerNetwork",
+    "OnnxSession",
     "QState",
     "QuantRule",
     "Quantized",
@@ -47,12 +49,14 @@ __all__ = [
     "freeze_ranges",
     "match_rules",
     "observe",
+    "onnx_session",
     "quantise",
     "quantize_weights",
     "quantized_bytes",
     "range_parameters",
     "rounded_activations",
     "save_onnx",
+    "sums_saturate",
     "symmetric_grid",
     "to_integer",
     "to_onnx",

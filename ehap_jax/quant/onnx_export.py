@@ -56,8 +56,8 @@ def to_onnx(
 
     Activations are uint8 with a zero point (int8 where the rule says symmetric), weights int8 per channel, biases int32
     at scale ``s_x · s_w``; ReLU is the saturation of QuantizeLinear, or a Clip of integers. ONNX Runtime then computes
-    the integers of :func:`ehap_jax.quant.to_integer`, bit for bit, on processors whose 8-bit dot products do not
-    saturate (VNNI, AMX, Arm). Affine tails are folded in both forms. The input has the layout of ``example``.
+    the integers of :func:`ehap_jax.quant.to_integer`, bit for bit, in the sessions of
+    :func:`ehap_jax.quant.onnx_session`. Affine tails are folded in both forms. The input has the layout of ``example``.
 
     ``plan`` and ``metadata`` are stored as JSON in the file's metadata. ``dynamic_batch`` leaves the first axis of
     every input and output free. ``expose`` adds every quantised tensor as an output, under the names of

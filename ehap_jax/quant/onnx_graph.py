@@ -35,6 +35,7 @@ class Writer:
     nodes: list[Any] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    unshared: set[str] = field(default_factory=set)
 
     def name(self, wanted: str) -> str:
         wanted = wanted or "array"  # the path of variables that are a single array is empty
@@ -52,15 +53,17 @@ class Writer:
         self.nodes.append(helper.make_node(op, list(inputs), [made], **attributes))
         return made
 
-    def constant(self, array, hint: str = "constant") -> str:
-        """The name of an array stored in the file; equal small ones are stored once."""
+    def constant(self, array, hint: str = "constant", *, shared: bool = True) -> str:
+        """The name of an array stored in the file; equal small ones are stored once if they may be ``shared``."""
         array = np.asarray(array)
-        if array.size <= 64:
+        if shared and array.size <= 64:
             for name, known in self.constants.items():
-                same = known.dtype == array.dtype and known.shape == array.shape
+                same = name not in self.unshared and known.dtype == array.dtype and known.shape == array.shape
                 if same and known.tobytes() == array.tobytes():
                     return name
         name = self.name(hint)
+        if not shared:
+            self.unshared.add(name)
         self.constants[name] = np.ascontiguousarray(array) if array.ndim else array
         return name
 

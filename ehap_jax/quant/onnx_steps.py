@@ -136,9 +136,12 @@ class StepWriter:
         return self.writer.constant(np.asarray(number, dtype), "number")
 
     def weights(self, integers: np.ndarray, scale: np.ndarray, axis: int, hint: str) -> str:
-        """The name of dequantised weights, one scale per index of ``axis``."""
-        zeros = np.zeros(scale.shape, integers.dtype)
-        names = [self.writer.constant(integers, hint), self.writer.constant(scale), self.writer.constant(zeros)]
+        """The name of dequantised weights, one scale per index of ``axis``.
+
+        Integers and zero points are stored for each: ONNX Runtime replaces both where it makes weights unsigned.
+        """
+        constant, zeros = self.writer.constant, np.zeros(scale.shape, integers.dtype)
+        names = [constant(integers, hint, shared=False), constant(scale), constant(zeros, "zeros", shared=False)]
         return self.writer.node("DequantizeLinear", names, axis=axis)
 
     # Operations on integers

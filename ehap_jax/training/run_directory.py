@@ -16,6 +16,7 @@ import numpy as np
 from ehap_jax._whole_files import write_text
 
 _PACKAGES = ("ehap-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class RunDirectory:
 
 
 def versions() -> dict[str, Any]:
-    """What produced a result: Python, packages, device, and the git commit of the source where there is one."""
+    """What produced a result: Python, packages, processor, device, and the git commit where there is one."""
     packages = {}
     for name in _PACKAGES:
         try:
@@ -125,8 +126,21 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
+        "processor": processor(),
         "device": {"backend": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "git": _git_commit(Path(__file__).resolve().parent),
+    }
+
+
+def processor() -> dict[str, Any]:
+    """Its name, and those of its vector instructions by which numbers and times differ, where Linux tells them."""
+    info = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
+    found = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+    flags = (found.get("flags") or found.get("Features") or "").split()
+    return {
+        "name": found.get("model name") or platform.processor() or platform.machine(),
+        "instructions": [name for name in _INSTRUCTIONS if name in flags],
     }
 
 

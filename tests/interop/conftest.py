@@ -33,6 +33,13 @@ def cifar() -> dict[str, np.ndarray]:
         return {key: archive[key] for key in archive}
 
 
+def nchw(images):
+    """JAX's images as PyTorch's, in memory too: gradients of channels-last images are wrong with AVX2 alone."""
+    import torch
+
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
 def lively(module, seed: int = 0):
     """Give norms non-trivial statistics and affine parameters, so that a mix-up of any two shows."""
     import torch

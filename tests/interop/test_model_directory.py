@@ -11,7 +11,7 @@ import pytest
 
 from ehap_jax.graph import trace_graph
 from ehap_jax.pruning import allocate, random_scores, shrink, shrink_variables
-from ehap_jax.quant import to_onnx
+from ehap_jax.quant import onnx_session, to_onnx
 from interop import CheckpointError, from_torch, to_torch
 from tests.interop.conftest import lively, torch_logits
 
@@ -227,13 +227,13 @@ def test_other_forms_come_back(make, images, tmp_path):
 
 def test_onnx_file_goes_along_and_may_not_change(loaded, shrunk, images, tmp_path):
     pytest.importorskip("onnx", reason="ONNX is an optional extra: pip install 'ehap-jax[onnx]'")
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX is an optional extra: pip install 'ehap-jax[onnx]'")
+    pytest.importorskip("onnxruntime", reason="ONNX is an optional extra: pip install 'ehap-jax[onnx]'")
     plan, small = shrunk["group"]
     model = to_onnx(shrink(loaded[0], plan), small, example=images)
     there = save_model(tmp_path / "model", small, plan, config=CONFIG, metadata=METADATA, onnx=model)
     found = load_model(there)
     assert found.onnx == there / "model.onnx" and "`model.onnx`" in (there / "README.md").read_text()
-    (logits,) = runtime.InferenceSession(found.onnx.read_bytes()).run(None, {"x": images})
+    (logits,) = onnx_session(found.onnx).runtime.run(None, {"x": images})
     np.testing.assert_allclose(logits, found.apply(found.variables, images), atol=1e-4)
     found.onnx.write_bytes(found.onnx.read_bytes() + b"x")
     with pytest.raises(CheckpointError, match="sha256"):

@@ -14,7 +14,7 @@ from ehap_jax.pruning import allocate, random_scores, shrink, shrink_variables
 from ehap_jax.quant import INT8, fake_quant, rounded_activations
 from ehap_jax.training.optimizer import sgd_cosine
 from interop import from_torch, to_torch
-from tests.interop.conftest import lively, torch_logits
+from tests.interop.conftest import lively, nchw, torch_logits
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 from interop import torch_models  # noqa: E402
@@ -135,7 +135,7 @@ def quantised(setting, batch):
     _, ranges = network.apply(small, network.init(small, batch), batch, update=True)
     reference = qat.QuantisedResNet(pruned)
     with torch.no_grad():
-        reference(torch.from_numpy(batch).permute(0, 3, 1, 2), observe=True)
+        reference(nchw(batch), observe=True)
     return network, small, ranges, reference
 
 
@@ -173,7 +173,7 @@ def test_qat_has_our_ranges_logits_and_gradients(setting):
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean(), logits
 
     (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(small["params"])
-    theirs = reference(torch.from_numpy(batch).permute(0, 3, 1, 2))
+    theirs = reference(nchw(batch))
     expected = torch.nn.functional.cross_entropy(theirs, torch.from_numpy(labels.astype(np.int64)))
     expected.backward()
     np.testing.assert_allclose(float(value), expected.item(), rtol=2e-3)
@@ -203,7 +203,7 @@ def test_qat_rounds_to_our_integers(setting):
     for name, module in reference.ranges.items():
         module.register_forward_hook(hook(name))
     with torch.no_grad():
-        reference(torch.from_numpy(batch).permute(0, 3, 1, 2))
+        reference(nchw(batch))
     for site, path in SITES.items():
         theirs = found[site].transpose(0, 2, 3, 1) if found[site].ndim == 4 else found[site]
         difference = np.abs(theirs.astype(int) - np.asarray(ours[path]).astype(int))
@@ -213,7 +213,7 @@ def test_qat_rounds_to_our_integers(setting):
 def test_quantisation_aware_training_learns(setting):
     batch, labels = batches(1)[0]
     reference = copy.deepcopy(quantised(setting, batch)[3])
-    x, y = torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
+    x, y = nchw(batch), torch.from_numpy(labels.astype(np.int64))
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for _ in range(20):

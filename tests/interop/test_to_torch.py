@@ -10,7 +10,7 @@ import pytest
 from ehap_jax.graph import count_cost, trace_graph
 from ehap_jax.pruning import PruningPlan, allocate, mask_variables, random_scores, shrink, shrink_variables
 from interop import CheckpointError, from_torch, to_torch
-from tests.interop.conftest import lively, torch_logits
+from tests.interop.conftest import lively, nchw, torch_logits
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 from interop import torch_models  # noqa: E402
@@ -136,7 +136,7 @@ def union_plan(loaded, images):
 def test_pruned_network_goes_on_training_in_pytorch(loaded, union_plan, images):
     module = torch_models.load(to_torch(shrink_variables(loaded[1], union_plan), union_plan)).train()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
-    x, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor([0, 1, 2])
+    x, labels = nchw(images), torch.tensor([0, 1, 2])
     losses = []
     for _ in range(8):
         loss = torch.nn.functional.cross_entropy(module(x), labels)

@@ -11,7 +11,7 @@ from jax import lax
 
 from ehap_jax import allocate, random_scores, shrink, shrink_variables, trace_graph
 from ehap_jax.models import ResNet, eval_apply
-from ehap_jax.quant import HAWQ, INT8, QuantRule, save_onnx, to_integer, to_onnx
+from ehap_jax.quant import HAWQ, INT8, QuantRule, onnx_session, save_onnx, to_integer, to_onnx
 from tests.pruning.invariant import jit, randomise
 from tests.quant.networks import apply, batch_norm, calibrate, conv, in_16_bits, make_images, make_variables
 
@@ -25,7 +25,7 @@ def session(model, optimised=None):
     options.intra_op_num_threads = 1
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
-    return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx_session(model, options=options).runtime
 
 
 def outputs(model, x):
@@ -35,7 +35,7 @@ def outputs(model, x):
 
 
 def kernels(model, folder):
-    """How many nodes of each kind ONNX Runtime makes of it, with default options."""
+    """How many nodes of each kind ONNX Runtime makes of it."""
     path = folder / "optimised.onnx"
     session(model, path)
     return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
@@ -300,7 +300,7 @@ def test_large_weights_go_to_a_second_file(small, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert model.graph.initializer[0].raw_data  # the model in memory stays whole
     onnx.checker.check_model(str(path))
-    (got,) = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": np.asarray(x)})
+    (got,) = onnx_session(path).runtime.run(None, {"x": np.asarray(x)})
     np.testing.assert_array_equal(got, outputs(model, x)["y"])
 
 

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install 'ehap-jax[digits]'")
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
 from ehap_jax.data import load_dataset, normalise
-from recipes import ehap, quantize
+from ehap_jax.quant import onnx_session
+from recipes import ehap
 from recipes.network import load_network
 from tests.recipes.tiny import phase, read
 
@@ -24,13 +25,11 @@ def test_ehap_from_a_trained_network(dense, tmp_path):
     installed = all(find_spec(name) for name in ("torch", "safetensors"))
     assert (tmp_path / "run" / "seed0" / "model" / "plan.json").is_file() == installed
     if installed and find_spec("onnxruntime"):
-        import onnx
-
         from interop.model_directory import load_model
 
         found = load_model(tmp_path / "run" / "seed0" / "model")
         data = load_dataset("digits", normalisation=found.info.normalisation)
         x = np.asarray(normalise(data.x_test, data.mean, data.std))
-        (logits,) = quantize.session(onnx.load(found.onnx)).run(None, {"x": x})
+        (logits,) = onnx_session(found.onnx).runtime.run(None, {"x": x})
         assert np.mean(np.argmax(logits, 1) == data.y_test) == stages["int8"]["accuracy"]
         assert found.metadata["test accuracy, int8"] == stages["int8"]["accuracy"]

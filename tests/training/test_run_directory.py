@@ -26,7 +26,7 @@ def test_a_new_run_holds_config_and_versions(tmp_path):
     assert run.read_json("config.json") == {"epochs": 3, "widths": [4, 8], "data": "digits"}
     versions = run.read_json("versions.json")
     assert versions["packages"]["jax"] and versions["python"].startswith("3.")
-    assert versions["device"]["backend"] == "cpu"
+    assert versions["device"]["backend"] == "cpu" and versions["processor"]["name"]
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "versions.json"]
 
 
