@@ -14,9 +14,10 @@ Stages are counted from 1, blocks from 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -80,6 +81,19 @@ def kind_of(role: str) -> Kind:
     return "conv" if "conv" in role or role == "projection" else "dense"
 
 
+_NUMBER = re.compile(r"\{[sb]\}|(?<![0-9])(?:0|[1-9][0-9]{0,3})(?![0-9])")
+
+
+@lru_cache(maxsize=1 << 16)
+def without_numbers(name: str) -> tuple[str, tuple[str, ...]]:
+    """A module name or template with each number, or slot for one, replaced by "#", and what was replaced.
+
+    Only numbers below 10,000 without leading zeros are replaced, so that a name has one reading and none is huge:
+    "layer1.0.conv2" gives ("layer#.#.conv#", ("1", "0", "2")).
+    """
+    return _NUMBER.sub("#", name), tuple(_NUMBER.findall(name))
+
+
 @dataclass(frozen=True)
 class Names:
     """Module names by role.
@@ -91,15 +105,20 @@ class Names:
     modules: Mapping[str, str]
     first_stage: int = 1
     first_block: int = 0
-    patterns: tuple[tuple[str, re.Pattern[str]], ...] = field(init=False, repr=False)
+    plain: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
+    numbered: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        compiled = []
+        plain: dict[str, tuple[str, ...]] = {}
+        numbered: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {}
         for role, template in self.modules.items():
-            pattern = re.escape(template)
-            pattern = pattern.replace(re.escape("{s}"), r"(?P<s>\d+)").replace(re.escape("{b}"), r"(?P<b>\d+)")
-            compiled.append((role, re.compile(pattern)))
-        object.__setattr__(self, "patterns", tuple(compiled))
+            if "{" in template:
+                shape, slots = without_numbers(template)
+                numbered[shape] = (*numbered.get(shape, ()), (role, slots))
+            else:
+                plain[template] = (*plain.get(template, ()), role)
+        object.__setattr__(self, "plain", plain)
+        object.__setattr__(self, "numbered", numbered)
 
     def module(self, role: str, stage: int = 0, block: int = 0) -> str:
         """The module name of a role: `module("conv1", 2, 0)` is "layer2.0.conv1" for akamaster."""
@@ -107,18 +126,23 @@ class Names:
 
     def key(self, part: Part) -> str:
         """The state-dict key of a part."""
-        return f"{self.module(part.role, part.stage, part.block)}.{part.leaf}"
+        module = self.module(part.role, part.stage, part.block)
+        return f"{module}.{part.leaf}" if module else part.leaf
 
     def places(self, module: str) -> list[tuple[str, int, int]]:
         """Every (role, stage, block) that a module name may stand for."""
-        found = []
-        for role, pattern in self.patterns:
-            matched = pattern.fullmatch(module)
-            if matched is not None:
-                groups = matched.groupdict()
-                stage = int(groups["s"]) - self.first_stage + 1 if "s" in groups else 0
-                block = int(groups["b"]) - self.first_block if "b" in groups else 0
-                if stage >= ("s" in groups) and block >= 0:
+        found = [(role, 0, 0) for role in self.plain.get(module, ())]
+        shape, numbers = without_numbers(module)
+        for role, slots in self.numbered.get(shape, ()):
+            given = {"{s}": self.first_stage - 1, "{b}": self.first_block}
+            for slot, number in zip(slots, numbers, strict=True):
+                if slot in given:
+                    given[slot] = int(number)
+                elif slot != number:
+                    break
+            else:
+                stage, block = given["{s}"] - self.first_stage + 1, given["{b}"] - self.first_block
+                if stage >= ("{s}" in slots) and block >= 0:
                     found.append((role, stage, block))
         return found
 
@@ -214,11 +238,13 @@ class Form:
         """
         present = set(parts)
         seen = {(p.role, p.stage, p.block) for p in present if kind_of(p.role) not in ("add", "unread")}
-        blocks: dict[int, int] = {}
+        blocks: dict[int, set[int]] = {}
         for role, stage, block in seen:
             if self.in_block(role):
-                blocks[stage] = max(blocks.get(stage, 0), block + 1)
-        places = [(s, b) for s in range(1, max(blocks, default=1) + 1) for b in range(blocks.get(s, 1))]
+                blocks.setdefault(stage, set()).add(block)
+        # As many as were seen, and those: a number in a file is never counted up to.
+        stages = sorted({*range(1, max(len(blocks), 1) + 1), *blocks})
+        places = [(s, b) for s in stages for b in sorted({*range(len(blocks.get(s, ())) or 1), *blocks.get(s, ())})]
         grouped = {role for group in self.sometimes for role in group}
         wanted: list[tuple[str, int, int]] = []
         for role in self.names.modules:
@@ -391,21 +417,20 @@ def recognise_variables(paths: Iterable[str]) -> Form:
         found.append((strange, form.missing(part for part in parts if part is not None), form))
     strange, missing, form = min(found, key=lambda each: len(each[0]) + len(each[1]))
     if strange or missing or not paths:
-        lost = [form.path(part) for part in missing]
         raise CheckpointError(
             f"these variables are no network that interop knows; the nearest form is {form.name}: "
-            f"{len(paths) - len(strange)} paths matched, {len(strange)} did not{listed(tuple(strange))}, "
-            f"{len(lost)} are missing{listed(tuple(lost))}"
+            f"{len(paths) - len(strange)} paths matched, {len(strange)} did not{listed(strange)}, "
+            f"{len(missing)} are missing{listed(missing, form.path)}"
         )
     return form
 
 
-def listed(names: tuple[str, ...], limit: int = 8) -> str:
-    """ ": a, b, … and 3 more" for a message; nothing where there are no names."""
-    if not names:
+def listed(items: Sequence[Any], name: Callable[[Any], str] = str, limit: int = 8) -> str:
+    """ ": a, b, … and 3 more" for a message; nothing where there are no items."""
+    if not items:
         return ""
-    rest = "" if len(names) <= limit else f", … and {len(names) - limit} more"
-    return ": " + ", ".join(names[:limit]) + rest
+    rest = "" if len(items) <= limit else f", … and {len(items) - limit} more"
+    return ": " + ", ".join(name(item)[:120] for item in items[:limit]) + rest
 
 
 def to_flax_axes(array: np.ndarray) -> np.ndarray:

@@ -79,6 +79,7 @@ def from_torch(
     source: str | os.PathLike[str] | Mapping[str, Any],
     layout: str = "auto",
     *,
+    entry: str | None = None,
     num_classes: int | None = None,
     dtype: Any = None,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any], CheckpointInfo]:
@@ -87,6 +88,8 @@ def from_torch(
     Args:
         source: a PyTorch file, a `.safetensors` file, or a state dict (of torch tensors or arrays).
         layout: the naming of the file, one of `interop.layouts.LAYOUTS`, or "auto" to find it by the names.
+        entry: which entry of the file is the state dict, where it is not one of `interop.read.CONTAINERS`, or where
+            several are ("model_ema", "state_dict_ema").
         num_classes: where given, the number of classes the checkpoint must have.
         dtype: the floating dtype of the variables; None keeps float32 and float64 (float64 only where JAX's x64 mode
             is on) and widens 16-bit formats to float32, which loses nothing.
@@ -110,11 +113,11 @@ def from_torch(
         >>> apply(variables, np.zeros((2, 8, 8, 3), np.float32)).shape, info.layout, info.depth
         ((2, 10), 'akamaster', 8)
     """
-    tensors, metadata = read_checkpoint(source)
+    tensors, metadata = read_checkpoint(source, entry)
     found, names = recognise(tensors, layout)
     form = found.layout.form
     own, unread, original = _rename(found.layout, found.parts, tensors)
-    _check_finite(own, original)
+    _check_values(own, original)
     published, idle = _published_indices(found.layout, found.parts, tensors)
     own, unread = own | published, unread | idle
     spec = read_spec(form, {key: value.shape for key, value in own.items()}, original)
@@ -205,7 +208,8 @@ def _published_indices(
     return indices, {layout.names.key(part): index for part, index in unread.items()}
 
 
-def _check_finite(tensors: Mapping[str, np.ndarray], original: Mapping[str, str]) -> None:
+def _check_values(tensors: Mapping[str, np.ndarray], original: Mapping[str, str]) -> None:
+    """Refuse weights that are not finite and variances that are negative."""
     bad = {key: int(np.sum(~np.isfinite(v))) for key, v in tensors.items() if jnp.issubdtype(v.dtype, jnp.floating)}
     bad = {key: count for key, count in bad.items() if count}
     if bad:
@@ -213,6 +217,9 @@ def _check_finite(tensors: Mapping[str, np.ndarray], original: Mapping[str, str]
             f"{sum(bad.values())} weights in {len(bad)} tensors are not finite; the first is in "
             f"{original[next(iter(bad))]!r}"
         )
+    for key, value in tensors.items():
+        if key.endswith(".running_var") and jnp.issubdtype(value.dtype, jnp.floating) and (value < 0).any():
+            raise CheckpointError(f"{original[key]}: {int((value < 0).sum())} of its variances are negative")
 
 
 def _check_indices(spec: Spec, indices: Mapping[str, np.ndarray]) -> None:

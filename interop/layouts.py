@@ -271,16 +271,19 @@ def written_layout(form: Form) -> str:
 
 
 class Match(NamedTuple):
-    """A layout laid over a set of keys. Complete when `left_over` and `missing` are empty."""
+    """A layout laid over a set of keys. Complete when nothing is left over and nothing missing."""
 
     layout: Layout
     parts: dict[str, Part]
     left_over: tuple[str, ...]
-    missing: tuple[str, ...]
+
+    def missing(self) -> list[Part]:
+        """What the network would need, too."""
+        return self.layout.form.missing(self.parts.values())
 
 
 def match(layout: Layout, keys: Iterable[str]) -> Match:
-    """Lay one layout over state-dict keys: which key is which part, what is left over, what is missing."""
+    """Lay one layout over state-dict keys: which key is which part, and what is left over."""
     parts: dict[str, Part] = {}
     left_over = []
     for key in keys:
@@ -289,8 +292,7 @@ def match(layout: Layout, keys: Iterable[str]) -> Match:
             left_over.append(key)
         else:
             parts[key] = part
-    missing = tuple(layout.names.key(part) for part in layout.form.missing(parts.values()))
-    return Match(layout, parts, tuple(left_over), missing)
+    return Match(layout, parts, tuple(left_over))
 
 
 def recognise(keys: Iterable[str], layout: str = "auto") -> tuple[Match, tuple[str, ...]]:
@@ -313,16 +315,18 @@ def recognise(keys: Iterable[str], layout: str = "auto") -> tuple[Match, tuple[s
     if layout != "auto" and layout not in LAYOUTS:
         raise KeyError(f"unknown layout {layout!r}; known: auto, {', '.join(LAYOUTS)}")
     matches = [match(table, keys) for table in (_TABLES if layout == "auto" else LAYOUTS[layout])]
-    complete = [m for m in matches if not m.left_over and not m.missing]
+    most = max(len(m.parts) for m in matches)
+    lacking = [(m, m.missing()) for m in matches if len(m.parts) == most]
+    complete = [m for m, missing in lacking if not m.left_over and not missing]
     if not complete:
-        best = max(matches, key=lambda m: (len(m.parts) - len(m.missing), len(m.parts)))
+        best, missing = min(lacking, key=lambda each: len(each[1]))
         which = f"{best.layout.name} ({best.layout.form.name})"
         headline = f"no known layout fits the checkpoint; the nearest is {which}"
         if layout != "auto":
             headline = (
                 f"the checkpoint does not have the layout {layout!r}; the nearest form is {best.layout.form.name}"
             )
-        raise CheckpointError(_explain(best, headline))
+        raise CheckpointError(_explain(best, missing, headline))
     first = complete[0]
     if any(m.parts != first.parts or m.layout.form is not first.layout.form for m in complete[1:]):
         names = ", ".join(f"{m.layout.name} ({m.layout.form.name})" for m in complete)
@@ -330,12 +334,13 @@ def recognise(keys: Iterable[str], layout: str = "auto") -> tuple[Match, tuple[s
     return first, tuple(dict.fromkeys(m.layout.name for m in complete))
 
 
-def _explain(found: Match, headline: str) -> str:
+def _explain(found: Match, missing: list[Part], headline: str) -> str:
+    names = found.layout.names
     lines = [
         headline,
         f"  matched    {len(found.parts)} tensors{listed(tuple(found.parts))}",
         f"  left over  {len(found.left_over)} tensors{listed(found.left_over)}",
-        f"  missing    {len(found.missing)} tensors{listed(found.missing)}",
+        f"  missing    {len(missing)} tensors{listed(missing, names.key)}",
         f"  known layouts: {', '.join(LAYOUTS)}",
     ]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """A network as one directory that anyone can read: JSON, safetensors and a model card, and nothing that runs.
 
     model/
-      config.json         what the network is: widths, tensors with shapes and dtypes, your configuration and metadata
+      config.json         what the network is: widths, tensors with shapes, dtypes and checksums, your configuration and
+                          metadata
       model.safetensors   the weights under PyTorch's names; config and plan once more in the file's own metadata
       plan.json           what was pruned, where it was
       model.onnx          the INT8 or float network for ONNX Runtime, where one was given
@@ -37,7 +38,7 @@ from interop.spec import Spec, read_spec
 from interop.to_torch import form_of, named_arrays, residual_indices, to_torch
 
 FORMAT = "ehap_jax.model"
-VERSION = 2
+VERSION = 3
 CONFIG, WEIGHTS, PLAN, CARD = "config.json", "model.safetensors", "plan.json", "README.md"
 ONNX = "model.onnx"
 
@@ -111,6 +112,7 @@ def save_model(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists; remove it or save the model under another name")
     try:
+        import torch
         from safetensors.torch import save
     except ImportError as error:
         raise ImportError("save_model needs safetensors and PyTorch: pip install 'ehap-jax[torch]'") from error
@@ -126,7 +128,11 @@ def save_model(
             read_spec(form_of(variables), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         ),
         "tensors": {
-            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            name: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "sha256": hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest(),
+            }
             for name, tensor in tensors.items()
         },
         "pruned": plan is not None,
@@ -164,9 +170,9 @@ def save_model(
 def load_model(directory: str | os.PathLike[str]) -> SavedModel:
     """Read what `save_model` wrote. Nothing in the directory is ever executed, and PyTorch is not needed.
 
-    Every tensor is checked against config.json (names, shapes, dtypes) and against the plan (the shapes it leaves and
-    the positions in residual sums that follow from it), and the two JSON files against their copies inside
-    model.safetensors. Other files in the directory are left alone.
+    Every tensor is checked against config.json (names, shapes, dtypes, checksums) and against the plan (the shapes it
+    leaves and the positions in residual sums that follow from it), and the two JSON files against their copies inside
+    model.safetensors. Other files in the directory are left alone, and links that lead out of it are refused.
 
     Raises:
         FileNotFoundError: no such directory, or a file is missing from it.
@@ -177,7 +183,7 @@ def load_model(directory: str | os.PathLike[str]) -> SavedModel:
     if not source.is_dir():
         raise FileNotFoundError(f"no model directory at {source}")
     for name in (CONFIG, WEIGHTS):
-        if not (source / name).is_file():
+        if not _has(source, name):
             raise FileNotFoundError(f"{source} is not a saved model: it has no {name}")
     document = _read_config(source / CONFIG)
     tensors, inside = read_checkpoint(source / WEIGHTS)
@@ -285,7 +291,7 @@ def _normalisation(config: Mapping[str, Any]) -> Any:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f'{path} is not of a saved model: "format" is not {FORMAT!r}')
@@ -296,9 +302,21 @@ def _read_config(path: Path) -> dict[str, Any]:
         if not isinstance(document.get(name), kind):
             raise CheckpointError(f"{path}: {name!r} must be a {kind.__name__}, found {document.get(name)!r}")
     for name, entry in document["tensors"].items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list) or "dtype" not in entry:
-            raise CheckpointError(f"{path}: tensors[{name!r}] must have a shape and a dtype, found {entry!r}")
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("shape"), list)
+            or not {"dtype", "sha256"} <= set(entry)
+        ):
+            raise CheckpointError(f"{path}: tensors[{name!r}] must have shape, dtype and sha256, found {entry!r}")
     return document
+
+
+def _has(source: Path, name: str) -> bool:
+    """Whether the directory has such a file; a link that leads out of it is an error."""
+    path = source / name
+    if path.is_symlink() and path.resolve().parent != source.resolve():
+        raise CheckpointError(f"{path} is a link to {path.resolve()}, outside of the directory; copy the file there")
+    return path.is_file()
 
 
 def _sha256(path: Path) -> str:
@@ -310,7 +328,7 @@ def _check_onnx(source: Path, recorded: Mapping[str, Any]) -> None:
     for name, digest in recorded.items():
         if Path(name).name != name or not name.startswith(ONNX):
             raise CheckpointError(f"{source / CONFIG}: {name!r} is no name of an ONNX file in this directory")
-        if not (source / name).is_file():
+        if not _has(source, name):
             raise FileNotFoundError(f"{source} is recorded to have {name} and has none")
         if _sha256(source / name) != digest:
             raise CheckpointError(f"{source / name} is not the file that was saved: its sha256 is another")
@@ -323,7 +341,7 @@ def _check_onnx(source: Path, recorded: Mapping[str, Any]) -> None:
 def _check_copy(inside: Mapping[str, str], name: str, document: Any, source: Path) -> None:
     try:
         copy = json.loads(inside[name])
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{source / WEIGHTS} has no readable {name} in its metadata") from error
     if copy != document:
         raise CheckpointError(
@@ -344,11 +362,13 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], document: Mapping[str, Any
             raise CheckpointError(
                 f"{name}: expected {dtype} of shape {shape}, found {tensors[name].dtype} of {tensors[name].shape}"
             )
+        if hashlib.sha256(np.ascontiguousarray(tensors[name]).view(np.uint8).data).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{name} is not the tensor that was saved: its sha256 is another")
 
 
 def _read_plan(source: Path, inside: Mapping[str, str], pruned: bool) -> PruningPlan | None:
     path = source / PLAN
-    if path.is_file() != pruned:
+    if _has(source, PLAN) != pruned:
         if pruned:
             raise FileNotFoundError(f"{source} holds a pruned network and has no {PLAN}")
         raise CheckpointError(f"{source} has a {PLAN}, but {CONFIG} says that nothing was pruned")

@@ -1,38 +1,47 @@
 """Tensors out of checkpoint files, without ever running what is in them.
 
 PyTorch files are read with `torch.load(weights_only=True)` after their zip directory is found to be honest;
-`.safetensors` files are data by construction. Every failure is a `CheckpointError` that says what to do.
+`.safetensors` files are data by construction. What training scripts pickle beside the weights is read as plain data
+(`interop.inert`). Every failure is a `CheckpointError` that says what to do.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import struct
 import zipfile
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from interop.forms import CheckpointError
+from interop.inert import inert_globals
 
 CONTAINERS = ("state_dict", "net", "model", "model_state_dict", "model_state")
 """Where training scripts put the state dict inside what they save."""
 
-PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every name."""
+WRAPPERS = ("module", "_orig_mod")
+"""What DataParallel, AveragedModel and torch.compile put into names."""
 
 
-def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict]:
+def read_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any], entry: str | None = None
+) -> tuple[dict[str, np.ndarray], dict]:
     """The tensors of a checkpoint by name, and the plain values saved beside them.
 
     Args:
         source: a PyTorch file, a `.safetensors` file, a state dict (of torch tensors or arrays), or a dictionary that
             holds one under "state_dict", "net", "model", "model_state_dict" or "model_state".
+        entry: the key of the state dict in that dictionary, where it is another one ("model_ema").
 
     Returns:
-        (tensors, metadata): names without the prefixes of DataParallel and torch.compile; metadata holds numbers and
-        strings such as {"epoch": 200, "best_prec1": 92.6}, and for safetensors the file's own metadata.
+        (tensors, metadata): names without what wrappers put before or into them (DataParallel, torch.compile, the
+        attribute of a LightningModule); metadata holds numbers and strings such as {"epoch": 200, "best_prec1": 92.6},
+        and for safetensors the file's own metadata.
 
     Raises:
         FileNotFoundError: no such file.
@@ -48,25 +57,27 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple
             raise CheckpointError(f"{path} is a directory; pass the checkpoint file inside it")
         if not path.exists():
             raise FileNotFoundError(f"no checkpoint at {path}")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is no regular file")
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty")
         name = str(path)
         if path.suffix == ".safetensors":
             tensors, metadata = _read_safetensors(path)
-            return _without_prefix(tensors), dict(metadata)
+            return _without_wrappers(tensors), dict(metadata)
         container = _read_torch(path)
     elif hasattr(source, "state_dict"):
         raise TypeError("from_torch takes a state dict; pass module.state_dict() instead of the module")
     else:
         raise TypeError(f"from_torch takes a path or a state dict, not {type(source).__name__}")
-    tensors, metadata = _find_state_dict(container, name)
+    tensors, metadata = _find_state_dict(container, name, entry)
     nameless = [key for key in tensors if not isinstance(key, str)]
     if nameless:
         raise CheckpointError(
             f"{name}: the tensors of a state dict have names; one of these has the key {nameless[0]!r}"
         )
     arrays = {key: _to_numpy(key, value) for key, value in tensors.items()}
-    return _without_prefix(arrays), metadata
+    return _without_wrappers(arrays), metadata
 
 
 def _read_torch(path: Path) -> Any:
@@ -74,44 +85,52 @@ def _read_torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise ImportError("reading PyTorch files needs PyTorch: pip install 'ehap-jax[torch]'") from error
-    import argparse
     import pickle
 
-    if zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
+        first = file.read(4)
+    if first == b"PK\x03\x04":
         _check_zip(path)
+    elif first[:1] != b"\x80":
+        raise CheckpointError(f"{path} is no PyTorch checkpoint: it is neither a zip archive nor a pickle")
     try:
-        # A Namespace of options is plain data, and the files of EigenDamage and HAP carry one.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(list(inert_globals())):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights only load failed" in str(error).lower() and "invalid magic number" not in str(error).lower():
-            raise CheckpointError(_refusal(path, error)) from error
+        raise CheckpointError(_refusal(path, str(error))) from error
+    except (MemoryError, RecursionError, OverflowError, AssertionError, struct.error) as error:
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint: {_first_line(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         if "torchscript" in str(error).lower():
             raise CheckpointError(
-                f"{path} is a TorchScript archive, which holds code. Convert it once, if you trust it:\n"
-                f'  module = torch.jit.load("{path}", map_location="cpu")\n'
-                f'  torch.save(module.state_dict(), "{path.stem}-weights.pth")'
+                f"{path} is a TorchScript archive, which holds code and is not read; save the weights alone where it "
+                "was made: torch.save(module.state_dict(), ...)"
             ) from error
         raise CheckpointError(f"{path} is truncated or damaged: {_first_line(error)}") from error
-    except (UnicodeDecodeError, AssertionError, MemoryError, OverflowError) as error:
-        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint: {_first_line(error)}") from error
 
 
-def _refusal(path: Path, error: BaseException) -> str:
-    return (
-        f"{path} pickles Python objects (a whole module, say); reading it would run code, so it is refused "
-        f"({_first_line(error)}). If you trust the file, convert it once where its classes can be imported:\n"
-        f'  module = torch.load("{path}", map_location="cpu", weights_only=False)\n'
-        f'  torch.save(module.state_dict(), "{path.stem}-weights.pth")'
-    )
+def _refusal(path: Path, told: str) -> str:
+    """Why PyTorch's reader of plain data gave up, from what it says."""
+    foreign = re.search(r"GLOBAL (\S+)", told)
+    if foreign is not None or "Can only" in told or "unrecognized function" in told:
+        what = "Python objects" if foreign is None else f"an object of the kind {foreign.group(1)}"
+        return (
+            f"{path} pickles {what}, which would run code to be read, so it is refused. Save the weights alone with "
+            "the program that wrote the file: torch.save(module.state_dict(), ...)"
+        )
+    if "Unsupported operand" in told:
+        return (
+            f"{path} is damaged, or pickled with a protocol that state dicts do not have; save it with the default "
+            "one: torch.save(state_dict, ...)"
+        )
+    return f"{path} is damaged or not a PyTorch checkpoint: {_first_line(told)}"
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException | str) -> str:
+    """What went wrong, without PyTorch's advice on how to load it all the same."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
-    return (told or lines or [type(error).__name__])[0][:200]
+    told = [line for line in lines if "weights_only" not in line and "weights only" not in line.lower()]
+    return (told or [type(error).__name__])[0][:200]
 
 
 def _check_zip(path: Path) -> None:
@@ -146,32 +165,51 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError("reading .safetensors needs safetensors: pip install 'ehap-jax[torch]'") from error
+    key = ""
+    tensors = {}
     try:
         with safe_open(path, framework="numpy") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118
+                tensors[key] = file.get_tensor(key)
             return tensors, dict(file.metadata() or {})
+    except AttributeError as error:
+        kind = str(error).rpartition("attribute ")[2]
+        raise CheckpointError(f"{path}: {key} is of {kind}, which NumPy lacks; save it as float32") from error
     except (SafetensorError, TypeError, KeyError, OSError) as error:
         raise CheckpointError(f"{path} is truncated, damaged or not safetensors: {_first_line(error)}") from error
 
 
-def _find_state_dict(container: Any, name: str) -> tuple[Mapping[str, Any], dict[str, Any]]:
+def _find_state_dict(container: Any, name: str, entry: str | None) -> tuple[Mapping[str, Any], dict[str, Any]]:
     if not isinstance(container, Mapping):
         raise CheckpointError(f"{name} holds a {type(container).__name__}; expected a dictionary of tensors")
-    if container and all(_is_tensor(value) for value in container.values()):
+    if entry is None and container and all(_is_tensor(value) for value in container.values()):
         return container, {}
-    found = [key for key in CONTAINERS if isinstance(container.get(key), Mapping)]
+    candidates = CONTAINERS if entry is None else (entry,)
+    found = [key for key in candidates if isinstance(container.get(key), Mapping)]
     if len(found) != 1:
-        keys = ", ".join(map(str, list(container)[:12]))
-        what = f"several: {', '.join(found)}" if found else f"none of {', '.join(CONTAINERS)}"
-        raise CheckpointError(f"{name}: cannot tell which entry is the state dict ({what}); its keys are: {keys}")
+        keys = ", ".join(str(key)[:80] for key in list(container)[:12])
+        what = f"several: {', '.join(found)}" if found else f"none of {', '.join(candidates)}"
+        raise CheckpointError(
+            f"{name}: cannot tell which entry is the state dict ({what}); pass entry=... to choose one of its keys: "
+            f"{keys}"
+        )
     tensors = container[found[0]]
     strange = [key for key, value in tensors.items() if not _is_tensor(value)]
     if strange or not tensors:
         what = f"{strange[0]!r} is not a tensor" if strange else "it is empty"
         raise CheckpointError(f"{name}[{found[0]!r}] is not a state dict: {what}")
-    plain = {k: v for k, v in container.items() if isinstance(v, bool | int | float | str)}
-    plain |= {k: v.item() for k, v in container.items() if _is_tensor(v) and np.prod(tuple(v.shape), dtype=int) == 1}
-    return tensors, plain
+    return tensors, {k: plain for k, v in container.items() if (plain := _plain(v)) is not None}
+
+
+def _plain(value: Any) -> bool | int | float | str | None:
+    """A number or a string as Python has it; None for anything else."""
+    if _is_tensor(value) and np.prod(tuple(value.shape), dtype=int) == 1:
+        value = value.item()
+    return value if isinstance(value, bool | int | float | str) else None
+
+
+NARROW_FLOATS = ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+"""Floating-point formats that NumPy lacks; float32 holds each of their values."""
 
 
 def _is_tensor(value: Any) -> bool:
@@ -189,14 +227,24 @@ def _to_numpy(key: str, value: Any) -> np.ndarray:
             f"{key}: shape {tuple(value.shape)} claims {claimed} bytes, stored are {value.untyped_storage().nbytes()}"
         )
     value = value.detach().cpu()
-    if str(value.dtype) == "torch.bfloat16":
+    kind = str(value.dtype).removeprefix("torch.")
+    if kind in NARROW_FLOATS:
         value = value.float()
-    return value.numpy()
+    try:
+        return value.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{key}: tensors of {kind} are not read") from error
 
 
-def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for _ in PREFIXES:
-        for prefix in PREFIXES:
-            if tensors and all(key.startswith(prefix) for key in tensors):
-                tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+def _without_wrappers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names without the components of `WRAPPERS` and without the path that all of them begin with.
+
+    No network has all of its parts in one module, so such a path is that of the network inside something else.
+    """
+    averaged = {"n_averaged"} if len(tensors) > 1 else set()  # torch.optim.swa_utils.AveragedModel counts its updates
+    names = {key: [part for part in key.split(".") if part not in WRAPPERS] for key in tensors if key not in averaged}
+    modules = [parts[:-1] for parts in names.values()]
+    ends = zip(min(modules, default=[]), max(modules, default=[]), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    renamed = {".".join(parts[shared:]): tensors[key] for key, parts in names.items()}
+    return renamed if len(renamed) == len(names) else tensors

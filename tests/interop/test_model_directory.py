@@ -167,6 +167,9 @@ TAMPERED = {
     "plan": (lambda f: edit(f / "plan.json", lambda d: d["provenance"].update(x=1)), "not the one inside"),
     "version": (lambda f: edit(f / "config.json", lambda d: d.update(version=1)), "version 1"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "not a JSON file"),
+    "deep json": (lambda f: (f / "config.json").write_text("[" * 100_000), "not a JSON file"),
+    "huge number": (lambda f: (f / "config.json").write_text("9" * 5_000), "not a JSON file"),
+    "no checksum": (lambda f: both(f, lambda d: d["tensors"]["linear.bias"].pop("sha256")), "dtype and sha256"),
     "form": (lambda f: both(f, lambda d: d["network"].update(form="mlp")), "network.form is 'mlp'; known: resnet"),
     "form of no kind": (lambda f: both(f, lambda d: d["network"].update(form=[])), r"network\.form is \[\]; known"),
     "no tensors": (lambda f: edit(f / "config.json", lambda d: d.pop("tensors")), "'tensors' must be a dict"),
@@ -176,7 +179,7 @@ TAMPERED = {
     ),
     "dtype": (lambda f: reweigh(f, lambda t: t.update({"linear.bias": torch.zeros(5).double()})), "found float64"),
     "lost": (lambda f: reweigh(f, lambda t: t.pop("linear.bias")), r"missing \['linear.bias'\]"),
-    "nan": (lambda f: reweigh(f, lambda t: t["linear.bias"].fill_(torch.nan)), "not finite"),
+    "other weights": (lambda f: reweigh(f, lambda t: t["linear.bias"].fill_(0.5)), "its sha256 is another"),
     "truncated": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
         "truncated",
@@ -213,7 +216,41 @@ def test_positions_in_residual_sums_must_be_the_plans(shrunk, tmp_path):
         tensors[key] = tensors[key].flip(0).contiguous()
 
     reweigh(saved, reverse)
+    with pytest.raises(CheckpointError, match="its sha256 is another"):
+        load_model(saved)
+
+    def seal(document):
+        for name, tensor in load_file(saved / "model.safetensors").items():
+            document["tensors"][name]["sha256"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+    both(saved, seal)
     with pytest.raises(CheckpointError, match="other positions"):
+        load_model(saved)
+
+
+def test_flipped_bits_of_the_weights_are_noticed(saved):
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for position in rng.integers(8, len(whole), 40):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            load_model(saved)
+    path.write_bytes(whole)
+    load_model(saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "plan.json", "model.onnx"])
+def test_links_out_of_the_directory_are_not_followed(name, saved, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_bytes((saved / name).read_bytes() if (saved / name).exists() else b"x")
+    (saved / name).unlink(missing_ok=True)
+    (saved / name).symlink_to(outside)
+    if name == "model.onnx":
+        both(saved, lambda d: d.update(onnx={name: hashlib.sha256(b"x").hexdigest()}))
+    with pytest.raises(CheckpointError, match=rf"{name} is a link to .*outside"):
         load_model(saved)
 
 
