@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ehap_jax._nearest import nearest_path
+
 MAX_JSON_BYTES = 32 * 2**20
 MAX_JSON_DEPTH = 256
 MAX_UNPACKED = 100
@@ -41,7 +43,7 @@ def regular_file(path: str | os.PathLike[str], what: str = "file", max_bytes: fl
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"there is no {what} {path}") from error
+        raise FileNotFoundError(f"there is no {what} {path}{nearest_path(path)}") from error
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)!r} is no name of a file: {error}") from error
     if not stat.S_ISREG(found.st_mode):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ehap_jax._nearest import nearest_path
 from ehap_jax._untrusted_files import read_json, shown
 from ehap_jax.data import Dataset, Normalisation, limit_training, load_dataset
 from ehap_jax.graph import Graph, trace_graph
@@ -129,7 +130,7 @@ def load_network(source: str | Path, image_shape: tuple[int, int, int] = (32, 32
     if source.is_dir():
         return _from_run(source)
     if not source.is_file():
-        raise FileNotFoundError(f"there is no checkpoint or run directory {source}")
+        raise FileNotFoundError(f"there is no checkpoint or run directory {source}{nearest_path(source)}")
     return _from_checkpoint(source, image_shape)
 
 

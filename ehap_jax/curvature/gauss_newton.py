@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ehap_jax._random_key import random_key
 from ehap_jax.curvature.chunk_memory import bytes_per_example, examples_together
 from ehap_jax.curvature.devices import DATA, EXAMPLES, SAME, check_mesh, place, size_of
 from ehap_jax.curvature.estimate import Moments, TraceEstimate, estimate_of, exact_state
@@ -116,6 +117,7 @@ def gauss_newton_trace(
     >>> trace.mean["b"].tolist()
     [1.25, 1.25]
     """
+    key = None if key is None else random_key(key)
     policy.require_available()
     check_mesh(mesh)
     if mesh is not None and jax.process_count() > 1:

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax import _untrusted_files, _whole_files
+from ehap_jax._random_key import random_key
 from ehap_jax._untrusted_files import shown
 from ehap_jax.curvature.devices import same_everywhere, wait_for_all
 from ehap_jax.curvature.estimate import Moments, Origin, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.precision import Policy
-from ehap_jax.curvature.probes import is_kernel, typed
+from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import Batches, layout_of, path_name
 from ehap_jax.curvature.residual_loss import residual_loss
 from ehap_jax.curvature.saved_checks import check_trace_arrays, record
@@ -97,6 +98,7 @@ def fingerprint(
     >>> of(1.0) == of(1.0), of(1.0).loss == of(2.0).loss, of(1.0).weights == of(2.0).weights
     (True, False, True)
     """
+    key = random_key(key)
     layout = layout_of(params, policy, select, channel_axis)
     one = batch[0] if isinstance(batch, Batches) else batch
     if method != "hutchinson":
@@ -260,7 +262,7 @@ def require_same(saved: TraceFingerprint, expected: TraceFingerprint, where: str
 
 
 def _key_text(key: jax.Array) -> str:
-    key = typed(key)
+    key = random_key(key)
     return f"{jax.random.key_impl(key)}:{np.asarray(jax.random.key_data(key)).tolist()}"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ehap_jax._nearest import nearest_path
 from ehap_jax._untrusted_files import regular_file
 from ehap_jax.data.cache import cached_arrays, checksum_of
 from ehap_jax.data.dataset import Source, small_image_augmentation
@@ -51,7 +52,8 @@ def read_folder(path: str | Path, *, cache: str | Path | None = None) -> Source:
 
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; expected {folder}/<class>/*.png or *.jpg")
+        near = nearest_path(folder if folder.parent.is_dir() else folder.parent)
+        raise FileNotFoundError(f"there is no folder {folder}; expected {folder}/<class>/*.png or *.jpg{near}")
     found = sorted(file for file in folder.glob("*/*") if file.suffix.lower() in _SUFFIXES)
     if not found:
         raise FileNotFoundError(f"{folder} has no images; expected {folder}/<class>/*.png or *.jpg")
