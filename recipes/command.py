@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, make_dataclass
@@ -11,13 +13,13 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ehap_jax.training import OutOfTime, RunDirectory, Sink, tensorboard_sink, wandb_sink
+from ehap_jax.training import OutOfTime, RunDirectory, Sink, is_run, tensorboard_sink, wandb_sink
 
 Config = TypeVar("Config")
 
-MISSED, FAILED, UNFINISHED = 1, 2, 3
+MISSED, FAILED, UNFINISHED, INTERRUPTED = 1, 2, 3, 130
 """Exit statuses: results that miss their bounds; a setting that cannot work, or a run that failed, such as training
-that diverged; stopped by --max-minutes, not finished."""
+that diverged; stopped by --max-minutes, not finished; stopped by Ctrl-C, as shells have it."""
 
 PACKAGES = {
     "report": ("matplotlib", "jinja2"),
@@ -102,7 +104,7 @@ def run_command(
     """Parse a configuration and run `main(config, options)`.
 
     A setting that cannot work, and a run that failed, is one line on standard error and status 2; results that miss
-    their bounds are one and 1.
+    their bounds are one and 1; Ctrl-C is one, which says how to go on, and 130.
 
     Args:
         main: the recipe.
@@ -120,10 +122,37 @@ def run_command(
     except Missed as missed:
         print(f"{name}: {missed}", file=sys.stderr)
         return MISSED
-    except (ValueError, OSError, ImportError, ArithmeticError, NotImplementedError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted{_how_to_go_on(given.output)}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if _is_out_of_space(error):
+            print(f"{name}: no space left for {given.output}; make some{_how_to_go_on(given.output)}", file=sys.stderr)
+            return FAILED
+        if not isinstance(error, ValueError | OSError | ImportError | ArithmeticError | NotImplementedError):
+            raise
+        print(f"{name}: {_on_one_line(error)}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _how_to_go_on(output: Path) -> str:
+    return "; continue with --resume" if is_run(output) else ""
+
+
+def _is_out_of_space(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error; checkpoints are written by libraries that say so in texts alone."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _on_one_line(error: BaseException) -> str:
+    """What an error says; names in it may come from files, and no terminal obeys them."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(str(error).split()))
 
 
 def parse(

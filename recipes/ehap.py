@@ -19,7 +19,6 @@ onnx is installed, the integers as ``model.onnx``.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -128,7 +127,7 @@ def write_int8(lab: Lab, seed: int, tuned: Network, int8: Int8Network, integers:
 
 
 def main(config: Config, options: TrainingOptions) -> None:
-    started, deadline = time.perf_counter(), Deadline(options.max_minutes)
+    deadline = Deadline(options.max_minutes)
     if config.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {config.seeds}")
     if config.dense is None:
@@ -149,7 +148,7 @@ def main(config: Config, options: TrainingOptions) -> None:
         save_plan(first.plan, run.file("plan.json"))
         write_scores(run, {config.prune.scores.compute: first.scores})
         checks = {"masked_minus_shrunk": max(result.pruned.masked_error for result in results)}
-        seconds = {"total": time.perf_counter() - started}
+        seconds = {"total": run.seconds()}
         summary = summarise([result.stages for result in results], seconds=seconds, checks=checks)
         run.write_json("summary.json", summary)
         write_report(run.path)

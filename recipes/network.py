@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
+from ehap_jax._nearest import nearest_path
+from ehap_jax._untrusted_files import read_json, shown
 from ehap_jax.data import Dataset, Normalisation, limit_training, load_dataset
 from ehap_jax.graph import Graph, trace_graph
 from ehap_jax.models import (
@@ -25,6 +28,7 @@ from ehap_jax.models import (
     train_apply,
 )
 from ehap_jax.pruning import PruningPlan, shrink
+from ehap_jax.pruning.plan import check_fits
 from ehap_jax.training import RunDirectory, check_finite, load_variables, save_variables
 
 DESCRIPTION, VARIABLES, PLAN = "network.json", "network.npz", "plan.json"
@@ -126,7 +130,7 @@ def load_network(source: str | Path, image_shape: tuple[int, int, int] = (32, 32
     if source.is_dir():
         return _from_run(source)
     if not source.is_file():
-        raise FileNotFoundError(f"there is no checkpoint or run directory {source}")
+        raise FileNotFoundError(f"there is no checkpoint or run directory {source}{nearest_path(source)}")
     return _from_checkpoint(source, image_shape)
 
 
@@ -151,23 +155,93 @@ def _from_run(directory: Path) -> Network:
         seeds = sorted(path.parent.name for path in directory.glob(f"*/{DESCRIPTION}"))
         hint = f"; choose one of {', '.join(f'{directory}/{seed}' for seed in seeds)}" if seeds else ""
         raise FileNotFoundError(f"{directory} has no {DESCRIPTION}: the run is not finished, or not of a network{hint}")
-    found = json.loads(described.read_text(encoding="utf-8"))
-    mean, std = found["normalisation"]
-    architecture = Architecture(
-        found["model"],
-        found["num_classes"],
-        _tuple(found["image_shape"]),
-        (tuple(mean), tuple(std)),
-        {name: _tuple(value) for name, value in found["options"].items()},
-    )
-    model = architecture.build()
-    variables = jax.tree.map(jnp.asarray, load_variables(directory / VARIABLES))
-    check_finite(variables, f"cannot use {directory / VARIABLES}")
-    apply, trainable, plan = eval_apply(model), train_apply(model), None
-    if (directory / PLAN).exists():
-        plan = PruningPlan.load(directory / PLAN)
+    variables = load_variables(directory / VARIABLES)
+    architecture = read_architecture(described, len(jax.tree.leaves(variables)))
+    plan = PruningPlan.load(directory / PLAN) if (directory / PLAN).exists() else None
+    check_variables(variables, architecture, plan, directory)
+    variables, model = jax.tree.map(jnp.asarray, variables), architecture.build()
+    apply, trainable = eval_apply(model), train_apply(model)
+    if plan is not None:
         apply, trainable = shrink(apply, plan), shrink(trainable, plan)
     return Network(architecture, apply, trainable, variables, plan)
+
+
+def read_architecture(path: Path, arrays: int) -> Architecture:
+    """The architecture in a `network.json`, every field checked.
+
+    Args:
+        path: the file.
+        arrays: how many the network has beside it: its depth is no larger, whatever the file says.
+
+    Raises:
+        ValueError: naming the field, what it is and what it should be.
+    """
+    found = read_json(path)
+    kinds = {"model": str, "num_classes": int, "image_shape": list, "normalisation": list, "options": dict}
+    for name, kind in kinds.items():
+        if type(found.get(name)) is not kind:
+            raise ValueError(f"{path}: {name!r} must be a {kind.__name__}, not {shown(found.get(name))}")
+
+    def require(name: str, right: bool, wanted: str) -> None:
+        if not right:
+            raise ValueError(f"{path}: {name!r} must be {wanted}, not {shown(found[name])}")
+
+    shape, normalisation = found["image_shape"], found["normalisation"]
+    require("image_shape", len(shape) == 3 and all(_is_length(n) for n in shape), "three lengths from 1 to 65,536")
+    require("num_classes", _is_length(found["num_classes"]), "a number from 1 to 65,536")
+    sides = [side if isinstance(side, list) else [] for side in normalisation]
+    numbers = all(type(value) in (int, float) and abs(value) < 1e30 for side in sides for value in side)
+    right = [len(side) for side in sides] == 2 * [shape[-1]] and numbers and all(value > 0 for value in sides[1])
+    require("normalisation", right, "[mean, std], a finite number and a positive one per channel")
+    depth = max(map(int, re.findall(r"[0-9]{1,9}", found["model"])), default=0)
+    require("model", len(found["model"]) <= 100 and depth <= arrays, f"a model that {arrays} arrays are enough for")
+    options = {name: _tuple(value) for name, value in found["options"].items()}
+    lengths = [n for value in options.values() for n in (value if isinstance(value, tuple) else (value,))]
+    plain = all(isinstance(n, str | bool) or n is None or _is_length(n) for n in lengths)
+    require("options", plain and len(lengths) <= arrays, "texts, truth values and lengths from 1 to 65,536")
+    normalised = (tuple(map(float, sides[0])), tuple(map(float, sides[1])))
+    return Architecture(found["model"], found["num_classes"], _tuple(shape), normalised, options)
+
+
+def check_variables(variables: Any, architecture: Architecture, plan: PruningPlan | None, directory: Path) -> None:
+    """Raise unless these are variables of the architecture, or of what the plan leaves of it: no others fit.
+
+    Raises:
+        ValueError: naming the variable: it is missing, unknown, of another shape or dtype, or has values that no
+            network has.
+    """
+    file = directory / VARIABLES
+    try:
+        whole = jax.eval_shape(lambda: architecture.initialise(0))
+    except (TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
+        raise ValueError(f"{directory / DESCRIPTION} is of no network that can be built: {error}") from error
+    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(whole)}
+    what = f"network that {directory / DESCRIPTION} describes"
+    try:
+        if plan is not None:
+            if plan.shapes != shapes:
+                other = min(path for path in {*shapes, *plan.shapes} if shapes.get(path) != plan.shapes.get(path))
+                raise ValueError(f"{directory / PLAN} is for another network: {shown(other)} differs")
+            shapes, what = plan.shrunk_shapes(), f"network that {directory / PLAN} leaves"
+        check_fits(variables, shapes, what)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file}: {error.args[0]}") from error
+    (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(whole)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        name = _name(path)
+        if leaf.dtype != dtype:
+            raise ValueError(f"{file}: {name} is {leaf.dtype}; this network is of {dtype}")
+        if name.startswith("batch_stats/") and name.endswith("/var") and not (leaf >= 0).all():
+            raise ValueError(f"{file}: {name} has a variance that is negative or not a number: {np.min(leaf):g}")
+    check_finite(variables, f"cannot use {file}")
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 65_536
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _from_checkpoint(path: Path, image_shape: tuple[int, int, int]) -> Network:

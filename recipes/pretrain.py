@@ -15,7 +15,6 @@ been measured with the paper's settings yet, which need a GPU and CIFAR-10. Writ
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -75,7 +74,7 @@ def prepare(config: Config) -> tuple[Network, Dataset]:
 
 
 def main(config: Config, options: TrainingOptions) -> None:
-    started, deadline = time.perf_counter(), Deadline(options.max_minutes)
+    deadline = Deadline(options.max_minutes)
     initial, dataset = prepare(config)
     run = options.create_run(config, "report")
     with Progress() as progress:
@@ -85,7 +84,7 @@ def main(config: Config, options: TrainingOptions) -> None:
         save_network(run, network)
         stages = {"dense": Stage(accuracy(lab, network.apply, variables), count_cost(network.graph()))}
         validation = {"validation_accuracy": accuracy(lab, network.apply, variables, "val")}
-        seconds = {"total": time.perf_counter() - started}
+        seconds = {"total": run.seconds()}
         run.write_json("summary.json", summarise([stages], seconds=seconds, checks=validation))
         write_report(run.path)
         progress.note(f"test accuracy {stages['dense'].accuracy:.4f}; report: {run.path / 'report.html'}")

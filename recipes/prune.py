@@ -19,7 +19,6 @@ PyTorch's names, plan, model card.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +70,7 @@ VARIANTS = {
 
 
 def main(config: Config, options: TrainingOptions) -> None:
-    started, deadline = time.perf_counter(), Deadline(options.max_minutes)
+    deadline = Deadline(options.max_minutes)
     dense = load_network(config.dense)
     dataset = load_data(dense, config.data, config.train_images)
     check_phases(dataset, {"--finetune": config.finetune}, taught=("--finetune",))
@@ -96,7 +95,7 @@ def main(config: Config, options: TrainingOptions) -> None:
             "negative_scores": pruned.scores.negative,
             "validation_accuracy": accuracy(lab, tuned.apply, tuned.variables, "val"),
         }
-        seconds = {"total": time.perf_counter() - started}
+        seconds = {"total": run.seconds()}
         write_scores(run, {pruned.scores.criterion: pruned.scores})
         run.write_json("summary.json", summarise([stages], seconds=seconds, checks=checks))
         write_report(run.path)

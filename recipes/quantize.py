@@ -24,7 +24,6 @@ control in the mean over seeds, or ONNX Runtime computed other integers than JAX
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -237,7 +236,7 @@ def check_config(config: Config, lab_images: int) -> None:
 
 
 def main(config: Config, options: TrainingOptions) -> None:
-    started, deadline = time.perf_counter(), Deadline(options.max_minutes)
+    deadline = Deadline(options.max_minutes)
     dense = load_network(config.network)
     dataset = load_data(dense, config.data, config.train_images)
     check_phases(dataset, {"--finetune": config.finetune, "--qat": config.qat}, taught=("--finetune",))
@@ -255,7 +254,7 @@ def main(config: Config, options: TrainingOptions) -> None:
             for stage in stages[0]
             if stage != base
         }
-        seconds = {"total": time.perf_counter() - started}
+        seconds = {"total": run.seconds()}
         run.write_json("differences.json", [result.differences for result in results])
         run.write_json("summary.json", summarise(stages, seconds=seconds, checks=checks))
         write_report(run.path)

@@ -17,7 +17,6 @@ the table; no step of a run reads it.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -103,7 +102,7 @@ def run_seed(lab: Lab, config: Config, network: Network, seed: int) -> SeedResul
     )
 
 
-def write_results(lab: Lab, results: Sequence[SeedResult], seconds: float) -> None:
+def write_results(lab: Lab, results: Sequence[SeedResult]) -> None:
     """Plans, scores, summary and report of the run; the first seed's stand for the others in the plots."""
     run, first = lab.run, results[0]
     for seed, result in enumerate(results):
@@ -111,7 +110,7 @@ def write_results(lab: Lab, results: Sequence[SeedResult], seconds: float) -> No
     save_plan(first.plan, run.file("plan.json"))
     write_scores(run, first.scores, first.sem, Course(lab, 0, "trace_float32").convergence())
     checks = {"masked_minus_shrunk": max(result.masked_error for result in results)}
-    summary = summarise([result.stages for result in results], seconds={"total": seconds}, checks=checks)
+    summary = summarise([result.stages for result in results], seconds={"total": run.seconds()}, checks=checks)
     run.write_json("summary.json", summary)
     write_report(run.path)
 
@@ -130,7 +129,7 @@ def check_config(config: Config, dataset: Dataset) -> None:
 
 
 def main(config: Config, options: TrainingOptions) -> None:
-    started, deadline = time.perf_counter(), Deadline(options.max_minutes)
+    deadline = Deadline(options.max_minutes)
     dataset = load_dataset(config.data)
     check_config(config, dataset)
     network = network_for(dataset, config.model, shortcut=config.shortcut, widths=config.widths)
@@ -141,7 +140,7 @@ def main(config: Config, options: TrainingOptions) -> None:
     with Progress() as progress:
         lab = Lab(dataset, run, progress, deadline, options.sinks(config))
         results = [run_seed(lab, config, network, seed) for seed in range(config.seeds)]
-        write_results(lab, results, time.perf_counter() - started)
+        write_results(lab, results)
         progress.console.print(stage_table(run.read_json("summary.json")))
         progress.note(f"report: {run.path / 'report.html'}")
 

@@ -14,7 +14,6 @@ ran shortened (and how), or did not run.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from ehap_jax._untrusted_files import read_json
 from ehap_jax._whole_files import write_text
 from ehap_jax.report import accuracy_curves
 from ehap_jax.report.figure_style import save_figure
@@ -343,14 +343,10 @@ def document(
 
 def read_run(path: Path, name: str) -> dict[str, Any]:
     """A run's result under its name, with its configuration and versions: from one file, or from those beside it."""
-    found = _read(path)
+    found = read_json(path)
     if name in found:
         return found
-    return {name: found, **{other: _read(path.with_name(f"{other}.json")) for other in ("config", "versions")}}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return {name: found, **{other: read_json(path.with_name(f"{other}.json")) for other in ("config", "versions")}}
 
 
 def _short(name: str) -> str:
@@ -364,12 +360,12 @@ def command(arguments: Sequence[str] | None = None) -> int:
     try:
         if not (given.runs or given.published or given.sweeps or given.quantized or given.compiled):
             raise ValueError("name at least one file")
-        runs, published = ([_read(path) for path in paths] for paths in (given.runs, given.published))
+        runs, published = ([read_json(path) for path in paths] for paths in (given.runs, given.published))
         files = [given.output.with_name(f"{path.stem}.png") for path in given.runs]
         pictures = [file.name for run, file in zip(runs, files, strict=True) if draw(run, file)]
         sweeps = [read_run(path, "sweep") for path in given.sweeps]
         quantized = [read_run(path, "summary") for path in given.quantized]
-        compiled = [_read(path) for path in given.compiled]
+        compiled = [read_json(path) for path in given.compiled]
         write_text(given.output, document(runs, published, sweeps, quantized, compiled, pictures))
     except (KeyError, ValueError, OSError, ImportError) as error:
         print(f"reproduction: {type(error).__name__}: {error}", file=sys.stderr)

@@ -25,7 +25,8 @@ import numpy as np
 import tyro
 from jax.flatten_util import ravel_pytree
 
-from ehap_jax._whole_files import written_whole
+from ehap_jax._untrusted_files import read_arrays
+from ehap_jax._whole_files import write_arrays
 from ehap_jax.curvature import gnvp, linearized_hvp
 from ehap_jax.report.figure_style import new_figure, save_figure
 from ehap_jax.training import Deadline, Progress, RunDirectory
@@ -191,8 +192,7 @@ def lanczos(config: Config, run: RunDirectory, operator: Operator, matrix: str, 
     """
     file = run.file(f"{matrix}-{draw}.npz")
     if file.exists():
-        with np.load(file) as saved:
-            return dict(saved)
+        return read_arrays(file)
     key = jax.random.fold_in(jax.random.key(config.seed), draw)
     v = jax.random.rademacher(key, (operator.size,), jnp.float32) / jnp.sqrt(operator.size).astype(jnp.float32)
     with jax.disable_jit():
@@ -232,12 +232,6 @@ def named_vectors(matrix: str, operator: Operator, vectors: np.ndarray) -> dict[
     stacked = jax.vmap(unravel)(jnp.asarray(vectors))
     named = jax.tree_util.tree_leaves_with_path(stacked)
     return {f"{matrix}/{jax.tree_util.keystr(p, simple=True, separator='/')}": np.asarray(x) for p, x in named}
-
-
-def write_arrays(file: Path, arrays: dict[str, Any]) -> None:
-    """An npz file, whole or not at all."""
-    with written_whole(file) as temporary, open(temporary, "wb") as opened:
-        np.savez(opened, **arrays)
 
 
 def density(draws: list[Quadrature], at: np.ndarray, width: np.ndarray) -> np.ndarray:

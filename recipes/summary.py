@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from ehap_jax._whole_files import write_arrays
 from ehap_jax.graph import Cost
 from ehap_jax.pruning import Scores
 from ehap_jax.report import Convergence, score_arrays
@@ -80,8 +79,6 @@ def write_scores(
         sem: standard errors of the scores, in their units: `hessian_scores` of the trace's standard errors.
         convergence: the course of the estimate.
     """
-    partial = run.file(".scores.partial.npz")
     found = {name: criterion.values for name, criterion in scores.items()}
     arrays = score_arrays(found, sem=None if sem is None else sem.values, convergence=convergence)
-    np.savez(partial, **arrays)  # pyright: ignore[reportArgumentType]
-    partial.replace(run.file("scores.npz"))
+    write_arrays(run.file("scores.npz"), arrays)

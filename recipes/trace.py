@@ -16,7 +16,6 @@ expected agreement with infinitely many probes: rank correlation, overlap of the
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,7 +67,7 @@ VARIANTS = {
 
 
 def main(config: Config, options: RunOptions) -> None:
-    started, deadline = time.perf_counter(), Deadline(options.max_minutes)
+    deadline = Deadline(options.max_minutes)
     if not config.computes or len(set(config.computes)) < len(config.computes):
         raise ValueError(f"--computes must be different precisions, at least one; got {config.computes}")
     network = load_network(config.dense)
@@ -107,7 +106,7 @@ def main(config: Config, options: RunOptions) -> None:
         course = Course(lab, config.seed, f"trace_{first}").convergence()
         write_scores(run, scores, hessian_scores(graph, network.variables, traces[first].sem), course)
         stages = {"dense": Stage(accuracy(lab, network.apply, network.variables), count_cost(graph))}
-        seconds = {"total": time.perf_counter() - started}
+        seconds = {"total": run.seconds()}
         run.write_json("summary.json", summarise([stages], seconds=seconds, checks={}, costs=probe_costs(rows)))
         write_report(run.path)
         progress.note((run.path / "trace.json").read_text())

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ehap_jax._random_key import random_key
 from ehap_jax.curvature.control_variate import METHODS, split_curvature
 from ehap_jax.curvature.devices import (
     DATA,
@@ -34,7 +35,7 @@ from ehap_jax.curvature.probe_loop import (
     not_finite,
     scales_of,
 )
-from ehap_jax.curvature.probes import is_kernel, typed
+from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import prepare
 from ehap_jax.curvature.products import add_products, no_products
 from ehap_jax.curvature.saved_trace import TraceFile, fingerprint
@@ -125,15 +126,15 @@ def channel_trace(
       A `TraceEstimate`.
 
     Raises:
-      TypeError: the loss does not return one floating-point scalar, or returns it in the policy's 16 bits; a selected
-        parameter is an integer.
+      TypeError: ``key`` is no random key; the loss does not return one floating-point scalar, or returns it in the
+        policy's 16 bits; a selected parameter is an integer.
       ValueError: nothing is selected; batch leaves differ in length; NaN or infinity in ``params`` or ``batch``,
         named by path; the loss is not deterministic, or with ``microbatch`` not a mean over examples; ``state``
         is of another key, method, dtype of the policy or set of leaves, or has more than ``num_probes`` probes;
         ``save_to`` is of something else, or comes with ``state``; options out of range.
       FileNotFoundError: the folder of ``save_to`` does not exist.
       FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale or because activations overflow; says
-        which of the two, and names the first layer concerned in the order of the network.
+        which of the two, and names the first layer concerned in the order of the network; or the sums overflow.
 
     >>> import jax, jax.numpy as jnp
     >>> def loss(p, batch):
@@ -143,6 +144,7 @@ def channel_trace(
     >>> trace.mean["kernel"].tolist(), trace.mean["bias"], trace.total()
     ([1.0, 1.0, 1.0], None, 3.0)
     """
+    key = random_key(key)
     if num_probes < 1:
         raise ValueError(f"num_probes must be at least 1; got {num_probes}")
     chunk = DEFAULT_PROBES_PER_STEP if probes_per_step is None else probes_per_step
@@ -301,7 +303,7 @@ def _require_same_run(state: TraceState, run: Run, key: jax.Array, num_probes: i
     if expected != actual:
         differing = sorted(p for p in {*expected, *actual} if expected.get(p) != actual.get(p))
         raise ValueError(f"the state belongs to other parameters or another selection: {differing} differ")
-    if not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(typed(key))):
+    if not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(random_key(key))):
         raise ValueError("the state was started with another key; its next probe would not be the next one")
     if int(state.count) > num_probes:
         raise ValueError(

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax._random_key import random_key
 from ehap_jax.curvature.precision import Policy
-from ehap_jax.curvature.probes import typed
 
 __all__ = ["PRODUCTS", "Origin", "TraceEstimate", "TraceState"]
 
@@ -165,7 +165,11 @@ def estimate_of(
     """The estimate a state stands for, with what is ``known`` besides.
 
     ``like_params`` puts ``{path: value}`` into a pytree like ``params``.
+
+    Raises:
+      FloatingPointError: a mean or a standard error is beyond the dtype of the sums.
     """
+    _require_finite_moments(state.moments)
     count, known = int(state.count), dict(known or {})
     squares = jax.device_get(state.moments.squares["channel"])
     sem = {path: jnp.asarray(_sem(s, count)) for path, s in squares.items()}
@@ -180,13 +184,24 @@ def estimate_of(
     )
 
 
+def _require_finite_moments(moments: Moments) -> None:
+    """Raise where sums overflowed: a standard error of infinity is none, and one of NaN nobody would notice."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(moments)):
+        if not np.isfinite(leaf).all():
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise FloatingPointError(
+                f"the sums of the traces overflow {np.asarray(leaf).dtype} ({where}): squares of products beyond 1e19 "
+                "do; scale the loss down, and the traces up again, or use Policy('float64')"
+            )
+
+
 def exact_state(
     method: str, policy: Policy, key: jax.Array, moments: Moments | None = None, count: int = 0, rejected: int = 0
 ) -> TraceState:
     """The state of an estimate that needed no probes; without ``moments``, of nothing but what is known besides."""
     zero = {"channel": {}, "layer": {}, "total": jnp.zeros((), policy.sums)}
     return TraceState(
-        key=typed(key),
+        key=random_key(key),
         count=jnp.int32(count),
         rejected=jnp.int32(rejected),
         loss_scale=jnp.ones((), policy.sums),

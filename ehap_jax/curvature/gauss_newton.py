@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ehap_jax._random_key import random_key
 from ehap_jax.curvature.chunk_memory import bytes_of_traces
 from ehap_jax.curvature.estimate import Moments, TraceEstimate, estimate_of, exact_state
 from ehap_jax.curvature.example_columns import (
@@ -117,6 +118,7 @@ def gauss_newton_trace(
     >>> trace.mean["b"].tolist()
     [1.25, 1.25]
     """
+    key = None if key is None else random_key(key)
     if on_unproven not in ("error", "gauss_newton"):
         raise ValueError(f'on_unproven must be "error" or "gauss_newton"; got {on_unproven!r}')
     draws = count_draws(classes, draw, key, head)

@@ -46,10 +46,18 @@ class SumsFile:
         if self._path is None or self._of is None or not Path(self._path).exists():
             return
         arrays = read_arrays(self._path, self._of)
+        wanted = {name: () for name in ("next", "rejected", "scale")}
+        wanted |= {f"sum/{path}": x.shape for path, x in sums.by_path.items()}
+        for name, shape in wanted.items():
+            found = arrays.get(name)
+            if found is None or found.shape != shape or found.dtype.kind not in "if" or not (found >= 0).all():
+                raise ValueError(f"{self._path} has no {name} of shape {shape} with numbers from 0; remove the file")
+            if not np.isfinite(found).all():
+                raise ValueError(f"{self._path}: {name} is not finite; remove the file")
         sums.next, sums.rejected = int(arrays["next"]), int(arrays["rejected"])
         sums.scale = float(arrays["scale"])
         for path in sums.by_path:
-            sums.by_path[path] = arrays[f"sum/{path}"]
+            sums.by_path[path] = arrays[f"sum/{path}"].astype(np.float64)
 
     def save(self, sums: PartialSums, *, now: bool = False) -> None:
         """Write, if it is time."""

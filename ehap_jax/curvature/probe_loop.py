@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ehap_jax._placement import bind, bound_to
+from ehap_jax._random_key import random_key
 from ehap_jax.curvature.devices import (
     EXAMPLES,
     OWN,
@@ -28,7 +29,7 @@ from ehap_jax.curvature.devices import (
 from ehap_jax.curvature.estimate import Moments, Origin, TraceState
 from ehap_jax.curvature.overflow import loss_overflows, where_not_finite
 from ehap_jax.curvature.precision import LARGEST_LOSS_SCALE, SMALLEST_SCALE, Policy
-from ehap_jax.curvature.probes import rademacher, typed
+from ehap_jax.curvature.probes import rademacher
 from ehap_jax.curvature.problem import Layout, Problem
 from ehap_jax.curvature.products import (
     Linearization,
@@ -317,7 +318,7 @@ def blank_state(run: Run, key: jax.Array, policy: Policy) -> TraceState:
     layer = {path: jnp.zeros((), policy.sums) for path in layout.paths}
     zero = {"channel": channels, "layer": layer, "total": jnp.zeros((), policy.sums)}
     state = TraceState(
-        key=typed(key),
+        key=random_key(key),
         count=jnp.int32(0),
         rejected=jnp.int32(0),
         loss_scale=scales[0],

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-__all__ = ["is_kernel", "rademacher", "typed"]
+__all__ = ["is_kernel", "rademacher"]
 
 
 def is_kernel(path: str, leaf: jax.Array) -> bool:
@@ -48,11 +48,6 @@ def rademacher(key: jax.Array, leaves: Mapping[str, jax.Array], dtype=None) -> d
         path: _signs(jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape, dtype or leaf.dtype)
         for path, leaf in leaves.items()
     }
-
-
-def typed(key: jax.Array) -> jax.Array:
-    """A key of the new style, made of one of either."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))

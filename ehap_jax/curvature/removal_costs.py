@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ehap_jax._random_key import random_key
 from ehap_jax.curvature.chunk_memory import DEFAULT_BUDGET, bytes_of_passes
 from ehap_jax.curvature.example_columns import (
     Columns,
@@ -175,6 +176,7 @@ def removal_costs(
     >>> costs.prices.round(3).tolist(), round(costs.of([0, 1]), 3)
     ([9.0, 64.0], 121.0)
     """
+    key = None if key is None else random_key(key)
     draws = count_draws(classes, "signs", key, head)
     examples = read_examples(variables, batch, policy, mesh)
     graph = example_graph(model, examples.params, examples.x, on_unknown)

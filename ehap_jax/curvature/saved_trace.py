@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ehap_jax._whole_files import written_whole
+from ehap_jax import _untrusted_files, _whole_files
+from ehap_jax._random_key import random_key
+from ehap_jax._untrusted_files import shown
 from ehap_jax.curvature.devices import same_everywhere, wait_for_all
 from ehap_jax.curvature.estimate import Moments, Origin, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.precision import Policy
-from ehap_jax.curvature.probes import is_kernel, typed
+from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.curvature.problem import Batches, layout_of, path_name
 from ehap_jax.curvature.residual_loss import residual_loss
+from ehap_jax.curvature.saved_checks import check_trace_arrays, record
 from ehap_jax.graph import program_digest
 
 __all__ = ["TraceFile", "TraceFingerprint", "fingerprint", "load_trace", "save_trace"]
@@ -96,6 +98,7 @@ def fingerprint(
     >>> of(1.0) == of(1.0), of(1.0).loss == of(2.0).loss, of(1.0).weights == of(2.0).weights
     (True, False, True)
     """
+    key = random_key(key)
     layout = layout_of(params, policy, select, channel_axis)
     one = batch[0] if isinstance(batch, Batches) else batch
     if method != "hutchinson":
@@ -154,22 +157,19 @@ def save_trace(path: str | Path, estimate: TraceEstimate, of: TraceFingerprint) 
 
 def write_arrays(path: str | Path, arrays: dict[str, Any], of: TraceFingerprint) -> None:
     """Arrays and the fingerprint of what they are, whole or not at all."""
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, format=FORMAT, fingerprint=json.dumps(asdict(of)), **jax.device_get(arrays))
+    _whole_files.write_arrays(path, {"format": FORMAT, "fingerprint": json.dumps(asdict(of)), **jax.device_get(arrays)})
 
 
 def read_arrays(path: str | Path, expected: TraceFingerprint) -> dict[str, np.ndarray]:
     """What `write_arrays` wrote, of what is expected; raises as `load_trace`."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} is not a saved trace, or is damaged: {error}") from error
+        arrays = _untrusted_files.read_arrays(path, what="saved trace")
+    except ValueError as error:
+        raise ValueError(f"not a saved trace, or a damaged one: {error}") from error
     if str(arrays.get("format")) != FORMAT:
-        raise ValueError(f"{path} is not a saved trace of this version: its format is {arrays.get('format')}")
-    require_same(TraceFingerprint(**json.loads(str(arrays["fingerprint"]))), expected, str(path))
+        found = shown(str(arrays.get("format")))
+        raise ValueError(f"{path} is not a saved trace of this version: its format is {found}")
+    require_same(record(arrays, "fingerprint", TraceFingerprint, path), expected, str(path))
     return arrays
 
 
@@ -187,9 +187,12 @@ def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is not a whole saved trace; or the trace is of something else than ``expected``, with the
-        names of the parts that differ.
+        names of the parts that differ; or its arrays cannot be of one.
     """
     arrays = read_arrays(path, expected)
+    origin = record(arrays, "origin", Origin, path)
+    shapes = {path_name(p): np.shape(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    check_trace_arrays(arrays, shapes, expected.key, path)
 
     def moments(kind):
         found: dict[str, Any] = {"channel": {}, "layer": {}, "total": jnp.asarray(arrays[f"{kind}/total"])}
@@ -207,7 +210,7 @@ def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> 
         probe_scale=jnp.asarray(arrays["probe_scale"]),
         failure=jnp.asarray(arrays["failure"]),
         moments=Moments(moments("mean"), moments("squares")),
-        origin=Origin(**json.loads(str(arrays["origin"]))),
+        origin=origin,
     )
 
     def like_params(probed):
@@ -259,7 +262,7 @@ def require_same(saved: TraceFingerprint, expected: TraceFingerprint, where: str
 
 
 def _key_text(key: jax.Array) -> str:
-    key = typed(key)
+    key = random_key(key)
     return f"{jax.random.key_impl(key)}:{np.asarray(jax.random.key_data(key)).tolist()}"
 
 

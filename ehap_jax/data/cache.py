@@ -2,11 +2,13 @@
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+
+from ehap_jax._untrusted_files import read_arrays
+from ehap_jax._whole_files import write_arrays
 
 _VERSION = 1
 """Goes into every key; raised when what is stored changes."""
@@ -42,13 +44,9 @@ def cached_arrays(
     file = folder / f"{name}-{key}.npz"
     if file.exists():
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            return read_arrays(file)
+        except ValueError as error:
             raise ValueError(f"the cached images in {file} cannot be read ({error}); delete the file") from error
     arrays = dict(decode())
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{name}-{key}.{os.getpid()}.npz"
-    np.savez(partial, **arrays)  # pyright: ignore[reportArgumentType]
-    partial.replace(file)
+    write_arrays(file, arrays)
     return arrays

@@ -88,8 +88,10 @@ def make_dataset(
         )
     mean, std = normalisation or channel_statistics(x_train[in_train])
     channels = x_train.shape[-1]
-    if not len(mean) == len(std) == channels or min(std) <= 0:
-        raise ValueError(f"{name}: images of {channels} channels need as many means and positive stds: {mean}, {std}")
+    if not len(mean) == len(std) == channels or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+        raise ValueError(
+            f"{name}: images of {channels} channels need as many finite means and positive stds: {mean}, {std}"
+        )
     arrays = (x_train[in_train], y_train[in_train], x_train[in_val], y_train[in_val], x_test, y_test)
     for array in arrays:
         array.setflags(write=False)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ehap_jax._nearest import nearest
 from ehap_jax.data.dataset import Dataset, Normalisation, Source, make_dataset
 from ehap_jax.data.digits import read_digits
 from ehap_jax.data.folder import read_folder
@@ -50,7 +51,8 @@ def load_dataset(
         options = {} if name == "npz" else {"cache": cache}
         source = _READERS[name](argument, **options)
     else:
-        raise ValueError(f"unknown data set {spec!r}; known data sets: {_KNOWN}")
+        near = nearest(name, ["digits", *_READERS])
+        raise ValueError(f"unknown data set {spec!r}{near}; known data sets: {_KNOWN}")
     return make_dataset(
         *source[:3],
         num_classes=source.num_classes,

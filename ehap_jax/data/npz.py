@@ -1,10 +1,10 @@
 """Data sets in a NumPy archive: `npz:PATH` with x_train, y_train, x_test and y_test."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from ehap_jax._untrusted_files import read_arrays
 from ehap_jax.data.dataset import Source, small_image_augmentation
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -18,22 +18,17 @@ def read_npz(path: str | Path) -> Source:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not an .npz file, a key is missing (the message lists those found), or an array does not fit.
+        ValueError: not an .npz file, a key is missing (the message lists those found), an array does not fit, or
+            labels are of more classes than there are training images.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such data file: {path}")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = dict(loaded.items()) if isinstance(loaded, np.lib.npyio.NpzFile) else None
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable .npz archive of plain arrays: {error}") from error
-    if arrays is None:
-        raise ValueError(f"{path} holds a single array; expected an .npz archive with {', '.join(_KEYS)}")
-    missing = [key for key in _KEYS if key not in arrays]
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; it holds: {', '.join(arrays) or 'nothing'}")
+    arrays = read_arrays(path, _KEYS, what="data file")
     x_train, y_train, x_test, y_test = (arrays[key] for key in _KEYS)
     labels = [y for y in (y_train, y_test) if y.size and np.issubdtype(y.dtype, np.integer)]
     num_classes = max((int(y.max()) for y in labels), default=0) + 1
+    if num_classes > max(len(y_train), 1):
+        raise ValueError(
+            f"{path} has a label {num_classes - 1} and {len(y_train)} training images, which is fewer than one for "
+            "every class; labels count the classes from 0"
+        )
     return Source(path.stem, (x_train, y_train), (x_test, y_test), num_classes, small_image_augmentation(x_train))

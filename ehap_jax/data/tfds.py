@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ehap_jax._nearest import nearest
 from ehap_jax.data.cache import cached_arrays, checksum_of
 from ehap_jax.data.cifar_archive import CIFAR_ARCHIVES, prepare_cifar
 from ehap_jax.data.dataset import Source, small_image_augmentation
@@ -72,7 +73,8 @@ def _builder(tfds: Any, name: str, data_dir: Path) -> Any:
     try:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"TensorFlow Datasets has no data set {name!r}") from error
+        near = nearest(name, tfds.list_builders(with_community_datasets=False))
+        raise ValueError(f"TensorFlow Datasets has no data set {name!r}{near}") from error
     except ValueError as error:
         # A directory prepared in another format cannot be read by index.
         raise ValueError(

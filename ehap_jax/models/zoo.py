@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 
+from ehap_jax._nearest import nearest
 from ehap_jax.models.preresnet import PreResNet
 from ehap_jax.models.resnet import ResNet
 from ehap_jax.models.vgg import VGG
@@ -77,4 +78,12 @@ def make_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         if match:
             sizes = {key: int(value) for key, value in match.groupdict().items()}
             return family.build(**sizes, num_classes=num_classes, **options)
-    raise ValueError(f"unknown model {name!r}; known models: " + "; ".join(known_models()))
+    raise ValueError(f"unknown model {name!r}{_nearest_model(name)}; known models: " + "; ".join(known_models()))
+
+
+def _nearest_model(name: str) -> str:
+    """A misspelt name with the same numbers and the nearest family's letters."""
+    sizes = "".join(re.findall(r"[0-9]+(?:-[0-9]+)?$", name))
+    stems = (re.match(r"[a-z-]*", family.pattern)[0] for family in _FAMILIES)  # pyright: ignore[reportOptionalSubscript]
+    spelt = [stem + sizes for stem in stems]
+    return nearest(name, [right for right in spelt if any(re.fullmatch(f.pattern, right) for f in _FAMILIES)])

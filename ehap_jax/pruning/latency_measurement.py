@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax._compat import bind
+from ehap_jax._untrusted_files import read_json
 from ehap_jax._whole_files import write_json
 from ehap_jax.graph.trace import Graph
 from ehap_jax.pruning.latency import LatencyTable, Layer, WidthGrid, grid_widths, layers_of
@@ -50,7 +50,10 @@ def measure_latency(
         raise ValueError(f"repeats must be at least 1, got {repeats!r}.")
     device = device_name()
     document = _read(cache)
-    known = {name: _grid(entry) for name, entry in document["devices"].get(device, {}).items()}
+    try:
+        known = {name: _grid(entry) for name, entry in document["devices"].get(device, {}).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{cache} has no table of widths and seconds for {device}; remove it") from error
     layers = {layer.signature: layer for layer in layers_of(graph)}
     wanted = {name: grid_widths(layer, fractions) for name, layer in layers.items()}
     missing = [n for n in layers if n not in known or (known[n].inputs, known[n].outputs) != wanted[n]]
@@ -121,18 +124,17 @@ def _seconds(run, operands, scale, calls: int) -> float:
 
 
 def _grid(entry) -> WidthGrid:
-    return WidthGrid(
-        tuple(map(int, entry["inputs"])), tuple(map(int, entry["outputs"])), tuple(map(tuple, entry["seconds"]))
-    )
+    seconds = np.array(entry["seconds"], np.float64)
+    grid = WidthGrid(tuple(map(int, entry["inputs"])), tuple(map(int, entry["outputs"])), tuple(map(tuple, seconds)))
+    if seconds.shape != (len(grid.inputs), len(grid.outputs)) or not (seconds >= 0).all():
+        raise ValueError(f"{seconds} are no times of {grid.inputs} by {grid.outputs} channels")
+    return grid
 
 
 def _read(cache) -> dict:
     if cache is None or not Path(cache).exists():
         return {"format": FORMAT, "devices": {}}
-    try:
-        document = json.loads(Path(cache).read_text())
-    except ValueError as error:
-        raise ValueError(f"{cache} is not a JSON file: {error}.") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    document = read_json(cache)
+    if document.get("format") != FORMAT:
         raise ValueError(f'{cache} is not a latency table: "format" is not {FORMAT!r}.')
     return document

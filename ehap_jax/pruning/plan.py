@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ehap_jax._untrusted_files import read_json, shown
 from ehap_jax._whole_files import write_json
 from ehap_jax.graph.architecture import architecture_fingerprint
 from ehap_jax.graph.channels import channel_structure
@@ -22,6 +22,8 @@ from ehap_jax.pruning.implant import Implant, Layout, find_implants
 
 FORMAT = "ehap_jax.pruning_plan"
 VERSION = 2
+_LONGEST = 2**24
+"""Axes of saved plans are no longer: what follows from a shape takes memory, and its number little."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,42 +143,49 @@ class PruningPlan:
     @classmethod
     def load(cls, path: str | os.PathLike) -> PruningPlan:
         """Read a plan. Raises ValueError where the file is not a well-formed plan, naming the field."""
-        try:
-            document = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file: {error}.") from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
+        document = read_json(path)
+        if document.get("format") != FORMAT:
             raise ValueError(f'{path} is not a pruning plan: "format" is not {FORMAT!r}.')
         if document.get("version") != VERSION:
-            raise ValueError(f"{path} has plan version {document.get('version')!r}; this library reads {VERSION}.")
+            raise ValueError(f"{path} has plan version {shown(document.get('version'))}; this library reads {VERSION}.")
         if document.get("coupling") not in ("group", "union"):
             raise ValueError(f'{path}: "coupling" must be "group" or "union".')
         try:
-            shapes = {p: tuple(int(n) for n in shape) for p, shape in document["shapes"].items()}
+            shapes = {p: tuple(_whole(n, p) for n in shape) for p, shape in document["shapes"].items()}
             plan = cls(
                 keep={p: _indices(kept, p) for p, kept in document["keep"].items()},
                 slices={p: {int(a): _indices(kept, p) for a, kept in s.items()} for p, s in document["slices"].items()},
                 shapes=shapes,
-                axes={p: int(a) for p, a in document["axes"].items()},
+                axes={p: _whole(a, p) for p, a in document["axes"].items()},
                 coupling=document["coupling"],
-                provenance=document.get("provenance", {}),
+                provenance=dict(document.get("provenance", {}).items()),
                 implants={
-                    p: Implant(_indices(i["channels"], p), {int(a): int(n) for a, n in i["centre"].items()})
+                    p: Implant(_indices(i["channels"], p), {int(a): _whole(n, p) for a, n in i["centre"].items()})
                     for p, i in document["implants"].items()
                 },
                 fingerprint=str(document["fingerprint"]),
                 versions={str(name): str(number) for name, number in document["versions"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is not a well-formed pruning plan: {type(error).__name__}: {error}.") from error
         plan._check_indices(path)
         return plan
 
     def _check_indices(self, source) -> None:
         entries = [(p, a, kept) for p, s in self.slices.items() for a, kept in s.items()]
-        for path, kept in self.keep.items():
-            if not np.array_equal(self.slices.get(path, {}).get(self.axes.get(path, -1), []), kept):
+        for path, axis in self.axes.items():
+            if not 0 <= axis < len(self.shapes.get(path, ())):
+                raise ValueError(f"{source}: the output axis {axis} of {path} does not fit the plan's own shapes.")
+            cut = self.slices.get(path, {}).get(axis)
+            # What the output axis keeps stands in both, or in neither.
+            if not np.array_equal([] if cut is None else cut, self.keep.get(path, [])):
                 raise ValueError(f'{source}: "keep" and "slices" disagree on the output channels of {path}.')
+        unknown = sorted({*self.keep, *self.implants} - self.axes.keys())
+        if unknown:
+            raise ValueError(f'{source}: "axes" has no output axis of {unknown[0]}.')
+        for path, shape in self.shapes.items():
+            if not all(0 <= length <= _LONGEST for length in shape):
+                raise ValueError(f"{source}: {path} has the shape {shape}; an axis has {_LONGEST:,} indices at most.")
         for path, axis, kept in entries:
             shape = self.shapes.get(path)
             if shape is None or not 0 <= axis < len(shape):
@@ -216,10 +225,16 @@ class PruningPlan:
         return Layout(axis, np.arange(self.shapes[path][axis]) if kept is None else kept, self.implants[path])
 
 
+def _whole(given, path: str) -> int:
+    if type(given) is not int:
+        raise ValueError(f"{path}: {shown(given)} is not a whole number")
+    return given
+
+
 def _indices(given, path: str) -> np.ndarray:
     array = np.asarray(given)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"{path}: channels to keep must be a list of integers, got {given!r}.")
+        raise ValueError(f"{path}: channels to keep must be a list of integers, got {shown(given)}.")
     return array.astype(np.int64)
 
 

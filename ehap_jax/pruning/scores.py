@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax._random_key import random_key
 from ehap_jax.graph.channels import channel_structure
 from ehap_jax.graph.trace import Graph, path_name
 
@@ -81,7 +82,7 @@ def random_scores(graph: Graph, *, key) -> Scores:
     """Independent uniform scores: the baseline every criterion has to beat."""
     axes = channel_structure(graph).kernel_axes
     sizes = [graph.leaves[path].shape[axes[path]] for path in sorted(axes)]
-    drawn = np.asarray(jax.random.uniform(key, (sum(sizes),)), np.float64)
+    drawn = np.asarray(jax.random.uniform(random_key(key), (sum(sizes),)), np.float64)
     values = dict(zip(sorted(axes), np.split(drawn, np.cumsum(sizes)[:-1]), strict=True)) if sizes else {}
     return Scores(values, {path: np.zeros_like(v) for path, v in values.items()}, "random")
 

@@ -17,15 +17,15 @@ pickle.
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ehap_jax._untrusted_files import read_arrays, read_json
 
 STAGE_FIELDS = ("stage", "accuracy", "accuracies", "params", "macs", "bytes")
 COSTS = ("params", "macs", "bytes")
@@ -116,13 +116,7 @@ def score_arrays(
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; is {path.parent} a finished run?")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object {{...}}, not a {type(content).__name__}")
-    return content
+    return read_json(path)
 
 
 def _check_summary(path: Path, summary: dict[str, Any]) -> None:
@@ -194,13 +188,8 @@ def _check_plan(path: Path, plan: dict[str, Any]) -> None:
 def _read_scores(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray], Convergence | None]:
     if not path.exists():
         return {}, {}, None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in file.files}
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
     scores: dict[str, dict[str, np.ndarray]] = {}
-    for name, values in arrays.items():
+    for name, values in read_arrays(path).items():
         kind, bar, kernel = name.partition("|")
         if not (kind and bar and kernel):
             raise ValueError(f'{path}: array {name!r} must be called "<policy>|<kernel path>"')

@@ -1,5 +1,8 @@
 """Orbax checkpoints that resume bit for bit."""
 
+import errno
+import os
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -8,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 State = TypeVar("State")
+
+_BYTES_PER_LEAF = 2048
+"""What Orbax writes beside the numbers."""
 
 
 class Checkpoints:
@@ -61,11 +67,14 @@ class Checkpoints:
 
         Raises:
             ValueError: that step is already there, or is older than the newest.
+            OSError: there is no space left for it; nothing was written.
         """
         newest = self.latest()
         if newest is not None and step <= newest:
             raise ValueError(f"{self.directory} already has checkpoint {newest}; cannot save {step} after it")
-        self._manager.save(step, args=self._ocp.args.StandardSave(_without_keys(state)), force=True)
+        plain = _without_keys(state)
+        _check_space(self.directory, plain)
+        self._manager.save(step, args=self._ocp.args.StandardSave(plain), force=True)
         self._manager.wait_until_finished()
 
     def restore(self, like: State, step: int | None = None) -> State:
@@ -99,6 +108,16 @@ class Checkpoints:
             raise ValueError(
                 f"checkpoint {step} in {self.directory} does not fit ({len(differing)} leaves): " + "; ".join(lines)
             )
+
+
+def _check_space(directory: Path, state: Any) -> None:
+    """Raise where the disk is too full: Orbax fails in many threads at once, each with a traceback of its own."""
+    leaves = jax.tree.leaves(state)
+    needed = sum(leaf.nbytes for leaf in leaves) + _BYTES_PER_LEAF * (len(leaves) + 16)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        text = f"{os.strerror(errno.ENOSPC)}: a checkpoint takes about {needed:,} bytes, there are {free:,}"
+        raise OSError(errno.ENOSPC, text, str(directory))
 
 
 def _is_key(leaf: Any) -> bool:

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ehap_jax._whole_files import write_text
+from ehap_jax._untrusted_files import parse_json, read_json, regular_file
+from ehap_jax._whole_files import remove_unfinished, write_text
+from ehap_jax.training.run_lock import MARKER, RunLock, lock_run
 
 _PACKAGES = ("ehap-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
@@ -23,7 +25,8 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asim
 class RunDirectory:
     """Where a run writes: `config.json`, `versions.json`, `metrics.jsonl`, and whatever `write_json` names.
 
-    Every file is written under a temporary name and renamed, so a reader, or a kill, never sees half of one.
+    Every file is written under a temporary name and renamed, so a reader, or a kill, never sees half of one. As long
+    as the object lives, no other process can take up the directory.
 
     Example:
         >>> import tempfile
@@ -34,6 +37,7 @@ class RunDirectory:
     """
 
     path: Path
+    lock: RunLock | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
     def create(
@@ -44,12 +48,14 @@ class RunDirectory:
         Args:
             path: the directory; its parents are made as needed.
             config: a dataclass or mapping that determines the run.
-            resume: continue a run of the same config; its files stay. A new directory is made if there is none.
-            overwrite: delete an earlier run first. Only a directory that has a `config.json` is deleted.
+            resume: continue a run of the same config; its files stay, and what a kill left half written goes. A new
+                directory is made if there is none.
+            overwrite: delete an earlier run first. Only a directory that this class has made is deleted.
 
         Raises:
             FileExistsError: the directory has files in it, and neither `resume` nor `overwrite` was asked for, or
                 it is not a run.
+            BlockingIOError: another process works there; the message has its process id.
             NotADirectoryError: `path` is a file.
             ValueError: `resume` and `overwrite` together, or a config that differs from the one being resumed.
         """
@@ -62,7 +68,8 @@ class RunDirectory:
         if path.is_dir() and any(path.iterdir()):
             _take_up(path, wanted, resume, overwrite)
         path.mkdir(parents=True, exist_ok=True)
-        run = cls(path)
+        run = cls(path, lock_run(path))
+        remove_unfinished(path)
         run.write_json("config.json", wanted)
         now = versions()
         earlier = run.read_json("versions.json") if (path / "versions.json").exists() else None
@@ -82,15 +89,24 @@ class RunDirectory:
         """Write a file atomically and return its path."""
         target = self.file(name)
         write_text(target, text)
+        if self.lock is not None:
+            self.lock.tick()
         return target
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write a value as JSON: dataclasses, NamedTuples, paths, NumPy and JAX arrays and scalars included."""
         return self.write_text(name, _to_json(value) + "\n")
 
-    def read_json(self, name: str) -> Any:
-        """Read back a JSON file of the run."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read back a JSON file of the run; raises a ValueError that names it where it holds no object."""
+        return read_json(self.path / name)
+
+    def seconds(self) -> float:
+        """How long all processes had the run open, this one included; a kill loses what was after its last file."""
+        if self.lock is None:
+            raise ValueError(f"{self.path} was opened to be read; seconds are counted in a run that was created")
+        self.lock.tick(now=True)
+        return self.lock.seconds()
 
     def append_metrics(self, record: Mapping[str, Any], *, identity: tuple[str, ...] = ()) -> None:
         """Add one record as a line of `metrics.jsonl`; the file is replaced whole.
@@ -103,14 +119,15 @@ class RunDirectory:
         new = _plain(record)
         same = tuple(new[name] for name in identity)
         kept = [old for old in self.read_metrics() if not identity or tuple(old.get(k) for k in identity) != same]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(item) + "\n" for item in [*kept, new]))
+        self.write_text("metrics.jsonl", "".join(json.dumps(item) + "\n" for item in [*kept, new]))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of `metrics.jsonl`, oldest first; none if there is no such file."""
         target = self.path / "metrics.jsonl"
         if not target.exists():
             return []
-        return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+        lines = regular_file(target).read_bytes().splitlines()
+        return [parse_json(line, f"{target}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def versions() -> dict[str, Any]:
@@ -165,24 +182,33 @@ def _git_commit(directory: Path) -> dict[str, Any] | None:
 
 def _take_up(path: Path, wanted: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Check that an existing directory may be resumed, or delete it."""
-    config = path / "config.json"
     if not resume and not overwrite:
         raise FileExistsError(
             f"run directory {path} already exists; continue it with --resume, start again with --overwrite, "
             "or choose another path"
         )
-    if not config.is_file():
-        raise FileExistsError(f"{path} is not a run directory (it has no config.json); choose another path")
+    if not is_run(path):
+        raise FileExistsError(f"{path} is not a run directory (it has no {MARKER}); choose another path")
     if overwrite:
+        lock = lock_run(path)  # nobody else works there
         shutil.rmtree(path)
+        del lock
         return
-    stored = json.loads(config.read_text(encoding="utf-8"))
+    if not (path / "config.json").exists():  # killed before it was written
+        return
+    stored = read_json(path / "config.json")
     differing = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
     if differing:
         changes = "; ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
         raise ValueError(
             f"cannot resume {path} with another configuration ({changes}); use --overwrite or another path"
         )
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a directory was made by `RunDirectory.create`, and is no other one of somebody's files."""
+    marker = Path(path) / MARKER
+    return marker.is_file() and not marker.is_symlink()
 
 
 def _to_json(value: Any) -> str:

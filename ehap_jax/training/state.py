@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ehap_jax._random_key import random_key
+
 
 class TrainState(NamedTuple):
     """Everything a step reads and writes; two equal states continue bit for bit alike.
@@ -51,8 +53,10 @@ def create_train_state(
 
     Raises:
         KeyError: there is no "params" collection.
+        TypeError: `key` is no random key.
         ValueError: a weight is not finite; the message names its path.
     """
+    key = random_key(key)
     if "params" not in variables:
         raise KeyError(f"variables have no 'params' collection, only {sorted(variables)}")
     check_finite(variables, "cannot train")

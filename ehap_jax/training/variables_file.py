@@ -1,13 +1,15 @@
 """Variables in one NumPy archive, by path: readable without knowing their structure, and without pickle."""
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ehap_jax._whole_files import written_whole
+from ehap_jax._untrusted_files import read_arrays, shown
+from ehap_jax._whole_files import write_arrays
+
+MAX_DEPTH = 32
 
 
 def save_variables(path: str | Path, variables: Any) -> Path:
@@ -32,8 +34,7 @@ def save_variables(path: str | Path, variables: Any) -> Path:
         if not all(isinstance(key, jax.tree_util.DictKey) and "/" not in str(key.key) for key in keys):
             raise TypeError(f"{name}: variables must be nested dictionaries with names that have no slash")
         arrays[name] = array
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+    write_arrays(path, arrays)
     return path
 
 
@@ -42,20 +43,15 @@ def load_variables(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not an .npz of plain arrays.
+        ValueError: it is not an .npz of plain arrays, or a name is also the beginning of another.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of variables {path}")
     variables: dict[str, Any] = {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            for name in archive.files:
-                *folders, last = name.split("/")
-                place = variables
-                for folder in folders:
-                    place = place.setdefault(folder, {})
-                place[last] = archive[name]
-    except (zipfile.BadZipFile, EOFError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not an .npz of plain arrays: {error}") from error
+    for name, array in read_arrays(path, what="file of variables").items():
+        *folders, last = name.split("/")
+        place: Any = variables
+        for folder in folders[: MAX_DEPTH + 1]:
+            place = place.setdefault(folder, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last in place or len(folders) > MAX_DEPTH:
+            raise ValueError(f"{path}: {shown(name)} is no name of a variable beside the others")
+        place[last] = array
     return variables

@@ -411,3 +411,24 @@ def test_a_state_goes_on_by_another_product_where_asked_and_says_so():
     kept, changed = (run(state=first.state, num_probes=4, product=product) for product in ("auto", "jvp"))
     assert first.product == kept.product == "linearize" and changed.product == "jvp"
     np.testing.assert_allclose(changed.mean["kernel"], kept.mean["kernel"], rtol=1e-5)
+
+
+def test_sums_that_overflow_are_an_error_and_not_an_infinite_standard_error():
+    """The trace of one probe is near 1e22, which float32 holds, and its square is not."""
+
+    def steep(p, batch):
+        return jnp.float32(1e21) * (batch @ p["w"]).prod(1).mean()
+
+    p, batch = {"w": jnp.ones((3, 2))}, jnp.ones((2, 3))
+    with pytest.raises(FloatingPointError, match=r"overflow float32 \(squares/.*Policy\('float64'\)"):
+        channel_trace(steep, p, batch, key=jax.random.key(0), num_probes=4)
+    with enable_x64():
+        found = channel_trace(
+            lambda p, b: 1e21 * (b @ p["w"]).prod(1).mean(),
+            {"w": jnp.ones((3, 2), jnp.float64)},
+            batch.astype(jnp.float64),
+            key=jax.random.key(0),
+            num_probes=4,
+            policy=Policy("float64"),
+        )
+    assert np.isfinite(found.total_sem())

@@ -183,6 +183,45 @@ def test_files_that_are_not_whole_traces(whole, tmp_path):
         load_trace(file, PARAMS, of)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mean/channel/kernel", np.full(4, np.nan, np.float32), r"'mean/channel/kernel' is float32\[4\] \[nan.*finite"),
+        ("mean/channel/kernel", np.zeros(5, np.float32), "one number per channel"),
+        ("mean/channel/kernel", np.zeros(4, np.int32), "finite"),
+        ("mean/channel/ghost", np.zeros(4, np.float32), "one number per channel"),
+        ("mean/layer/ghost", np.float32(1), "of no parameter whose trace"),
+        ("mean/total", np.float32(np.inf), "finite"),
+        ("squares/channel/kernel", -np.ones(4, np.float32), "not negative"),
+        ("squares/layer/kernel", np.ones(2, np.float32), r"of shape \(\)"),
+        ("squares/total", None, "has no 'squares/total'"),
+        ("count", np.int32(-5), "'count' is int32.*-5.*whole number from 0"),
+        ("count", np.float32(2.5), "whole number from 0"),
+        ("count", None, "has no 'count'"),
+        ("loss_scale", np.float32(0), "a positive number"),
+        ("failure", np.zeros(1, np.uint8), "truth values"),
+        ("key", np.zeros(2, np.uint32), "it should be the key threefry"),
+        ("key_impl", np.array("rot13"), "it should be the key threefry"),
+        ("known/kernel", np.full(4, np.nan, np.float32), "finite"),
+        ("origin", np.array("[]"), "trace.npz: origin must hold an object"),
+        ("origin", np.array('{"method": 3, "compute": "float16"}'), "origin has 3 as its method"),
+        ("fingerprint", np.array("[" * 10**5), "fingerprint is nested"),
+        ("fingerprint", np.array("{}"), "fingerprint has None as its weights"),
+        ("fingerprint", None, "fingerprint is not a JSON file"),
+    ],
+)
+def test_arrays_that_no_trace_has(whole, tmp_path, name, value, message):
+    of = fingerprint(loss, PARAMS, BATCH, key=KEY, num_probes=60, policy=FLOAT16)
+    file = tmp_path / "trace.npz"
+    save_trace(file, whole, of)
+    with np.load(file) as saved:
+        arrays = dict(saved)
+    arrays |= {name: value}
+    np.savez(file, **{key: array for key, array in arrays.items() if array is not None})
+    with pytest.raises(ValueError, match=message):
+        load_trace(file, PARAMS, of)
+
+
 def test_a_folder_that_is_not_there_is_an_error_before_any_work(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         channel_trace(loss, PARAMS, BATCH, key=KEY, num_probes=3, save_to=tmp_path / "nowhere" / "trace.npz")

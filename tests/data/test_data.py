@@ -81,7 +81,7 @@ def test_npz_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"y_test": None}, "has no y_test; it holds: x_train, y_train, x_test"),
+        ({"y_test": None}, "has no y_test; it holds: 'x_train', 'y_train', 'x_test'"),
         ({"x_train": images(40).astype(np.float32)}, "x_train must be uint8.*float32"),
         ({"x_test": images(8)[..., 0]}, r"x_test must be uint8 of shape \(N, H, W, C\)"),
         ({"y_train": np.arange(39) % 4}, r"y_train must be integers of shape \(40,\)"),
@@ -89,7 +89,8 @@ def test_npz_round_trip(tmp_path):
         ({"y_train": np.arange(40) % 4 - 1}, r"y_train has labels in \[-1, 2\]"),
         ({"x_test": images(8, 1, (5, 5, 3))}, "test images"),
         ({"x_test": images(0), "y_test": np.zeros(0, int)}, "test split is empty"),
-        ({"x_test": np.array([{}], dtype=object)}, "Object arrays cannot be loaded"),
+        ({"x_test": np.array([{}], dtype=object)}, "x_test' holds object, not plain numbers"),
+        ({"y_train": np.append(np.arange(39) % 4, 10**12)}, "a label 1000000000000 and 40 training images"),
     ],
 )
 def test_bad_archives_name_the_fault(tmp_path, changes, message):
@@ -98,7 +99,7 @@ def test_bad_archives_name_the_fault(tmp_path, changes, message):
 
 
 def test_files_that_are_no_archive(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such data file"):
+    with pytest.raises(FileNotFoundError, match="there is no data file"):
         load_dataset(f"npz:{tmp_path}/none.npz")
     (tmp_path / "text.npz").write_text("not an archive")
     with pytest.raises(ValueError, match=r"text\.npz is not a readable \.npz"):
@@ -109,6 +110,11 @@ def test_files_that_are_no_archive(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(ValueError, match="single array"):
         load_dataset(f"npz:{tmp_path}/one.npy")
+
+
+def test_arrays_nobody_asked_for_are_not_unpacked(tmp_path):
+    spec = archive(tmp_path / "small.npz", huge=np.array([{}], dtype=object))
+    assert load_dataset(spec).num_classes == 4
 
 
 @pytest.mark.parametrize("spec", ["cifar10", "npz", "npz:", "digits:8", ""])
@@ -136,8 +142,8 @@ def test_a_given_normalisation_takes_the_place_of_the_training_splits(tmp_path):
     spec = archive(tmp_path / "small.npz")
     dataset = load_dataset(spec, normalisation=((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
     assert dataset.mean == (0.5, 0.4, 0.3) and dataset.std == (0.2, 0.2, 0.1)
-    for wrong in (((0.5,), (0.2,)), ((0.5, 0.4, 0.3), (0.2, 0.0, 0.1))):
-        with pytest.raises(ValueError, match="images of 3 channels need as many means"):
+    for wrong in (((0.5,), (0.2,)), ((0.5, 0.4, 0.3), (0.2, 0.0, 0.1)), ((0.5, 0.4, 0.3), (0.2, float("nan"), 0.1))):
+        with pytest.raises(ValueError, match="3 channels need as many finite means"):
             load_dataset(spec, normalisation=wrong)
 
 

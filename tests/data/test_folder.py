@@ -1,5 +1,10 @@
 """Folders of image files: what is read, what is cached, and what can be wrong with them."""
 
+import os
+import struct
+import time
+import zlib
+
 import numpy as np
 import pytest
 
@@ -69,4 +74,43 @@ def test_folders_that_do_not_fit(folder, tmp_path):
     (folder / "train" / "cat" / "broken.jpg").unlink()
     write(folder / "train" / "dog" / "large.png", np.zeros((9, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"large\.png is \(9, 8\) pixels"):
+        load_dataset(f"folder:{folder}")
+
+
+def png(height, width):
+    """A PNG of a few hundred bytes that says to be of any size, its pixels all zero."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(3000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.write_bytes(png(13_000, 13_000)), r"hostile\.png is \(13000, 13000\) pixels, .*resize"),
+        (lambda p: p.write_bytes(png(10**9, 10**9)), r"hostile\.png is not a readable image: DecompressionBomb"),
+        (lambda p: p.write_bytes(png(8, 8)[:45]), "not a readable image"),
+        (lambda p: p.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "not a readable image"),
+        (os.mkfifo, r"hostile\.png is not a regular file, but a pipe"),
+        (lambda p: p.symlink_to("/dev/zero"), "but a device"),
+        (lambda p: p.mkdir(), "but a folder"),
+        (lambda p: p.symlink_to("/nowhere"), "there is no image"),
+    ],
+)
+def test_hostile_files_are_refused_at_once(folder, make, message):
+    make(folder / "train" / "dog" / "hostile.png")
+    started = time.monotonic()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_dataset(f"folder:{folder}")
+    assert time.monotonic() - started < 5
+
+
+def test_one_size_that_is_too_large(folder):
+    for file in folder.glob("*/*/*.png"):
+        file.write_bytes(png(5000, 5000))
+    with pytest.raises(ValueError, match=r"is \(5000, 5000\) pixels, more than 16,777,216"):
         load_dataset(f"folder:{folder}")

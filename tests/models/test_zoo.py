@@ -226,3 +226,12 @@ def test_every_family_is_listed():
         assert name in names
     hap = make_model("hap-preresnet29", 10)
     assert isinstance(hap, PreResNet) and hap.widths == (64, 128, 256) and hap.expansion == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("renset20", "resnet20"), ("vg16", "vgg16"), ("hapresnet32", "hap-resnet32"), ("wnr28-10", "wrn28-10")],
+)
+def test_a_misspelt_name_is_told_its_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"unknown model {name!r}; did you mean {nearest!r}"):
+        make_model(name, 10)

@@ -168,8 +168,18 @@ def broken(document, tmp_path):
         (lambda d: d["implants"]["a1"].update(centre={"0": 0, "1": 1}), "not at the centre of a kernel"),
         (lambda d: d["implants"]["a1"].update(centre={"3": 2}), "not at the centre"),
         (lambda d: d["implants"]["a1"].update(centre={}), "not at the centre"),
-        (lambda d: d["implants"].update(bias={"channels": [0], "centre": {"0": 1}}), "channels of a kernel"),
+        (lambda d: d["implants"].update(bias={"channels": [0], "centre": {"0": 1}}), "no output axis of bias"),
         (lambda d: d.update(slices=[]), "not a well-formed"),
+        (lambda d: d["keep"].pop("a1"), '"keep" and "slices" disagree.*a1'),
+        (lambda d: d["slices"].pop("a1"), '"keep" and "slices" disagree.*a1'),
+        (lambda d: d["axes"].pop("a1"), "no output axis of a1"),
+        (lambda d: d["axes"].update(a1=-1), "output axis -1 of a1"),
+        (lambda d: d["axes"].update(a1=3.0), "3.0 is not a whole number"),
+        (lambda d: d["axes"].update(ghost=0), "output axis 0 of ghost"),
+        (lambda d: d["shapes"].update(bias=[10**12]), r"bias has the shape \(1000000000000,\)"),
+        (lambda d: d["shapes"].update(bias=["6"]), "'6' is not a whole number"),
+        (lambda d: d["slices"]["bias"].update({"0": [10**30]}), "integers"),
+        (lambda d: d.update(provenance=[1]), "not a well-formed"),
     ],
 )
 def test_broken_plans_are_refused(graph, tmp_path, change, message):
@@ -188,5 +198,5 @@ def test_files_that_are_no_json_are_refused(tmp_path, text):
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"plan"'])
 def test_json_that_is_no_plan_is_refused(tmp_path, text):
-    with pytest.raises(ValueError, match="not a pruning plan"):
+    with pytest.raises(ValueError, match="must hold an object"):
         PruningPlan.load(broken(text, tmp_path))

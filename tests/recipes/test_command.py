@@ -1,5 +1,6 @@
 """What every recipe refuses before it writes anything, and its exit statuses."""
 
+import errno
 import re
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install 'ehap-jax[digits]'")
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")
-from ehap_jax.training import OutOfTime
+from ehap_jax.training import OutOfTime, RunDirectory
 from recipes import (
     command,
     compare_criteria,
@@ -124,15 +125,61 @@ def test_data_that_does_not_fit_the_network(dense, tmp_path, capsys, recipe, cla
         (NotImplementedError("no rule for this primitive"), 2),
         (Missed("the integers are 1.00 points from float training"), 1),
         (OutOfTime("stopped after 1 minutes"), 3),
+        (OSError(errno.EACCES, "Permission denied", "runs/a"), 2),
     ],
 )
 def test_a_run_that_failed_is_told_from_one_that_missed_its_bounds(capsys, tmp_path, error, status):
+    assert failing(error, tmp_path) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pretrain: {error}")
+
+
+def failing(error, output):
+    """The exit status of a recipe that raises."""
+
     def main(*_):
         raise error
 
-    assert run_command(main, pretrain.VARIANTS, ["digits", "--output", str(tmp_path)], name="pretrain") == status
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"pretrain: {error}")
+    return run_command(main, pretrain.VARIANTS, ["digits", "--output", str(output)], name="pretrain")
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_an_interrupted_run_says_how_to_go_on(capsys, tmp_path, started):
+    if started:
+        RunDirectory.create(tmp_path / "run")
+    assert failing(KeyboardInterrupt(), tmp_path / "run") == 130
+    hint = "; continue with --resume" if started else ""
+    assert capsys.readouterr().err == f"pretrain: interrupted{hint}\n"
+
+
+def behind(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        behind(RuntimeError("a thread failed"), OSError(errno.EDQUOT, "Disk quota exceeded")),
+        ValueError('RESOURCE_EXHAUSTED: Error writing "key/0": No space left on device'),
+    ],
+)
+def test_a_full_disk_is_one_line(capsys, tmp_path, error):
+    RunDirectory.create(tmp_path / "run")
+    assert failing(error, tmp_path / "run") == 2
+    expected = f"pretrain: no space left for {tmp_path}/run; make some; continue with --resume\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_names_from_files_stay_on_one_line_and_command_no_terminal(capsys, tmp_path):
+    assert failing(ValueError("bad name 'a\n\x1b[2J\u202eb'"), tmp_path) == 2
+    assert capsys.readouterr().err == "pretrain: bad name 'a \\x1b[2J\\u202eb'\n"
+
+
+def test_a_programming_error_keeps_its_traceback(tmp_path):
+    with pytest.raises(AttributeError):
+        failing(AttributeError("'int' object has no attribute 'dtype'"), tmp_path)
 
 
 @pytest.mark.parametrize(

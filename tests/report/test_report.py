@@ -375,7 +375,7 @@ def plan_with(**changes):
         ("plan.json", plan_with(keep={"params/a/kernel": [1, 1]}), "an index twice"),
         ("plan.json", plan_with(keep={"params/c/kernel": [0]}), '"shapes" must give the full shape of params/c/kernel'),
         ("plan.json", plan_with(axes={"params/b/kernel": 2}), "has no axis 2"),
-        ("scores.npz", "no archive", "not an .npz file of plain arrays"),
+        ("scores.npz", "no archive", "not a readable .npz archive of plain arrays"),
     ],
 )
 def test_ill_formed_files_are_named(run, name, content, message):
@@ -391,7 +391,7 @@ def test_ill_formed_files_are_named(run, name, content, message):
         ({"float32": np.ones(2)}, "must be called"),
         ({"float32|k": np.ones((2, 2))}, "must be real numbers (n,)"),
         ({"float32|k": np.array(["a"])}, "must be real numbers (n,)"),
-        ({"float32|k": np.array([None])}, "not an .npz file of plain arrays"),
+        ({"float32|k": np.array([None])}, "not a readable .npz archive of plain arrays"),
         ({"float32|k": np.array([1.0, np.inf])}, "not finite"),
         ({"convergence|mean": np.ones(2)}, "must have all of"),
         ({f"convergence|{n}": np.ones(2) for n in ("probes", "mean", "sem")}, "must ascend"),

@@ -1,5 +1,7 @@
 """A run killed and resumed ends in the same bits; half a checkpoint is never read."""
 
+import errno
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -48,6 +50,17 @@ def assert_identical(first, second):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(2)})
+        left = shutil.disk_usage(tmp_path)._replace(free=40_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
+        with pytest.raises(OSError, match=r"No space left .* takes about 74,816 bytes, there are 40,000") as found:
+            checkpoints.save(2, {"w": jnp.ones(10_000)})
+        assert found.value.errno == errno.ENOSPC and checkpoints.latest() == 1
+        assert [path.name for path in (tmp_path / "saved").iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -1,6 +1,8 @@
 """Run directories: refusals, atomic files, metrics; and the progress lines where there is no terminal."""
 
+import contextlib
 import dataclasses
+import gc
 import io
 import json
 import subprocess
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ehap_jax.training import Progress, RunDirectory, run_directory
+from ehap_jax._whole_files import written_whole
+from ehap_jax.training import Progress, RunDirectory, run_directory, run_lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ def test_a_new_run_holds_config_and_versions(tmp_path):
     versions = run.read_json("versions.json")
     assert versions["packages"]["jax"] and versions["python"].startswith("3.")
     assert versions["device"]["backend"] == "cpu" and versions["processor"]["name"]
-    assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "versions.json"]
+    assert sorted(p.name for p in run.path.iterdir()) == [".ehap_jax_run", "config.json", "versions.json"]
 
 
 def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
@@ -47,15 +50,67 @@ def test_an_existing_run_is_refused_resumed_or_overwritten(tmp_path):
 
 
 def test_only_runs_are_overwritten(tmp_path):
+    """A `config.json` makes no run: model directories have one, and so may anybody's."""
     (tmp_path / "thesis.tex").write_text("dear")
+    for name in ("config.json", "versions.json"):
+        (tmp_path / name).write_text('{"packages": {"ehap-jax": "0.1"}}')
     for options in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(FileExistsError, match="not a run directory"):
             RunDirectory.create(tmp_path, Config(), **options)
     with pytest.raises(NotADirectoryError):
         RunDirectory.create(tmp_path / "thesis.tex", Config(), overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "dear"
+    (tmp_path / ".ehap_jax_run").symlink_to(tmp_path / "thesis.tex")
+    with pytest.raises(FileExistsError, match="not a run directory"):
+        RunDirectory.create(tmp_path, Config(), overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "dear"
     (tmp_path / "empty").mkdir()
     assert RunDirectory.create(tmp_path / "empty").read_json("config.json") == {}
+
+
+@pytest.mark.parametrize("there", ["[1]", "{", "[" * 10**5])
+def test_a_config_that_is_none_is_named(tmp_path, there):
+    run = RunDirectory.create(tmp_path / "run", Config())
+    (run.path / "config.json").write_text(there)
+    with pytest.raises(ValueError, match=r"run/config\.json (must hold an object|is not a JSON file|is nested)"):
+        RunDirectory.create(run.path, Config(), resume=True)
+
+
+def test_a_kill_before_the_config_was_written_is_resumed(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", Config())
+    (run.path / "config.json").unlink()
+    assert RunDirectory.create(run.path, Config(), resume=True).read_json("config.json")["epochs"] == 3
+
+
+def test_a_resume_clears_what_a_kill_left_and_nothing_else(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", Config())
+    kept = [run.file("seed0/.notes"), run.file("seed0/.trace.npz"), run.file("unfinished-thesis.tex")]
+    for file in kept:
+        file.write_text("kept")
+    with contextlib.ExitStack() as killed:
+        left = [killed.enter_context(written_whole(run.file(name))) for name in ("a.json", "seed0/trace.npz")]
+        assert all(file.exists() for file in left)
+        RunDirectory.create(run.path, Config(), resume=True)
+        assert not any(file.exists() for file in left) and all(file.read_text() == "kept" for file in kept)
+        killed.pop_all()
+
+
+def test_seconds_count_the_processes_before_this_one(tmp_path, monkeypatch):
+    clock = iter(np.arange(0.0, 1e6, 100.0))
+    monkeypatch.setattr(run_lock.time, "monotonic", lambda: next(clock))
+    run = RunDirectory.create(tmp_path / "run")
+    first = run.seconds()
+    assert first >= 100
+    del run
+    gc.collect()
+    run = RunDirectory.create(tmp_path / "run", resume=True)
+    assert run.read_json("seconds.json")["processes"][0] >= 100
+    assert run.seconds() >= run.read_json("seconds.json")["processes"][0] + 100
+    (run.path / "seconds.json").write_text('{"processes": ["a"]}')
+    del run
+    gc.collect()
+    with pytest.raises(ValueError, match="no list of seconds"):
+        RunDirectory.create(tmp_path / "run", resume=True)
 
 
 def test_resuming_under_other_versions_records_both(tmp_path):
