@@ -16,12 +16,12 @@ class PartialSums:
     """Per kernel and column the sum of squares, in float64, and where the run stands.
 
     Attributes:
-      by_path: ``{path: (columns, channels)}``.
+      by_path: ``{path: (columns, *channels)}``.
       next: the first example that is not in the sums.
       scale: the float16 scale in use. rejected: how often it was lowered.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], scale: float) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], scale: float) -> None:
         self.by_path = {path: np.zeros(shape) for path, shape in shapes.items()}
         self.next, self.scale, self.rejected = 0, scale, 0
 
