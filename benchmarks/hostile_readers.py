@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax._whole_files import write_arrays
-from ehap_jax.curvature import Policy, fingerprint, load_trace, save_trace
+from ehap_jax.curvature import Policy, fingerprint, is_kernel, load_trace, save_trace
 from ehap_jax.curvature.estimate import Moments, estimate_of, exact_state
+from ehap_jax.curvature.problem import layout_of
 from ehap_jax.data import load_dataset
 from ehap_jax.graph import trace_graph
 from ehap_jax.pruning import PruningPlan
@@ -64,7 +65,9 @@ def write_plan(folder: Path) -> None:
 def write_trace(folder: Path) -> None:
     channels = {path: np.ones(leaf.shape[-1], np.float32) for path, leaf in PARAMS.items()}
     level = {"channel": channels, "layer": dict.fromkeys(channels, np.float32(1)), "total": np.float32(2)}
-    state = exact_state("hutchinson", Policy(), jax.random.key(0), Moments(level, level), count=3)
+    state = exact_state(
+        "hutchinson", layout_of(PARAMS, Policy(), is_kernel, -1), jax.random.key(0), Moments(level, level), count=3
+    )
     save_trace(folder / "trace.npz", estimate_of(lambda probed: probed, state), _trace_fingerprint())
 
 

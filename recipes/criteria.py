@@ -109,11 +109,12 @@ def hessian_trace(
     # Where every kernel is proven there are no probes to show, to save or to stop between.
     if config.estimator == "exact" or (config.estimator == "auto" and is_proven(graph)):
         with lab.progress.stage(f"seed {seed}: exact trace", 1) as advance:
-            trace = gauss_newton_trace(apply, variables, batch, policy=Policy(config.compute), mesh=all_devices("data"))
+            policy, mesh = Policy(config.compute), all_devices("data")
+            trace = gauss_newton_trace(apply, variables, batch, graph=graph, policy=policy, mesh=mesh)
             advance()
         return trace
     method = "auto" if config.estimator == "auto" else "hutchinson"
-    return probed_trace(lab, seed, apply, variables, batch, config, label, method=method)
+    return probed_trace(lab, seed, apply, variables, batch, config, label, method=method, graph=graph)
 
 
 def is_proven(graph: Graph) -> bool:
@@ -131,6 +132,7 @@ def probed_trace(
     label: str = "trace",
     *,
     method: str = "hutchinson",
+    graph: Graph | None = None,
 ) -> TraceEstimate:
     """The estimate of `channel_trace`, saved as it goes and resumed from its file; its course is kept beside it.
 
@@ -152,6 +154,7 @@ def probed_trace(
             num_probes=config.probes,
             method=method,
             model=apply,
+            graph=graph,
             policy=Policy(config.compute),
             probes_per_step=max(config.probes // 20, 1),
             microbatch=config.microbatch,

@@ -10,7 +10,6 @@ distribution of u enough.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -49,9 +48,7 @@ class Agreement(NamedTuple):
     pruned: int
 
 
-def expected_agreement(
-    estimate: TraceEstimate, params: PyTree, *, prune: float = 0.5, channel_axis: int | Mapping[str, int] = -1
-) -> Agreement:
+def expected_agreement(estimate: TraceEstimate, params: PyTree, *, prune: float = 0.5) -> Agreement:
     """The expected rank correlation of HAP scores with their limit of infinitely many probes, and the overlap.
 
     Scores are ``Tr(H_cc) / p_c * ||w_c||^2`` (HAP eq. 8), ranked over all probed leaves together. On trained
@@ -62,7 +59,6 @@ def expected_agreement(
       estimate: of `channel_trace`, with at least two probes, or an exact one.
       params: the parameters it is of.
       prune: the fraction of channels that would be pruned, between 0 and 1.
-      channel_axis: as for `channel_trace`.
 
     Returns:
       An `Agreement`; of an exact trace, a perfect one.
@@ -79,7 +75,7 @@ def expected_agreement(
     >>> expected_agreement(trace, p)
     Agreement(rank_correlation=1.0, overlap=1.0, pruned=1)
     """
-    scores, sems = scores_and_errors(estimate, params, channel_axis)
+    scores, sems = scores_and_errors(estimate, params)
     return agreement_of_scores(scores, sems, estimate.count, prune=prune)
 
 
@@ -149,21 +145,18 @@ def _common(truths: np.ndarray, scores: np.ndarray, sems: np.ndarray, pruned: in
     return np.array(found)
 
 
-def scores_and_errors(
-    estimate: TraceEstimate, params: PyTree, channel_axis: int | Mapping[str, int] = -1
-) -> tuple[np.ndarray, np.ndarray]:
+def scores_and_errors(estimate: TraceEstimate, params: PyTree) -> tuple[np.ndarray, np.ndarray]:
     """HAP scores of all channels of all probed leaves, one after another, and their standard errors, in float64."""
     weights, means, errors = (
         {path_name(path): np.asarray(leaf, np.float64) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (params, estimate.mean, estimate.sem)
     )
     factors = {}
-    for path in means:
+    for path, axes in estimate.axes.items():
         w = weights[path]
-        axis = channel_axis.get(path, -1) if isinstance(channel_axis, Mapping) else channel_axis
-        factors[path] = (np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1) ** 2).mean(1)
-    scores, sems = (np.concatenate([part[path] * factors[path] for path in means]) for part in (means, errors))
-    return scores, sems
+        factors[path] = (w**2).mean(tuple(a for a in range(w.ndim) if a not in axes))
+    scores, sems = ([(part[path] * factors[path]).ravel() for path in means] for part in (means, errors))
+    return np.concatenate(scores), np.concatenate(sems)
 
 
 def _posterior(z: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -35,10 +35,10 @@ from ehap_jax.curvature.probe_loop import (
     not_finite,
     scales_of,
 )
-from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import prepare
+from ehap_jax.curvature.problem import Axes, kernels_of, prepare
 from ehap_jax.curvature.products import add_products, no_products
 from ehap_jax.curvature.saved_trace import TraceFile, fingerprint
+from ehap_jax.graph import Graph
 
 __all__ = ["channel_trace", "probe_channel_products"]
 
@@ -59,8 +59,9 @@ def channel_trace(
     microbatch: int | None = None,
     rtol: float | None = None,
     state: TraceState | None = None,
-    select: Callable[[str, jax.Array], bool] = is_kernel,
-    channel_axis: int | Mapping[str, int] = -1,
+    graph: Graph | None = None,
+    select: Callable[[str, jax.Array], bool] | None = None,
+    channel_axis: Axes | Mapping[str, Axes] | None = None,
     method: str = "hutchinson",
     model: Callable[[PyTree, PyTree], jax.Array] | None = None,
     head: Callable = softmax_cross_entropy,
@@ -96,8 +97,12 @@ def channel_trace(
       state: ``TraceEstimate.state`` of an earlier call with the same arguments, to add probes to it. The result
         is bit-identical to that of one uninterrupted call. Loss, weights and batch are not in a state: that they are
         the same is up to you, while ``save_to`` checks them.
-      select: ``select(path, leaf)``, whether to probe a leaf; by default those with two axes or more.
-      channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
+      graph: of ``trace_graph(apply)(params, x)``: its kernels are probed, along the axes that it prunes, which is what
+        `hessian_scores` asks for whatever layout the kernels are stored in.
+      select: ``select(path, leaf)``, whether to probe a leaf; by default the kernels of the graph, without one the
+        leaves with two axes or more.
+      channel_axis: without a graph, the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in
+        it). A tuple of axes gives a number for every index along all of them, heads × features.
       method: ``"hutchinson"``; or with ``model``, ``"control_variate"``: the exact Gauss-Newton traces plus
         Hutchinson's estimate of what is left of the Hessian, from the same probes: unbiased, and as a rule less noisy
         (`variance_reduction` measures it); or ``"auto"``: no probes for the kernels where nothing is left, which the
@@ -128,10 +133,10 @@ def channel_trace(
     Raises:
       TypeError: ``key`` is no random key; the loss does not return one floating-point scalar, or returns it in the
         policy's 16 bits; a selected parameter is an integer.
-      ValueError: nothing is selected; batch leaves differ in length; NaN or infinity in ``params`` or ``batch``,
-        named by path; the loss is not deterministic, or with ``microbatch`` not a mean over examples; ``state``
-        is of another key, method, dtype of the policy or set of leaves, or has more than ``num_probes`` probes;
-        ``save_to`` is of something else, or comes with ``state``; options out of range.
+      ValueError: nothing is selected; the graph is of another network; batch leaves differ in length; NaN or infinity
+        in ``params`` or ``batch``, named by path; the loss is not deterministic, or with ``microbatch`` not a mean over
+        examples; ``state`` is of another key, method, dtype of the policy, set of leaves or axes, or has more than
+        ``num_probes`` probes; ``save_to`` is of something else, or comes with ``state``; options out of range.
       FileNotFoundError: the folder of ``save_to`` does not exist.
       FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale or because activations overflow; says
         which of the two, and names the first layer concerned in the order of the network; or the sums overflow.
@@ -157,10 +162,11 @@ def channel_trace(
     check_mesh(mesh)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    select, channel_axis = kernels_of(graph, params, select, channel_axis)
     options: dict[str, Any] = {"policy": policy, "microbatch": microbatch}
     options |= {"select": select, "channel_axis": channel_axis}
     problem = prepare(loss, params, batch, shards=size_of(mesh, DATA), **options)
-    like_params = problem.layout.like_params
+    reported = problem.layout
     made_from = None
     if save_to is not None:
         how = {"method": method, "model": model, "head": head}
@@ -188,7 +194,7 @@ def channel_trace(
             **options,
         )
         if not left:
-            exact = estimate_of(like_params, exact_state(probed, policy, key), known)
+            exact = estimate_of(reported.like_params, exact_state(probed, reported, key), known)
             file.save(lambda: exact, last=True)
             return exact
         options |= {"select": lambda path, leaf: path in left, "check_loss": False}
@@ -196,7 +202,7 @@ def channel_trace(
     problem = divide(problem, mesh)
 
     def run_by(product: str) -> Run:
-        return Run(loss, problem, product, mesh, probed)
+        return Run(loss, problem, product, mesh, probed, reported)
 
     if state is not None:
         _require_same_run(state, run_by(product), key, num_probes)
@@ -207,7 +213,7 @@ def channel_trace(
     now = now._replace(origin=run.origin)
 
     def estimate(state: TraceState) -> TraceEstimate:
-        return estimate_of(like_params, state if mesh is None else fetch(state), known)
+        return estimate_of(reported.like_params, state if mesh is None else fetch(state), known)
 
     def enough(state: TraceState) -> bool:
         if int(state.count) < MIN_PROBES_TO_STOP or (rtol is None and until is None):
@@ -242,15 +248,16 @@ def probe_channel_products(
     *,
     policy: Policy = Policy(),  # noqa: B008 (frozen)
     microbatch: int | None = None,
-    select: Callable[[str, jax.Array], bool] = is_kernel,
-    channel_axis: int | Mapping[str, int] = -1,
+    graph: Graph | None = None,
+    select: Callable[[str, jax.Array], bool] | None = None,
+    channel_axis: Axes | Mapping[str, Axes] | None = None,
 ) -> PyTree:
     """``v_c . (H v)_c`` per output channel for one explicit probe: what `channel_trace` averages.
 
     The host waits for the result, to see whether it is finite, so this does not work inside `jax.jit`; `hvp` does.
 
     Args:
-      loss, params, batch, policy, microbatch, select, channel_axis: of `channel_trace`.
+      loss, params, batch, policy, microbatch, graph, select, channel_axis: of `channel_trace`.
       v: like ``params``; leaves that are not selected are ignored. The policy casts it to its dtype. The scales
         are the policy's own (1 where it names none): nothing is searched or repeated.
 
@@ -267,6 +274,7 @@ def probe_channel_products(
     >>> probe_channel_products(loss, p, v, jnp.zeros(1))["kernel"].tolist()
     [20.0, 40.0]
     """
+    select, channel_axis = kernels_of(graph, params, select, channel_axis)
     problem = prepare(
         loss,
         params,
@@ -303,6 +311,9 @@ def _require_same_run(state: TraceState, run: Run, key: jax.Array, num_probes: i
     if expected != actual:
         differing = sorted(p for p in {*expected, *actual} if expected.get(p) != actual.get(p))
         raise ValueError(f"the state belongs to other parameters or another selection: {differing} differ")
+    if was.axes != now.axes:
+        differing = sorted({path for path, _ in {*was.axes} ^ {*now.axes}})
+        raise ValueError(f"the state has the channels of {differing} along other axes; start without state=")
     if not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(random_key(key))):
         raise ValueError("the state was started with another key; its next probe would not be the next one")
     if int(state.count) > num_probes:

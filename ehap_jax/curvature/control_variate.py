@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ehap_jax.curvature.gauss_newton import gauss_newton_trace
 from ehap_jax.curvature.precision import Policy
-from ehap_jax.curvature.problem import Batches, batch_size
+from ehap_jax.curvature.problem import Axes, Batches, batch_size
 from ehap_jax.curvature.residual_loss import mean_head_loss, residual_loss
 from ehap_jax.curvature.tapped_model import unproven_kernels
 
@@ -54,7 +54,7 @@ def split_curvature(
     policy: Policy,
     microbatch: int | None,
     select: Callable[[str, jax.Array], bool],
-    channel_axis: int | Mapping[str, int],
+    channel_axis: Axes | Mapping[str, Axes],
     memory_budget: int | None,
     mesh: Mesh | None,
     progress: Callable[[int, int], None] | None,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax._random_key import random_key
-from ehap_jax.curvature.precision import Policy
+from ehap_jax.curvature.problem import Layout
 
 __all__ = ["PRODUCTS", "Origin", "TraceEstimate", "TraceState"]
 
@@ -38,11 +38,13 @@ class Origin:
       method: ``"hutchinson"``, probes on the Hessian; ``"control_variate"``, probes on what the Gauss-Newton matrix
         leaves of it; ``"gauss_newton"``, the exact traces of that matrix.
       compute: the dtype of the policy.
+      axes: the paths of all leaves with a trace, and the axes along which their channels lie.
       product: how products are computed, one of `PRODUCTS`; None where there are none.
     """
 
     method: str
     compute: str
+    axes: tuple[tuple[str, tuple[int, ...]], ...]
     product: str | None = None
 
 
@@ -80,7 +82,8 @@ class TraceEstimate:
 
     Attributes:
       mean: like ``params``: ``(channels,)`` for a probed leaf, the estimated trace of the Hessian block of each
-        output channel; None for the others. Divide by the weights in a channel for HAP's average.
+        output channel, an axis for each of ``axes``; None for the others. Divide by the weights in a channel for HAP's
+        average.
       sem: like ``mean``: the standard error of the mean over probes (ddof = 1; NaN after one probe, 0 where exact).
       count: the number of probes, or of random combinations by `gauss_newton_trace`; 0 if nothing is random.
       rejected: how many float16 products were repeated with a lower scale.
@@ -94,6 +97,11 @@ class TraceEstimate:
     rejected: int
     state: TraceState
     known: dict[str, jax.Array] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """``{path: the axes of the leaf along which its channels lie}``, ascending."""
+        return dict(self.state.origin.axes)
 
     def methods(self) -> dict[str, str]:
         """``{path: how its traces were found}``.
@@ -196,9 +204,10 @@ def _require_finite_moments(moments: Moments) -> None:
 
 
 def exact_state(
-    method: str, policy: Policy, key: jax.Array, moments: Moments | None = None, count: int = 0, rejected: int = 0
+    method: str, layout: Layout, key: jax.Array, moments: Moments | None = None, count: int = 0, rejected: int = 0
 ) -> TraceState:
     """The state of an estimate that needed no probes; without ``moments``, of nothing but what is known besides."""
+    policy = layout.policy
     zero = {"channel": {}, "layer": {}, "total": jnp.zeros((), policy.sums)}
     return TraceState(
         key=random_key(key),
@@ -208,5 +217,5 @@ def exact_state(
         probe_scale=jnp.ones((), policy.sums),
         failure=jnp.zeros(0, bool),
         moments=Moments(zero, zero) if moments is None else moments,
-        origin=Origin(method, policy.compute),
+        origin=Origin(method, policy.compute, layout.named_axes),
     )

@@ -29,11 +29,11 @@ from ehap_jax.curvature.example_columns import (
 from ehap_jax.curvature.heads import Head, softmax_cross_entropy
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import Policy
-from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import Layout, layout_of
+from ehap_jax.curvature.problem import Axes, Layout, kernels_of, layout_of
 from ehap_jax.curvature.saved_trace import fingerprint
 from ehap_jax.curvature.tapped_model import require_proven, tapped_model
 from ehap_jax.curvature.taps import Site, Taps
+from ehap_jax.graph import Graph
 
 __all__ = ["gauss_newton_trace"]
 
@@ -52,8 +52,9 @@ def gauss_newton_trace(
     policy: Policy = Policy(),  # noqa: B008 (frozen)
     microbatch: int | None = None,
     memory_budget: int | None = None,
-    select: Callable[[str, jax.Array], bool] = is_kernel,
-    channel_axis: int | Mapping[str, int] = -1,
+    graph: Graph | None = None,
+    select: Callable[[str, jax.Array], bool] | None = None,
+    channel_axis: Axes | Mapping[str, Axes] | None = None,
     on_unproven: Literal["error", "gauss_newton"] = "error",
     mesh: Mesh | None = None,
     save_to: str | Path | None = None,
@@ -89,8 +90,7 @@ def gauss_newton_trace(
       microbatch: examples at a time; by default as many as ``memory_budget`` allows, 16 at most on CPU.
       memory_budget: bytes that intermediate arrays may take, by estimate, the head's included. It is an error if
         ``microbatch`` examples, or one, need more. By default 1 GiB, or what one example needs if that is more.
-      select: ``select(path, leaf)``, whether to report a leaf; by default those with two axes or more.
-      channel_axis: the axis of output channels of every leaf, or ``{path: axis}`` (-1 for paths not in it).
+      graph, select, channel_axis: which leaves, and along which axes their channels lie, as for `channel_trace`.
       on_unproven: ``"gauss_newton"`` reports the trace of G for kernels where it is not proven to be the Hessian's.
       mesh: devices of this process to divide the examples over, along the mesh's axis ``"data"``; ``microbatch`` and
         ``memory_budget`` count per device.
@@ -122,6 +122,7 @@ def gauss_newton_trace(
     if on_unproven not in ("error", "gauss_newton"):
         raise ValueError(f'on_unproven must be "error" or "gauss_newton"; got {on_unproven!r}')
     draws = count_draws(classes, draw, key, head)
+    select, channel_axis = kernels_of(graph, params, select, channel_axis)
     layout = layout_of(params, policy, select, channel_axis)
     examples = read_examples(params, batch, policy, mesh)
     taps, leaves = tapped_model(model, examples.params, examples.x, layout.paths), jax.tree.leaves(examples.params)
@@ -137,8 +138,8 @@ def gauss_newton_trace(
         made_from = replace(roots, probes=f"exact {draws} {draw}" if draws else "exact all")
     sums = PartialSums(
         {
-            p: (columns.count, leaves[i].shape[a])
-            for p, i, a in zip(layout.paths, layout.places, layout.axes, strict=True)
+            path: (columns.count, *(leaves[place].shape[axis] for axis in axes))
+            for path, place, axes in zip(layout.paths, layout.places, layout.axes, strict=True)
         },
         first_scale(policy),
     )
@@ -183,13 +184,13 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
     """
     taps, layout = plan.taps, plan.layout
     logits, read, deltas, own, counts = _passes(plan, leaves, x, targets, examples, weights, key, start, scale)
-    axes = dict(zip(layout.paths, layout.axes, strict=True))
+    axes = dict(layout.named_axes)
     found: dict[str, jax.Array] = {}
     others: list[int] = []
     for i, site in enumerate(taps.sites):
         (path, *_) = site.reads
         alone = site.direct and all(len(taps.sites_of(path)) == 1 for path in site.reads)
-        if alone and site.sums_to(axes[path]):
+        if alone and all(map(site.sums_to, axes[path])):
             found[path] = _squares(_Kind(site), axes[path], layout.policy.sums, read[i], deltas[i], counts)
         else:
             others.append(i)
@@ -197,9 +198,10 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
         found |= _added_squares(
             plan, tuple(others), leaves, [read[i] for i in others], [deltas[i] for i in others], own, counts
         )
-    for path, index, axis in zip(layout.paths, layout.places, layout.axes, strict=True):
+    for path, index in zip(layout.paths, layout.places, strict=True):
         if path not in found:  # used nowhere
-            found[path] = jnp.zeros((plan.columns.together, leaves[index].shape[axis]), layout.policy.sums)
+            sizes = [leaves[index].shape[axis] for axis in axes[path]]
+            found[path] = jnp.zeros((plan.columns.together, *sizes), layout.policy.sums)
     return found, logits
 
 
@@ -238,12 +240,12 @@ class _Kind:
         return hash(self.operation)
 
 
-@partial(jax.jit, static_argnames=("kind", "axis", "sums"))
-def _squares(kind: _Kind, axis: int, sums: str, read, delta, counts):
+@partial(jax.jit, static_argnames=("kind", "axes", "sums"))
+def _squares(kind: _Kind, axes: tuple[int, ...], sums: str, read, delta, counts):
     """Of a kernel that is used once, at a site of this kind: (columns, channels)."""
     site = kind.site
-    squares = site.squares(site.inputs(read), site.cotangents(delta), axis, jnp.dtype(sums))
-    return jnp.einsum("rnc,rn->rc", squares, counts)
+    squares = site.squares(site.inputs(read), site.cotangents(delta), axes, jnp.dtype(sums))
+    return jnp.einsum("rn...,rn->r...", squares, counts)
 
 
 @partial(jax.jit, static_argnames=("plan", "sites"))
@@ -251,7 +253,7 @@ def _added_squares(plan: _Plan, sites: tuple[int, ...], leaves, read, deltas, ow
     """Of kernels whose gradients are put together of several uses before they are squared, by path."""
     taps, layout = plan.taps, plan.layout
     sums = jnp.dtype(layout.policy.sums)
-    axes = dict(zip(layout.paths, layout.axes, strict=True))
+    axes = dict(layout.named_axes)
     gradients = {path: g.astype(sums) for path, g in own.items()}
     for i, h, d in zip(sites, read, deltas, strict=True):
         site = taps.sites[i]
@@ -261,20 +263,20 @@ def _added_squares(plan: _Plan, sites: tuple[int, ...], leaves, read, deltas, ow
                 gradients[path] = gradients[path] + part if path in gradients else part
     found = {}
     for path, g in gradients.items():
-        others = tuple(2 + a for a in range(g.ndim - 2) if a != axes[path])
-        found[path] = jnp.einsum("rnc,rn->rc", (g * g).sum(others), counts)
+        others = tuple(2 + a for a in range(g.ndim - 2) if a not in axes[path])
+        found[path] = jnp.einsum("rn...,rn->r...", (g * g).sum(others), counts)
     return found
 
 
 def _estimate(layout: Layout, by_column: dict, draws: int, rejected: int, key) -> TraceEstimate:
     """Traces with the moments over random combinations; without any, exact ones."""
     channel = dict(by_column)
-    layer = {path: s.sum(1) for path, s in channel.items()}
+    layer = {path: s.reshape(len(s), -1).sum(1) for path, s in channel.items()}
     samples = {"channel": channel, "layer": layer, "total": np.sum(list(layer.values()), axis=0)}
     sums = layout.policy.sums
     reduce: Callable[..., Any] = np.mean if draws else np.sum
     mean = jax.tree.map(lambda s: reduce(s, axis=0), samples)
     squares = jax.tree.map(lambda s, m: ((s - m) ** 2).sum(0) if draws else np.zeros_like(m), samples, mean)
     moments = Moments(*jax.tree.map(lambda m: jnp.asarray(m, sums), (mean, squares)))
-    state = exact_state("gauss_newton", layout.policy, key, moments, draws, rejected)
+    state = exact_state("gauss_newton", layout, key, moments, draws, rejected)
     return estimate_of(layout.like_params, state)

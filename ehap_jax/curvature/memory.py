@@ -23,8 +23,8 @@ from ehap_jax.curvature.probe_loop import (
     linearize_chunk,
     on_device_loop,
 )
-from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import prepare
+from ehap_jax.curvature.problem import Axes, kernels_of, prepare
+from ehap_jax.graph import Graph
 
 __all__ = ["ProductMemory", "choose_product", "free_memory", "product_memory"]
 
@@ -58,8 +58,9 @@ def product_memory(
     *,
     policy: Policy = Policy(),  # noqa: B008 (frozen)
     microbatch: int | None = None,
-    select: Callable[[str, jax.Array], bool] = is_kernel,
-    channel_axis: int | Mapping[str, int] = -1,
+    graph: Graph | None = None,
+    select: Callable[[str, jax.Array], bool] | None = None,
+    channel_axis: Axes | Mapping[str, Axes] | None = None,
     memory_budget: int | None = None,
     mesh: Mesh | None = None,
 ) -> ProductMemory:
@@ -68,7 +69,7 @@ def product_memory(
     What is compiled here is what `channel_trace` runs: a call after this one compiles nothing again.
 
     Args:
-      loss, params, batch, policy, microbatch, select, channel_axis, mesh: of `channel_trace`, for its own method.
+      loss, params, batch, policy, microbatch, graph, select, channel_axis, mesh: of `channel_trace` by probes alone.
       memory_budget: bytes per device; half of the free memory by default.
 
     Returns:
@@ -85,6 +86,7 @@ def product_memory(
     ('linearize', ['linearize'])
     """
     check_mesh(mesh)
+    select, channel_axis = kernels_of(graph, params, select, channel_axis)
     problem = prepare(
         loss,
         params,

@@ -17,7 +17,7 @@ class PartialSums:
     """Sums by name in float64, and where the run stands.
 
     Attributes:
-      by_path: of an exact trace ``{path: (columns, channels)}``, of removal costs what `removal_costs` lists.
+      by_path: of an exact trace ``{path: (columns, *channels)}``, of removal costs what `removal_costs` lists.
       next: the first example that is not in the sums.
       scale: the float16 scale in use. rejected: how often it was lowered.
     """

@@ -63,6 +63,7 @@ class Run:
       product: one of `PRODUCTS`.
       mesh: the devices, or None for the one that the parameters are on.
       method: what the probes estimate, as in `Origin`.
+      reported: the leaves that the estimate is of in the end; by default those that are probed.
     """
 
     given: Callable
@@ -70,10 +71,12 @@ class Run:
     product: str
     mesh: Mesh | None = None
     method: str = "hutchinson"
+    reported: Layout | None = None
 
     @property
     def origin(self) -> Origin:
-        return Origin(self.method, self.problem.layout.policy.compute, self.product)
+        layout = self.reported or self.problem.layout
+        return Origin(self.method, layout.policy.compute, layout.named_axes, self.product)
 
     @cached_property
     def loss(self) -> Callable:

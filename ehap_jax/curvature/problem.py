@@ -12,10 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax.curvature.precision import Policy
+from ehap_jax.curvature.probes import is_kernel
+from ehap_jax.graph import Graph, channel_structure
 
-__all__ = ["Batches", "Layout", "Problem", "layout_of", "prepare", "require_finite"]
+__all__ = ["Axes", "Batches", "Layout", "Problem", "kernels_of", "layout_of", "prepare", "require_finite"]
 
 PyTree = Any
+
+Axes = int | tuple[int, ...]
+"""One axis, or several: a channel is an index along each."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,20 @@ class Layout:
       structure: the tree structure of ``params``.
       paths: the paths of the probed leaves, in tree order.
       places: their places among the leaves of ``params``.
-      axes: the output-channel axis of each.
+      axes: the axes along which each has its channels, ascending.
       policy: the numerical precision, without first scales: they are not compiled in.
     """
 
     structure: Any
     paths: tuple[str, ...]
     places: tuple[int, ...]
-    axes: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
     policy: Policy
+
+    @property
+    def named_axes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The path and the axes of every probed leaf."""
+        return tuple(zip(self.paths, self.axes, strict=True))
 
     def split(self, leaves: list) -> tuple[dict[str, jax.Array], list]:
         """The probed leaves by path, and all leaves with the probed ones replaced by None."""
@@ -53,10 +63,10 @@ class Layout:
         return self.join(probed, [None] * self.structure.num_leaves)
 
     def channel_sums(self, products: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Each leaf of ``products`` summed over all axes but its channel axis."""
+        """Each leaf of ``products`` summed over all axes but those of its channels."""
         return {
-            path: products[path].sum(tuple(a for a in range(products[path].ndim) if a != axis))
-            for path, axis in zip(self.paths, self.axes, strict=True)
+            path: products[path].sum(tuple(a for a in range(products[path].ndim) if a not in axes))
+            for path, axes in self.named_axes
             if path in products
         }
 
@@ -99,7 +109,7 @@ def prepare(
     *,
     policy: Policy,
     select: Callable[[str, jax.Array], bool],
-    channel_axis: int | Mapping[str, int],
+    channel_axis: Axes | Mapping[str, Axes],
     microbatch: int | None,
     shards: int = 1,
     check_loss: bool = True,
@@ -176,11 +186,43 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def kernels_of(
+    graph: Graph | None,
+    params: PyTree,
+    select: Callable[[str, jax.Array], bool] | None,
+    channel_axis: Axes | Mapping[str, Axes] | None,
+) -> tuple[Callable[[str, jax.Array], bool], Axes | Mapping[str, Axes]]:
+    """``select`` and ``channel_axis`` by what the caller gave.
+
+    With a graph they are its kernels and the axis along which it prunes each, of which ``select`` may take some;
+    without one the leaves with two axes or more, and their last axis.
+
+    Raises:
+      ValueError: both ``graph`` and ``channel_axis``; a kernel of the graph is not in ``params``, or of another shape.
+    """
+    if graph is None:
+        return select or is_kernel, -1 if channel_axis is None else channel_axis
+    if channel_axis is not None:
+        raise ValueError("both graph= and channel_axis=: the graph has the axes of its kernels; give one of them")
+    shapes = {path_name(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    axes: dict[str, Axes] = {}
+    for path, axis in channel_structure(graph).kernel_axes.items():
+        name = path if path in shapes else path.removeprefix("params/")
+        if shapes.get(name) != graph.leaves[path].shape:
+            found = f"of shape {shapes[name]}" if name in shapes else "missing"
+            raise ValueError(
+                f"kernel {path} of the graph has shape {graph.leaves[path].shape} but is {found} in params: "
+                "graph= must be of the same network, trace_graph(apply)(variables, x)"
+            )
+        axes[name] = axis
+    return lambda path, leaf: path in axes and (select is None or select(path, leaf)), axes
+
+
 def layout_of(
     params: PyTree,
     policy: Policy,
     select: Callable[[str, jax.Array], bool],
-    channel_axis: int | Mapping[str, int],
+    channel_axis: Axes | Mapping[str, Axes],
 ) -> Layout:
     """Which leaves are probed and along which axes their channels lie; raises what `channel_trace` lists."""
     paths, places, axes = [], [], []
@@ -197,12 +239,14 @@ def layout_of(
                 "leaves have a Hessian; leave it out with select="
             )
         rank = jnp.ndim(leaf)
-        axis = channel_axis.get(name, -1) if isinstance(channel_axis, Mapping) else channel_axis
-        if not -rank <= axis < rank:
-            raise ValueError(f"channel_axis {axis} does not exist in {name!r} of shape {jnp.shape(leaf)}")
+        given = channel_axis.get(name, -1) if isinstance(channel_axis, Mapping) else channel_axis
+        several = given if isinstance(given, tuple) else (given,)
+        for axis in several:
+            if not -rank <= axis < rank:
+                raise ValueError(f"channel_axis {axis} does not exist in {name!r} of shape {jnp.shape(leaf)}")
         paths.append(name)
         places.append(place)
-        axes.append(axis % rank)
+        axes.append(tuple(sorted({axis % rank for axis in several})))
     if not paths:
         raise ValueError(f"no parameter is selected; the paths are {[name for name, _ in named]}")
     return Layout(jax.tree.structure(params), tuple(paths), tuple(places), tuple(axes), Policy(policy.compute))

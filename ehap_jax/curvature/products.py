@@ -36,7 +36,7 @@ class Products(NamedTuple):
     """The channel products of one probe, summed over chunks, and what in them was not finite.
 
     Attributes:
-      channels: ``{path: (channels,)}``.
+      channels: ``{path: (channels,)}``, an axis for each axis of channels.
       gradient_bad: the gradient of the scaled loss is not finite; it does not depend on the probe.
       tangent_bad: the slope of the loss along the probe is not finite; it does not depend on the loss scale.
       leaf_bad: ``(leaves,)``: the gradient or the product of this leaf is not finite.
@@ -106,8 +106,8 @@ class Linearization:
 def no_products(layout: Layout, leaves: list[jax.Array]) -> Products:
     """The sum over no chunks."""
     channels = {
-        path: jnp.zeros(leaves[place].shape[axis], layout.policy.sums)
-        for path, place, axis in zip(layout.paths, layout.places, layout.axes, strict=True)
+        path: jnp.zeros([leaves[place].shape[axis] for axis in axes], layout.policy.sums)
+        for path, place, axes in zip(layout.paths, layout.places, layout.axes, strict=True)
     }
     no = jnp.array(False)
     return Products(channels, no, no, jnp.zeros(len(layout.paths), bool), no)
@@ -157,7 +157,7 @@ def taps_of(loss, layout: Layout, leaves, examples) -> Taps:
 
 @lru_cache(maxsize=16)
 def _find_taps(loss, layout: Layout, structure, described, mesh) -> Taps:
-    """The loss with a tap wherever a channel's products are a sum over one axis of what is tapped.
+    """The loss with a tap wherever a channel's products are a sum over axes of what is tapped.
 
     What is traced under a mesh (inside `jax.shard_map`) is of use under that mesh alone, hence ``mesh``.
     """
@@ -165,12 +165,12 @@ def _find_taps(loss, layout: Layout, structure, described, mesh) -> Taps:
     graph = trace_graph(loss, on_unknown="freeze")(jax.tree.unflatten(layout.structure, leaves), examples)
     layout.policy.require_full_loss(graph.body.outputs[0].dtype)
     taps = find_taps(graph, layout.paths)
-    axes = dict(zip(layout.paths, layout.axes, strict=True))
+    axes = dict(layout.named_axes)
     indirect = {
         path
         for site in taps.sites
         for path in site.reads
-        if not (site.direct and site.sums_to(axes[path])) or path in taps.untapped
+        if not (site.direct and all(map(site.sums_to, axes[path]))) or path in taps.untapped
     }
     sites = tuple(site for site in taps.sites if not site.reads & indirect)
     return replace(taps, sites=sites, untapped=taps.untapped | indirect)
@@ -207,7 +207,7 @@ def _collect(
     sums = layout.policy.sums
     direction = _direction(layout, v, scales[1])
     products = layout.channel_sums({path: v[path].astype(sums) * Hv.astype(sums) for path, Hv in along.by_path.items()})
-    axes = dict(zip(layout.paths, layout.axes, strict=True))
+    axes = dict(layout.named_axes)
     for i, site in enumerate(taps.sites):
         (path,) = site.reads
         dtype = site.node.inputs[site.kernel].dtype
@@ -215,8 +215,9 @@ def _collect(
         first = site.apply(at.read[i], direction[path].astype(dtype)).astype(sums) / scales[1]
         second = site.apply(along.read[i], v[path].astype(dtype)).astype(sums)
         inner = first * along.cotangents[i].astype(sums) + second * at.cotangents[i].astype(sums)
-        kept = site.output_axis(axes[path])
-        product = inner.sum(tuple(a for a in range(inner.ndim) if a != kept))
+        kept = [site.output_axis(axis) for axis in axes[path]]
+        product = inner.sum(tuple(a for a in range(inner.ndim) if a not in kept))
+        product = jnp.transpose(product, [sorted(kept).index(axis) for axis in kept])
         products[path] = products[path] + product if path in products else product
     # Each scale is divided out on its own: their product could leave the range of float32.
     products = {path: product / scales[0] / scales[1] for path, product in products.items()}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ehap_jax._untrusted_files import parse_json, shown
+from ehap_jax.curvature.estimate import Origin
 
 
 def record(arrays: Mapping[str, np.ndarray], name: str, kind: Any, path: str | Path) -> Any:
@@ -27,14 +26,39 @@ def record(arrays: Mapping[str, np.ndarray], name: str, kind: Any, path: str | P
     return kind(**{field.name: found.get(field.name) for field in fields(kind)})
 
 
+def origin_of(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], path: str | Path) -> Origin:
+    """What the numbers are of. ``shapes`` are those of the parameters, by path.
+
+    Raises a ValueError that names the file and the field.
+    """
+    found = parse_json(str(arrays.get("origin", "")), f"{path}: origin")
+    for name, kinds in (("method", str), ("compute", str), ("product", str | None)):
+        if not isinstance(found.get(name), kinds):
+            raise ValueError(f"{path}: origin has {shown(found.get(name))} as its {name}, not a text")
+    axes = found.get("axes")
+    if not isinstance(axes, list):
+        raise ValueError(f"{path}: origin has {shown(axes)} as its axes, not a list")
+    for entry in axes:
+        fits = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], list)
+        if not fits or not all(type(axis) is int and 0 <= axis < len(shapes.get(entry[0], ())) for axis in entry[1]):
+            raise ValueError(f"{path}: origin has {shown(entry)} among its axes, not a parameter and axes of it")
+    along = tuple((leaf, tuple(own)) for leaf, own in axes)
+    return Origin(found["method"], found["compute"], along, found.get("product"))
+
+
 def check_trace_arrays(
-    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], key: str, path: str | Path
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    origin: Origin,
+    key: str,
+    path: str | Path,
 ) -> None:
     """Raise unless these can be the arrays of a trace.
 
     Args:
       arrays: by name, as `save_trace` writes them.
       shapes: of the parameters, by path.
+      origin: says along which axes their channels lie.
       key: ``implementation:data`` of the random key it was made with.
       path: the file, for messages.
 
@@ -50,9 +74,11 @@ def check_trace_arrays(
             found = f"{array.dtype}{list(array.shape)} {shown(array.ravel()[:4].tolist())}"
             raise ValueError(f"{path}: {shown(name)} is {found}; it should be {wanted}")
 
+    axes = dict(origin.axes)
+
     def per_channel(leaf: str) -> Callable[[np.ndarray], bool]:
-        sizes = _channel_counts(shapes.get(leaf, ()))
-        return lambda x: x.ndim >= 1 and x.size in sizes and _finite(x)
+        sizes = tuple(shapes[leaf][axis] for axis in axes[leaf]) if leaf in axes else None
+        return lambda x: x.shape == sizes and _finite(x)
 
     for name in ("count", "rejected"):
         require(name, "a whole number from 0", lambda x: x.shape == () and x.dtype.kind == "i" and x >= 0)
@@ -87,9 +113,3 @@ def check_trace_arrays(
 
 def _finite(x: np.ndarray) -> bool:
     return x.dtype in (np.float32, np.float64) and bool(np.isfinite(x).all())
-
-
-def _channel_counts(shape: tuple[int, ...]) -> set[int]:
-    """Every number of channels that one axis of a parameter, or several together, can have."""
-    axes = chain.from_iterable(combinations(shape, count) for count in range(1, len(shape) + 1))
-    return {math.prod(lengths) for lengths in axes}

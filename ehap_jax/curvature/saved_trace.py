@@ -18,19 +18,18 @@ from ehap_jax import _untrusted_files, _whole_files
 from ehap_jax._random_key import random_key
 from ehap_jax._untrusted_files import shown
 from ehap_jax.curvature.devices import same_everywhere, wait_for_all
-from ehap_jax.curvature.estimate import Moments, Origin, TraceEstimate, TraceState, estimate_of
+from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.precision import Policy
-from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import Batches, layout_of, path_name
+from ehap_jax.curvature.problem import Axes, Batches, kernels_of, layout_of, path_name
 from ehap_jax.curvature.residual_loss import residual_loss
-from ehap_jax.curvature.saved_checks import check_trace_arrays, record
-from ehap_jax.graph import program_digest
+from ehap_jax.curvature.saved_checks import check_trace_arrays, origin_of, record
+from ehap_jax.graph import Graph, program_digest
 
 __all__ = ["TraceFile", "TraceFingerprint", "fingerprint", "load_trace", "save_trace"]
 
 PyTree = Any
-FORMAT = "ehap_jax trace 3"
+FORMAT = "ehap_jax trace 4"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class TraceFingerprint:
       policy: the precision and any first scales that were asked for.
       key: the random key.
       method: how traces are found; where a model and a head have a part in it, theirs as for the loss.
-      selection: the probed paths and their channel axes.
+      selection: the probed paths and the axes of their channels.
       microbatch: the chunk size, which changes the rounding.
       probes: how many probes were asked for; None matches any number.
     """
@@ -71,8 +70,9 @@ def fingerprint(
     num_probes: int | None = None,
     policy: Policy = Policy(),  # noqa: B008 (frozen)
     microbatch: int | None = None,
-    select: Callable[[str, jax.Array], bool] = is_kernel,
-    channel_axis: int | Mapping[str, int] = -1,
+    graph: Graph | None = None,
+    select: Callable[[str, jax.Array], bool] | None = None,
+    channel_axis: Axes | Mapping[str, Axes] | None = None,
     method: str = "hutchinson",
     model: Callable[[PyTree, PyTree], jax.Array] | None = None,
     head: Callable = softmax_cross_entropy,
@@ -80,7 +80,8 @@ def fingerprint(
     """The fingerprint of `channel_trace` called with the same arguments. Traces the loss, runs nothing.
 
     Args:
-      loss, params, batch, key, policy, microbatch, select, channel_axis, method, model, head: of `channel_trace`.
+      loss, params, batch, key, policy, microbatch, graph, select, channel_axis, method, model, head: as for
+        `channel_trace`.
       num_probes: of `channel_trace`; None matches any number.
 
     Returns:
@@ -99,6 +100,7 @@ def fingerprint(
     (True, False, True)
     """
     key = random_key(key)
+    select, channel_axis = kernels_of(graph, params, select, channel_axis)
     layout = layout_of(params, policy, select, channel_axis)
     one = batch[0] if isinstance(batch, Batches) else batch
     if method != "hutchinson":
@@ -109,7 +111,7 @@ def fingerprint(
         loss=program_digest(loss, params, one, derivatives=2),
         policy=repr(policy),
         key=_key_text(key),
-        selection=repr(tuple(zip(layout.paths, layout.axes, strict=True))),
+        selection=repr(layout.named_axes),
         microbatch=str(microbatch),
         method=method,
         probes=None if num_probes is None else str(num_probes),
@@ -190,9 +192,9 @@ def load_trace(path: str | Path, params: PyTree, expected: TraceFingerprint) -> 
         names of the parts that differ; or its arrays cannot be of one.
     """
     arrays = read_arrays(path, expected)
-    origin = record(arrays, "origin", Origin, path)
     shapes = {path_name(p): np.shape(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    check_trace_arrays(arrays, shapes, expected.key, path)
+    origin = origin_of(arrays, shapes, path)
+    check_trace_arrays(arrays, shapes, origin, expected.key, path)
 
     def moments(kind):
         found: dict[str, Any] = {"channel": {}, "layer": {}, "total": jnp.asarray(arrays[f"{kind}/total"])}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,9 +46,7 @@ def expected_misplaced(scores: np.ndarray, sems: np.ndarray, count: int, pruned:
     return 2 * (pruned - common_lowest(scores, sems, count, pruned))
 
 
-def stable_decision(
-    params: PyTree, *, prune: float, tolerance: float = 0.01, channel_axis: int | Mapping[str, int] = -1
-) -> Callable[[TraceEstimate], bool]:
+def stable_decision(params: PyTree, *, prune: float, tolerance: float = 0.01) -> Callable[[TraceEstimate], bool]:
     """A rule for ``channel_trace(..., until=)``: stop when which channels to prune has settled.
 
     Channels are scored as ``Tr(H_cc) / p_c * ||w_c||^2`` (HAP eq. 8) and ranked over all probed leaves together.
@@ -61,7 +59,6 @@ def stable_decision(
       params: the parameters the trace is of.
       prune: the fraction of channels that will be pruned, between 0 and 1.
       tolerance: the accepted fraction of misplaced channels.
-      channel_axis: as for `channel_trace`.
 
     Returns:
       The rule; it is false while there are fewer than two probes or two channels.
@@ -84,7 +81,7 @@ def stable_decision(
             raise ValueError(f"{name} is a fraction between 0 and 1; got {value}")
 
     def settled(estimate: TraceEstimate) -> bool:
-        score, sem = scores_and_errors(estimate, params, channel_axis)
+        score, sem = scores_and_errors(estimate, params)
         if score.size < 2 or not np.isfinite(sem).all():
             return False
         pruned = min(max(round(prune * score.size), 1), score.size - 1)

@@ -141,8 +141,8 @@ class Site:
             return axis == self.node.params["dimension_numbers"].rhs_spec[0]
         return axis not in self._axes(self.kernel)[1]
 
-    def squares(self, x: jax.Array, d: jax.Array, axis: int, sums) -> jax.Array:
-        """The squared gradients summed over all of the kernel but one axis: (r, n, size of the axis)."""
+    def squares(self, x: jax.Array, d: jax.Array, axes: tuple[int, ...], sums) -> jax.Array:
+        """The squared gradients summed over all of the kernel but ``axes``, ascending: (r, n, *their sizes)."""
         if self.uses_gram:
             inner = jnp.einsum("ntgp,nsgp->ngts", x, x, preferred_element_type=sums)
             d = d.astype(sums)
@@ -157,7 +157,9 @@ class Site:
         batch, _, free = self._axes(self.kernel)
         kept = (*batch, *free)
         found = found.reshape(r, n, *(self.kernel_shape[a] for a in kept))
-        return found.sum(tuple(2 + i for i, a in enumerate(kept) if a != axis))
+        found = found.sum(tuple(2 + i for i, a in enumerate(kept) if a not in axes))
+        left = [a for a in kept if a in axes]
+        return jnp.transpose(found, (0, 1, *(2 + left.index(a) for a in axes)))
 
 
 def _gradients(x, d, sums):

@@ -6,8 +6,9 @@ from collections import defaultdict
 
 from ehap_jax.graph.channels import ChannelStructure, channel_structure
 from ehap_jax.graph.cost import Plan, implant_counts, implanted_macs, kept_shape, leaf_sizes, node_macs
+from ehap_jax.graph.layers import network_layers
 from ehap_jax.graph.structure import Coupling
-from ehap_jax.graph.trace import Graph, Node, Value
+from ehap_jax.graph.trace import Graph, Node
 
 HEADER = ("kernel", "shape", "set", "kept", "params", "MACs", "fixed because")
 
@@ -85,12 +86,5 @@ def kernels_in_order(structure: ChannelStructure) -> list[str]:
 
 def kernel_of(structure: ChannelStructure, node: Node) -> str | None:
     """Path of the kernel that a conv or product applies, None where it applies none (attention)."""
-    for operand in node.inputs:
-        labels = structure.labels[operand] if isinstance(operand, Value) else None
-        if labels is None or not labels.from_variables:
-            continue
-        for axis in labels.axes:
-            leaf = structure.solution.structure.leaf_of(axis[0]) if axis else None
-            if leaf is not None and leaf.path in structure.kernel_axes:
-                return leaf.path
-    return None
+    layer = network_layers(structure.graph).by_node.get(node)
+    return layer.path if layer is not None and layer.path in structure.kernel_axes else None

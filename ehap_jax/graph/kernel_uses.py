@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ehap_jax.graph.trace import REMAT, Body, Graph, Node, Operand
-
-CASTS = frozenset({"convert_element_type", "copy", "copy_p", "name", "reduce_precision"})
+from ehap_jax.graph.layers import network_layers
+from ehap_jax.graph.trace import Graph, Node
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,39 +38,20 @@ def centre_taps(graph: Graph) -> dict[str, KernelUse | str]:
     ({2: 1, 3: 1}, 'its size 2 along axis 2 is even, so that it has no centre')
     """
     if "centre_taps" not in graph.structures:
-        nodes: dict[str, list[Node]] = {path: [] for path in graph.leaves}
-        blocked: dict[str, str] = {}
-        _walk(graph.body, {value: path for path, value in graph.leaves.items()}, nodes, blocked)
+        layers = network_layers(graph)
         graph.structures["centre_taps"] = {
-            path: _use(found, graph.leaves[path].shape, blocked.get(path)) for path, found in nodes.items()
+            path: _use(readers, graph.leaves[path].shape, path in layers.returned)
+            for path, readers in layers.readers.items()
         }
     return graph.structures["centre_taps"]
 
 
-def _walk(body: Body, held: dict[Operand, str], nodes: dict[str, list[Node]], blocked: dict[str, str]) -> None:
-    """Follow the variables ``held`` through ``body``: the convolutions that apply them, and what else reads them."""
-    for node in body.nodes:
-        inner: dict[Operand, str] = {}
-        for position, operand in enumerate(node.inputs):
-            path = held.get(operand)
-            if path is None:
-                continue
-            if node.name in CASTS:
-                held[node.outputs[0]] = path
-            elif node.name in REMAT and node.body is not None:
-                inner[node.body.inputs[position]] = path
-            elif node.name == "conv_general_dilated" and position == 1:
-                nodes[path].append(node)
-            else:
-                blocked.setdefault(path, f"{node.name} reads it at {node.source}")
-        if node.body is not None and inner:
-            _walk(node.body, inner, nodes, blocked)
-    for operand in body.outputs:
-        if operand in held:
-            blocked.setdefault(held[operand], "the function returns it")
-
-
-def _use(nodes: list[Node], shape: tuple[int, ...], blocked: str | None) -> KernelUse | str:
+def _use(readers: tuple[tuple[Node, int], ...], shape: tuple[int, ...], returned: bool) -> KernelUse | str:
+    nodes = [node for node, position in readers if node.name == "conv_general_dilated" and position == 1]
+    others = [node for node, position in readers if node.name != "conv_general_dilated" or position != 1]
+    blocked = "the function returns it" if returned else None
+    if others:
+        blocked = f"{others[0].name} reads it at {others[0].source}"
     if not nodes:
         return "no convolution applies it as it is" + (f", {blocked}" if blocked else "")
     if blocked is not None:

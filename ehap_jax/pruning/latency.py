@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ehap_jax.graph.channels import channel_structure
 from ehap_jax.graph.cost import Shape, node_macs
 from ehap_jax.graph.interpret import RULES
-from ehap_jax.graph.trace import Graph, Node, Value
+from ehap_jax.graph.layers import Layer, kernel_axes, network_layers
+from ehap_jax.graph.trace import Graph, Node
 
 
 class WidthGrid(NamedTuple):
@@ -48,7 +48,7 @@ class LatencyTable:
         """
         return sum(layer.rounds * self.grid(layer).at(*layer.widths(shape)) for layer in layers_of(graph))
 
-    def grid(self, layer: Layer) -> WidthGrid:
+    def grid(self, layer: TimedLayer) -> WidthGrid:
         """The measurements of one layer; raises KeyError where there are none."""
         if layer.signature not in self.layers:
             raise KeyError(
@@ -59,7 +59,7 @@ class LatencyTable:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class TimedLayer:
     """A conv or product: ``rounds`` times per call. ``kernel`` is the position of its kernel among the inputs.
 
     Where ``axes`` is given, ((input, axis), …) of the contracted and of the output channels, its time is a function of
@@ -97,32 +97,32 @@ class Layer:
         return [tuple(s) for s in shapes]
 
 
-def layers_of(graph: Graph) -> Iterator[Layer]:
+def layers_of(graph: Graph) -> Iterator[TimedLayer]:
     """The layers whose time is counted, in the order of the program."""
-    labels = channel_structure(graph).labels
+    kernels = network_layers(graph).by_node
     for node, count in node_macs(graph.body, lambda operand: operand.shape):
         macs = RULES[node.name].macs
         assert macs is not None
         once = macs(node, [v.shape for v in node.inputs], [v.shape for v in node.outputs])
-        kernels = [isinstance(v, Value) and labels[v].from_variables for v in node.inputs]
-        yield Layer(node, count // max(once, 1), _width_axes(node, kernels))
+        yield TimedLayer(node, count // max(once, 1), _width_axes(node, kernels.get(node)))
 
 
-def _width_axes(node: Node, kernels: list[bool]):
+def _width_axes(node: Node, layer: Layer | None):
     if node.name == "conv_general_dilated":
-        dims = node.params["dimension_numbers"]
-        if node.params["feature_group_count"] == node.params["batch_group_count"] == 1:
-            return ((0, dims.lhs_spec[1]), (1, dims.rhs_spec[1])), ((1, dims.rhs_spec[0]),)
-    if node.name == "dot_general" and sum(kernels) == 1:
-        contracting, batch = node.params["dimension_numbers"]
-        kernel = kernels.index(True)
-        if not batch[0] and len(contracting[0]) == 1 and len(node.inputs[kernel].shape) == 2:
-            (used,) = contracting[kernel]
-            return ((0, contracting[0][0]), (1, contracting[1][0])), ((kernel, 1 - used),)
-    return None
+        if node.params["feature_group_count"] != 1 or node.params["batch_group_count"] != 1:
+            return None
+        kernel, (outputs, inputs, *_), (other, *_) = 1, kernel_axes(node, 1), kernel_axes(node, 0).inputs
+    elif node.name == "dot_general" and layer is not None:
+        kernel, (outputs, inputs, _, batch), others = layer.kernel, layer.axes, layer.input_axes
+        if batch or len(inputs) != 1 or len(outputs) != 1:
+            return None
+        (other,) = others
+    else:
+        return None
+    return tuple(sorted(((kernel, inputs[0]), (1 - kernel, other)))), ((kernel, outputs[0]),)
 
 
-def grid_widths(layer: Layer, fractions: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def grid_widths(layer: TimedLayer, fractions: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The widths of a layer's grid: fractions of its full ones, rounded."""
     full = layer.widths(lambda operand: operand.shape)
     if layer.axes is None:

@@ -16,7 +16,7 @@ from ehap_jax._compat import bind
 from ehap_jax._untrusted_files import read_json
 from ehap_jax._whole_files import write_json
 from ehap_jax.graph.trace import Graph
-from ehap_jax.pruning.latency import LatencyTable, Layer, WidthGrid, grid_widths, layers_of
+from ehap_jax.pruning.latency import LatencyTable, TimedLayer, WidthGrid, grid_widths, layers_of
 
 FORMAT = "ehap_jax.latency"
 
@@ -82,7 +82,7 @@ def device_name() -> str:
     return f"{kind}{cores}, jax {jax.__version__}"
 
 
-def _measure(layer: Layer, inputs: tuple[int, ...], outputs: tuple[int, ...], repeats: int) -> WidthGrid:
+def _measure(layer: TimedLayer, inputs: tuple[int, ...], outputs: tuple[int, ...], repeats: int) -> WidthGrid:
     if layer.axes is None:
         full = _time(layer, [v.shape for v in layer.node.inputs], repeats)
         return WidthGrid(inputs, outputs, ((0.0, full),))
@@ -90,7 +90,7 @@ def _measure(layer: Layer, inputs: tuple[int, ...], outputs: tuple[int, ...], re
     return WidthGrid(inputs, outputs, tuple(map(tuple, rows)))
 
 
-def _time(layer: Layer, shapes: list[tuple[int, ...]], repeats: int) -> float:
+def _time(layer: TimedLayer, shapes: list[tuple[int, ...]], repeats: int) -> float:
     """Seconds of one call: the least of several."""
     params = layer.node.params
     along = params["dimension_numbers"].out_spec[1] if "rhs_dilation" in params else -1

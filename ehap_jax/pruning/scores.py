@@ -45,28 +45,45 @@ class Scores:
 def hessian_scores(graph: Graph, variables, trace) -> Scores:
     """Second-order sensitivity ``S_c = Tr(H_cc) / p_c · ‖w_c‖²`` (HAP, arXiv 2101.08940, eq. 8).
 
-    ``p_c`` is the number of weights of channel c, ``trace`` a TraceEstimate (or its mean) over ``variables`` or over
-    its ``params`` collection. Estimates are taken as they are: a negative one is noise of the estimator and stays
-    negative, so that its channel goes early, right after those that are exactly zero (``Scores.negative`` counts them).
+    ``p_c`` is the number of weights of channel c, ``trace`` a TraceEstimate over ``variables`` or over its ``params``
+    collection. Estimates are taken as they are: a negative one is noise of the estimator and stays negative, so that
+    its channel goes early, right after those that are exactly zero (``Scores.negative`` counts them).
 
-    Raises KeyError for a kernel without a trace, ValueError for a trace of another length or with NaN.
+    The estimate knows along which axes of a kernel its channels lie. Those must hold the axis along which the graph
+    prunes the kernel; a finer trace, heads × features for heads, is summed. A plain pytree of numbers per channel (the
+    estimate's ``sem``, its ``probe_rms()``) is taken to be along the graph's axis, unless another axis has its length.
+
+    Raises KeyError for a kernel without a trace, ValueError for a trace along other axes or of another length, or with
+    NaN.
     """
-    mean = getattr(trace, "mean", trace)
+    mean, axes = getattr(trace, "mean", trace), getattr(trace, "axes", {})
     found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(mean)}
     norms, sizes = _kernels(graph, variables)
     values = {}
     for path, norm in norms.items():
-        leaf = found.get(path, found.get(path.removeprefix("params/")))
-        if leaf is None:
+        name = path if path in found else path.removeprefix("params/")
+        if name not in found:
             raise KeyError(f"the trace has no entry for kernel {path}; it has {', '.join(sorted(found))}.")
-        channel_trace = np.asarray(leaf, np.float64)
-        if channel_trace.shape != norm.shape:
-            raise ValueError(
-                f"{path} has {norm.shape[0]} output channels, but its trace has shape {channel_trace.shape}."
-            )
-        values[path] = channel_trace / sizes[path] * norm
+        along = _along_axis(graph, path, np.asarray(found[name], np.float64), axes.get(name))
+        values[path] = along / sizes[path] * norm
     made = {name: int(getattr(trace, name)) for name in ("count", "rejected") if hasattr(trace, name)}
     return Scores(values, norms, "hessian", made)
+
+
+def _along_axis(graph: Graph, path: str, trace: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
+    """A kernel's trace along the axis by which the graph prunes it; ``axes`` are the trace's own, if it knows them."""
+    shape, axis = graph.leaves[path].shape, channel_structure(graph).kernel_axes[path]
+    what = f"{path} of shape {shape} has its output channels along axis {axis}"
+    if axes is None:
+        if axis != len(shape) - 1 and shape.count(shape[axis]) > 1:
+            raise ValueError(f"{what}, but numbers alone do not tell theirs; give the TraceEstimate itself.")
+        axes = (axis,)
+    if axis not in axes or trace.shape != tuple(shape[a] for a in axes):
+        raise ValueError(
+            f"{what}, but its trace is of shape {trace.shape} along {axes}; estimate it with graph=graph, "
+            f"or with channel_axis={{{path!r}: {axis}}}."
+        )
+    return trace.sum(tuple(i for i, a in enumerate(axes) if a != axis))
 
 
 def magnitude_scores(graph: Graph, variables, *, order: int = 2) -> Scores:

@@ -9,7 +9,7 @@ statistics is such a tail in any spelling, and so are a scale and a bias.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ehap_jax import _compat
+from ehap_jax.graph.layers import Layer, network_layers
 from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Constant, Graph, Node, Operand, Value
 
 AFFINE = frozenset({"add", "sub", "mul", "div", "neg"})
@@ -92,7 +93,7 @@ class Sites:
     by_node: dict[Node, Site]
     blocked: dict[str, str]
     variable_nodes: frozenset[Node]
-    sources: dict[Value, frozenset[str]]
+    sources: Mapping[Value, frozenset[str]]
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -102,38 +103,40 @@ class Sites:
 
 def find_sites(graph: Graph) -> Sites:
     """Every conv and dense layer of ``graph`` whose kernel derives from variables, with its tail."""
-    sources: dict[Value, frozenset[str]] = {value: frozenset([path]) for path, value in graph.leaves.items()}
-    made_by: dict[Value, Node] = {}
-    variable_nodes: set[Node] = set()
-    _follow(graph.body, sources, made_by, variable_nodes)
+    index = network_layers(graph)
+    sources = index.sources
+    bodies = list(_bodies(graph.body))
+    made_by = {out: node for body in bodies for node in body.nodes for out in node.outputs}
     users = Counter(v for node in graph.body.walk() for v in node.inputs if isinstance(v, Value))
-    users.update(v for body in _bodies(graph.body) for v in body.outputs if isinstance(v, Value))
+    users.update(v for body in bodies for v in body.outputs if isinstance(v, Value))
     consumers = {v: node for node in graph.body.walk() for v in node.inputs if isinstance(v, Value)}
-    sizes = {path: (len(value.shape), prod(value.shape)) for path, value in graph.leaves.items()}
     seen: Counter[str] = Counter()
     by_node: dict[Node, Site] = {}
     blocked: dict[str, str] = {}
-    for node, kernel_operand, reason in _layers(graph.body, sources):
-        kernel = node.inputs[kernel_operand]
-        assert isinstance(kernel, Value)
-        path = max(sorted(sources[kernel]), key=lambda p: sizes[p])  # of equals the first in the alphabet
-        if reason is not None:
-            blocked[path] = reason
+    for layer in index.found:
+        node, path = layer.node, layer.path
+        if not _is_roundable(layer):
+            continue
+        rules = [call for call in layer.calls if call.name in CUSTOM_RULE]
+        if rules:
+            blocked[path] = f"it is inside a {rules[-1].name} at {rules[-1].source}, whose derivative rule"
             continue
         seen[path] += 1
-        kernel_axis, out_axis = _channel_axes(node, kernel_operand)
+        kernel_axis = layer.axes.outputs[-1] if layer.axes.outputs else None
+        out_axis = None if kernel_axis is None else layer.output_axis(kernel_axis)
         tail = _tail(node, out_axis, users, consumers, sources, made_by)
         by_node[node] = Site(
             node=node,
             name=path if seen[path] == 1 else f"{path}#{seen[path]}",
             path=path,
-            kernel_operand=kernel_operand,
+            kernel_operand=layer.kernel,
             kernel_axis=kernel_axis,
             out_axis=tail[-1].axis if tail else out_axis,
             tail=tuple(tail),
             result=tail[-1].node.outputs[0] if tail else node.outputs[0],
         )
-    return Sites(by_node, blocked | _hidden(graph.body, sources, sizes), frozenset(variable_nodes), sources)
+    variable_nodes = frozenset(node for body in bodies for node in body.nodes if index.is_fixed(node))
+    return Sites(by_node, blocked | _hidden(graph, sources), variable_nodes, sources)
 
 
 def fold(site: Site, read: Callable[[Operand], jax.Array], dtype) -> tuple[jax.Array, jax.Array]:
@@ -200,58 +203,22 @@ def _bodies(body: Body) -> Iterator[Body]:
             yield from _bodies(node.body)
 
 
-def _follow(body: Body, sources, made_by, variable_nodes) -> None:
-    """Which variables every value that depends on nothing else derives from."""
-    sources.update({value: frozenset() for value in body.constants})
-    for node in body.nodes:
-        known = [sources.get(v) if isinstance(v, Value) else frozenset() for v in node.inputs]
-        if (
-            node.body is not None and node.name in REMAT | CUSTOM_RULE
-        ):  # in a loop, what comes in is not what goes round
-            inner = zip(node.body.inputs, known, strict=True)
-            sources.update({v: k for v, k in inner if k is not None})
-            _follow(node.body, sources, made_by, variable_nodes)
-        if all(k is not None for k in known):
-            variable_nodes.add(node)
-            merged = frozenset().union(*(k for k in known if k is not None))
-            sources.update({out: merged for out in node.outputs})
-        made_by.update({out: node for out in node.outputs})
+def _is_roundable(layer: Layer) -> bool:
+    """A conv or dense layer in floating point, outside of loops."""
+    floating = all(jnp.issubdtype(v.dtype, jnp.floating) for v in layer.node.inputs)
+    inside_loop = any(call.name not in REMAT | CUSTOM_RULE for call in layer.calls)
+    return layer.node.name in LAYERS and floating and not inside_loop
 
 
-def _layers(body: Body, sources, reason: str | None = None) -> Iterator[tuple[Node, int, str | None]]:
-    """(layer, which operand is its kernel, why it cannot be replaced or None)."""
-    for node in body.nodes:
-        if node.name in LAYERS:
-            kernel_operand = _kernel_operand(node, sources)
-            if kernel_operand is not None:
-                yield node, kernel_operand, reason
-        elif node.body is not None and node.name in REMAT:
-            yield from _layers(node.body, sources, reason)
-        elif node.body is not None and node.name in CUSTOM_RULE:
-            yield from _layers(
-                node.body, sources, f"it is inside a {node.name} at {node.source}, whose derivative rule"
-            )
-
-
-def _kernel_operand(node: Node, sources) -> int | None:
-    """The operand made of variables where the other is not; either side of a dot, the right-hand side of a conv."""
-    for index in (1, 0) if node.name == "dot_general" else (1,):
-        kernel, other = node.inputs[index], node.inputs[1 - index]
-        floating = all(jnp.issubdtype(v.dtype, jnp.floating) for v in node.inputs)
-        if isinstance(kernel, Value) and sources.get(kernel) and isinstance(other, Value) and other not in sources:
-            return index if floating else None  # integers need no rounding
-    return None
-
-
-def _hidden(body: Body, sources, sizes) -> dict[str, str]:
+def _hidden(graph: Graph, sources) -> dict[str, str]:
     """Variables that reach a conv or dense layer inside a loop or branch, which cannot be looked into."""
     found: dict[str, str] = {}
-    for node in body.walk():
+    for node in graph.body.walk():
         if node.name not in REMAT | CUSTOM_RULE and any(_contains_layer(inner) for inner in _inner_jaxprs(node)):
             if all(v in sources for v in node.inputs if isinstance(v, Value)):
                 continue  # computed from variables alone
             paths = frozenset().union(*(sources.get(v, frozenset()) for v in node.inputs if isinstance(v, Value)))
-            for path in sorted(p for p in paths if sizes[p][0] >= 2):
+            for path in sorted(p for p in paths if len(graph.leaves[p].shape) >= 2):
                 found[path] = f"it is used inside a {node.name} at {node.source}, which"
     return found
 
@@ -267,20 +234,6 @@ def _inner_jaxprs(holder: Node | _compat.JaxprEqn) -> Iterator[_compat.Jaxpr]:
 
 def _contains_layer(jaxpr: _compat.Jaxpr) -> bool:
     return any(e.primitive.name in LAYERS or any(map(_contains_layer, _inner_jaxprs(e))) for e in jaxpr.eqns)
-
-
-def _channel_axes(node: Node, kernel_operand: int) -> tuple[int | None, int | None]:
-    """The output channels' axis in the kernel and in the result; None where the layer has a single output."""
-    numbers = node.params["dimension_numbers"]
-    if node.name == "conv_general_dilated":
-        return numbers.rhs_spec[0], numbers.out_spec[1]
-    contracted, batch = numbers[0][kernel_operand], numbers[1][kernel_operand]
-    free = [i for i in range(len(node.inputs[kernel_operand].shape)) if i not in (*contracted, *batch)]
-    if not free:
-        return None, None
-    # The result's axes: batch, free axes of the left-hand side, free axes of the right-hand side.
-    last = len(node.outputs[0].shape) if kernel_operand == 1 else len(batch) + len(free)
-    return free[-1], last - 1
 
 
 def _tail(node: Node, axis: int | None, users, consumers, sources, made_by) -> list[TailStep]:

@@ -204,6 +204,7 @@ def test_files_that_are_not_whole_traces(whole, tmp_path):
         ("key_impl", np.array("rot13"), "it should be the key threefry"),
         ("known/kernel", np.full(4, np.nan, np.float32), "finite"),
         ("origin", np.array("[]"), "trace.npz: origin must hold an object"),
+        ("origin", np.array('{"method": "a", "compute": "b", "axes": [["kernel", [7]]]}'), "among its axes"),
         ("origin", np.array('{"method": 3, "compute": "float16"}'), "origin has 3 as its method"),
         ("fingerprint", np.array("[" * 10**5), "fingerprint is nested"),
         ("fingerprint", np.array("{}"), "fingerprint has None as its weights"),
