@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ehap_jax._untrusted_files import parse_json, read_json, regular_file
+from ehap_jax._untrusted_files import parse_json, read_json, regular_file, shown
 from ehap_jax._whole_files import remove_unfinished, write_text
 from ehap_jax.training.run_lock import MARKER, RunLock, lock_run
 
 _PACKAGES = ("ehap-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_SHOWN = 8
+"""Settings that a message about changed ones lists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +187,19 @@ def _take_up(path: Path, wanted: dict[str, Any], resume: bool, overwrite: bool) 
     stored = read_json(path / "config.json")
     differing = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
     if differing:
-        changes = "; ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
+        changes = [
+            f"{shown(key)[1:-1]}: {_setting(stored, key)} there, {_setting(wanted, key)} now"
+            for key in differing[:_SHOWN]
+        ]
+        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise ValueError(
-            f"cannot resume {path} with another configuration ({changes}); use --overwrite or another path"
+            f"cannot resume {path} with another configuration ({'; '.join(changes)}{more}); use --overwrite or another "
+            "path"
         )
+
+
+def _setting(config: Mapping[str, Any], key: str) -> str:
+    return shown(config.get(key), 200)
 
 
 def is_run(path: str | Path) -> bool:
