@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ehap_jax.training import OutOfTime, RunDirectory, Sink, is_run, tensorboard_sink, wandb_sink
+from ehap_jax.training import OutOfTime, RunDirectory, Sink, check_output, is_run, tensorboard_sink, wandb_sink
 
 Config = TypeVar("Config")
 
@@ -114,8 +114,18 @@ def run_command(
         options: `RunOptions` for a recipe that trains nothing.
     """
     config, given = parse(variants, arguments, name=name, options=options)
-    try:
+
+    def work() -> None:
+        check_output(given.output, resume=given.resume, overwrite=given.overwrite)
         main(config, given)
+
+    return reported(work, name, given.output)
+
+
+def reported(work: Callable[[], None], name: str, output: Path, *, resumable: bool = True) -> int:
+    """Call `work` and say on one line what stopped it; returns the exit status (see `run_command`)."""
+    try:
+        work()
     except OutOfTime as stopped:
         print(f"{name}: {stopped}; continue with --resume", file=sys.stderr)
         return UNFINISHED
@@ -123,11 +133,11 @@ def run_command(
         print(f"{name}: {missed}", file=sys.stderr)
         return MISSED
     except KeyboardInterrupt:
-        print(f"{name}: interrupted{_how_to_go_on(given.output)}", file=sys.stderr)
+        print(f"{name}: interrupted{_how_to_go_on(output, resumable)}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if _is_out_of_space(error):
-            print(f"{name}: no space left for {given.output}; make some{_how_to_go_on(given.output)}", file=sys.stderr)
+            print(f"{name}: no space left for {output}; make some{_how_to_go_on(output, resumable)}", file=sys.stderr)
             return FAILED
         if not isinstance(error, ValueError | OSError | ImportError | ArithmeticError | NotImplementedError):
             raise
@@ -136,8 +146,8 @@ def run_command(
     return 0
 
 
-def _how_to_go_on(output: Path) -> str:
-    return "; continue with --resume" if is_run(output) else ""
+def _how_to_go_on(output: Path, resumable: bool) -> str:
+    return "; continue with --resume" if resumable and is_run(output) else ""
 
 
 def _is_out_of_space(error: BaseException | None) -> bool:

@@ -62,12 +62,13 @@ class RunDirectory:
         """
         path = Path(path)
         wanted = json.loads(_to_json({} if config is None else config))
-        if resume and overwrite:
-            raise ValueError("--resume and --overwrite contradict each other; choose one")
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"{path} is a file, not a run directory")
-        if path.is_dir() and any(path.iterdir()):
-            _take_up(path, wanted, resume, overwrite)
+        check_output(path, resume=resume, overwrite=overwrite)
+        if overwrite and is_run(path):
+            lock = lock_run(path)  # nobody else works there
+            shutil.rmtree(path)
+            del lock
+        elif (path / "config.json").exists():
+            _check_config(path, read_json(path / "config.json"), wanted)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, lock_run(path))
         remove_unfinished(path)
@@ -168,8 +169,15 @@ def _git_commit(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _take_up(path: Path, wanted: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Check that an existing directory may be resumed, or delete it."""
+def check_output(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Raise as `RunDirectory.create` where a directory may not be taken up; reads nothing that takes time."""
+    path = Path(path)
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite contradict each other; choose one")
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, not a run directory")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
     if not resume and not overwrite:
         raise FileExistsError(
             f"run directory {path} already exists; continue it with --resume, start again with --overwrite, "
@@ -177,14 +185,10 @@ def _take_up(path: Path, wanted: dict[str, Any], resume: bool, overwrite: bool) 
         )
     if not is_run(path):
         raise FileExistsError(f"{path} is not a run directory (it has no {MARKER}); choose another path")
-    if overwrite:
-        lock = lock_run(path)  # nobody else works there
-        shutil.rmtree(path)
-        del lock
-        return
-    if not (path / "config.json").exists():  # killed before it was written
-        return
-    stored = read_json(path / "config.json")
+
+
+def _check_config(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise where the settings of a run are not those of its resume."""
     differing = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
     if differing:
         changes = [
