@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,7 +128,8 @@ def run_command(
 def reported(work: Callable[[], None], name: str, output: Path, *, resumable: bool = True) -> int:
     """Call `work` and say on one line what stopped it; returns the exit status (see `run_command`)."""
     try:
-        work()
+        with _no_interrupt_lost():
+            work()
     except OutOfTime as stopped:
         print(f"{name}: {stopped}; continue with --resume", file=sys.stderr)
         return UNFINISHED
@@ -144,6 +148,24 @@ def reported(work: Callable[[], None], name: str, output: Path, *, resumable: bo
         print(f"{name}: {_on_one_line(error)}", file=sys.stderr)
         return FAILED
     return 0
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Where Ctrl-C falls into a callback from C, such as JAX's of the garbage collector, Python drops it: once more."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _how_to_go_on(output: Path, resumable: bool) -> str:
