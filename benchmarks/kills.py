@@ -114,14 +114,23 @@ def kill_at(job: Job, run: Path, moments: Sequence[float], moment: float, how: s
 
 
 def contents(job: Job, run: Path) -> dict[str, str]:
-    """SHA-256 of every file that must be the same; the seconds of a summary are not."""
-    found = {}
-    for file in sorted(path for pattern in job.files for path in run.glob(pattern)):
-        content = file.read_bytes()
-        if file.name == "summary.json":
-            content = json.dumps({**json.loads(content), "seconds": None}).encode()
-        found[str(file.relative_to(run))] = hashlib.sha256(content).hexdigest()
-    return found
+    """SHA-256 of what must be the same in every file."""
+    files = sorted(path for pattern in job.files for path in run.glob(pattern))
+    return {str(file.relative_to(run)): hashlib.sha256(_compared(file)).hexdigest() for file in files}
+
+
+def _compared(file: Path) -> bytes:
+    """The bytes of a file without the seconds of a summary, and with the names of a safetensors header in order.
+
+    The library writes its metadata in another order in every process.
+    """
+    content = file.read_bytes()
+    if file.name == "summary.json":
+        return json.dumps({**json.loads(content), "seconds": None}).encode()
+    if file.suffix == ".safetensors":
+        end = 8 + int.from_bytes(content[:8], "little")
+        return json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+    return content
 
 
 def leftovers(run: Path) -> list[str]:

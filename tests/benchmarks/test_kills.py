@@ -56,3 +56,15 @@ def test_seconds_are_no_difference(tmp_path):
         (tmp_path / str(number) / "summary.json").write_text(text)
     first, second, third = (contents(job, tmp_path / str(number)) for number in range(3))
     assert first == second != third and not leftovers(tmp_path)
+
+
+def test_the_order_of_names_in_a_header_is_no_difference(tmp_path):
+    def safetensors(header, content):
+        return len(header).to_bytes(8, "little") + header + content
+
+    headers = (b'{"a": 1, "b": 2}', b'{"b": 2, "a": 1}', b'{"a": 1, "b": 3}')
+    for number, (header, content) in enumerate(zip((*headers, headers[0]), (b"x", b"x", b"x", b"y"), strict=True)):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "model.safetensors").write_bytes(safetensors(header, content))
+    first, *others = (contents(Job((), ("*.safetensors",)), tmp_path / str(number)) for number in range(4))
+    assert [first == other for other in others] == [True, False, False]
