@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from ehap_jax.training import OutOfTime, RunDirectory, Sink, is_run, tensorboard_sink, wandb_sink
+from ehap_jax.training import OutOfTime, RunDirectory, Sink, check_output, is_run, tensorboard_sink, wandb_sink
 
 Config = TypeVar("Config")
 
@@ -114,8 +117,19 @@ def run_command(
         options: `RunOptions` for a recipe that trains nothing.
     """
     config, given = parse(variants, arguments, name=name, options=options)
-    try:
+
+    def work() -> None:
+        check_output(given.output, resume=given.resume, overwrite=given.overwrite)
         main(config, given)
+
+    return reported(work, name, given.output)
+
+
+def reported(work: Callable[[], None], name: str, output: Path, *, resumable: bool = True) -> int:
+    """Call `work` and say on one line what stopped it; returns the exit status (see `run_command`)."""
+    try:
+        with _no_interrupt_lost():
+            work()
     except OutOfTime as stopped:
         print(f"{name}: {stopped}; continue with --resume", file=sys.stderr)
         return UNFINISHED
@@ -123,11 +137,11 @@ def run_command(
         print(f"{name}: {missed}", file=sys.stderr)
         return MISSED
     except KeyboardInterrupt:
-        print(f"{name}: interrupted{_how_to_go_on(given.output)}", file=sys.stderr)
+        print(f"{name}: interrupted{_how_to_go_on(output, resumable)}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if _is_out_of_space(error):
-            print(f"{name}: no space left for {given.output}; make some{_how_to_go_on(given.output)}", file=sys.stderr)
+            print(f"{name}: no space left for {output}; make some{_how_to_go_on(output, resumable)}", file=sys.stderr)
             return FAILED
         if not isinstance(error, ValueError | OSError | ImportError | ArithmeticError | NotImplementedError):
             raise
@@ -136,8 +150,26 @@ def run_command(
     return 0
 
 
-def _how_to_go_on(output: Path) -> str:
-    return "; continue with --resume" if is_run(output) else ""
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Where Ctrl-C falls into a callback from C, such as JAX's of the garbage collector, Python drops it: once more."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _how_to_go_on(output: Path, resumable: bool) -> str:
+    return "; continue with --resume" if resumable and is_run(output) else ""
 
 
 def _is_out_of_space(error: BaseException | None) -> bool:

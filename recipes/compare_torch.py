@@ -27,7 +27,8 @@ import jax
 import tyro
 
 from ehap_jax.pruning import Scores
-from ehap_jax.training import Progress, RunDirectory
+from ehap_jax.training import Progress, RunDirectory, check_output
+from recipes.command import Missed, reported
 from recipes.torch_comparison.cost import compare_cost
 from recipes.torch_comparison.identity import compare_identity
 from recipes.torch_comparison.integers import compare_int8
@@ -119,14 +120,17 @@ def command(arguments: Sequence[str] | None = None) -> int:
     """Parse and run. Status 1: a figure is beyond its limit; 2: a setting that cannot work."""
     line = tyro.cli(CommandLine, args=arguments)
     config = Config(**{field.name: getattr(line, field.name) for field in fields(Config)})
-    try:
-        beyond = main(config, line.output, line.overwrite)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        print(f"compare_torch: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
-    if beyond:
-        print(f"compare_torch: beyond the limit: {', '.join(beyond)}", file=sys.stderr)
-    return int(bool(beyond))
+
+    def work() -> None:
+        check_output(line.output, overwrite=line.overwrite)
+        try:
+            beyond = main(config, line.output, line.overwrite)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
+        if beyond:
+            raise Missed(f"beyond the limit: {', '.join(beyond)}")
+
+    return reported(work, "compare_torch", line.output, resumable=False)
 
 
 if __name__ == "__main__":

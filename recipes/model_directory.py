@@ -50,7 +50,9 @@ def write_model_directory(
     }
     metadata = {"seed": seed, **{f"test accuracy, {name}": stage.accuracy for name, stage in stages.items()}}
     target = lab.run.file(f"{folder}/{FOLDER}" if folder else FOLDER)
-    shutil.rmtree(target, ignore_errors=True)
+    # An earlier one, and what a killed process left of one half written.
+    for old in (target, *target.parent.glob(f".{FOLDER}.*")):
+        shutil.rmtree(old, ignore_errors=True)
     try:
         return save_model(target, network.variables, network.plan, config=config, metadata=metadata, onnx=onnx)
     except CheckpointError as error:

@@ -231,9 +231,16 @@ def check_variables(variables: Any, architecture: Architecture, plan: PruningPla
         name = _name(path)
         if leaf.dtype != dtype:
             raise ValueError(f"{file}: {name} is {leaf.dtype}; this network is of {dtype}")
-        if name.startswith("batch_stats/") and name.endswith("/var") and not (leaf >= 0).all():
-            raise ValueError(f"{file}: {name} has a variance that is negative or not a number: {np.min(leaf):g}")
-    check_finite(variables, f"cannot use {file}")
+    check_values(variables, str(file))
+
+
+def check_values(variables: Any, where: str) -> None:
+    """Raise unless weights are finite and variances not negative; the message begins with `where`."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        name = _name(path)
+        if name.startswith("batch_stats/") and name.endswith("/var") and not (np.asarray(leaf) >= 0).all():
+            raise ValueError(f"{where}: {name} has a variance that is negative or not a number: {np.min(leaf):g}")
+    check_finite(variables, f"cannot use {where}")
 
 
 def _is_length(value: Any) -> bool:
@@ -247,7 +254,11 @@ def _name(path: Any) -> str:
 def _from_checkpoint(path: Path, image_shape: tuple[int, int, int]) -> Network:
     from interop import from_torch
 
-    _, variables, info = from_torch(path)
+    try:
+        _, variables, info = from_torch(path)
+        check_values(variables, str(path))
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     if info.model is None:
         raise ValueError(f"{path} is of a network with widths of its own (pruned elsewhere); start from a dense one")
     if image_shape[-1] != info.spec.image_channels:

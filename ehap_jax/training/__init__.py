@@ -21,6 +21,7 @@ from ehap_jax.training.losses import smoothed_cross_entropy as smoothed_cross_en
 from ehap_jax.training.optimizer import sgd_cosine as sgd_cosine
 from ehap_jax.training.progress import Progress as Progress
 from ehap_jax.training.run_directory import RunDirectory as RunDirectory
+from ehap_jax.training.run_directory import check_output as check_output
 from ehap_jax.training.run_directory import is_run as is_run
 from ehap_jax.training.sinks import Sink as Sink
 from ehap_jax.training.sinks import tensorboard_sink as tensorboard_sink

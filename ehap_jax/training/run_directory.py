@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ehap_jax._untrusted_files import parse_json, read_json, regular_file
+from ehap_jax._untrusted_files import parse_json, read_json, regular_file, shown
 from ehap_jax._whole_files import remove_unfinished, write_text
 from ehap_jax.training.run_lock import MARKER, RunLock, lock_run
 
 _PACKAGES = ("ehap-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+_SHOWN = 8
+"""Settings that a message about changed ones lists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +63,13 @@ class RunDirectory:
         """
         path = Path(path)
         wanted = json.loads(_to_json({} if config is None else config))
-        if resume and overwrite:
-            raise ValueError("--resume and --overwrite contradict each other; choose one")
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"{path} is a file, not a run directory")
-        if path.is_dir() and any(path.iterdir()):
-            _take_up(path, wanted, resume, overwrite)
+        check_output(path, resume=resume, overwrite=overwrite)
+        if overwrite and is_run(path):
+            lock = lock_run(path)  # nobody else works there
+            shutil.rmtree(path)
+            del lock
+        elif (path / "config.json").exists():
+            _check_config(path, read_json(path / "config.json"), wanted)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, lock_run(path))
         remove_unfinished(path)
@@ -180,8 +183,15 @@ def _git_commit(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _take_up(path: Path, wanted: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Check that an existing directory may be resumed, or delete it."""
+def check_output(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Raise as `RunDirectory.create` where a directory may not be taken up; reads nothing that takes time."""
+    path = Path(path)
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite contradict each other; choose one")
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, not a run directory")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
     if not resume and not overwrite:
         raise FileExistsError(
             f"run directory {path} already exists; continue it with --resume, start again with --overwrite, "
@@ -189,20 +199,25 @@ def _take_up(path: Path, wanted: dict[str, Any], resume: bool, overwrite: bool) 
         )
     if not is_run(path):
         raise FileExistsError(f"{path} is not a run directory (it has no {MARKER}); choose another path")
-    if overwrite:
-        lock = lock_run(path)  # nobody else works there
-        shutil.rmtree(path)
-        del lock
-        return
-    if not (path / "config.json").exists():  # killed before it was written
-        return
-    stored = read_json(path / "config.json")
+
+
+def _check_config(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise where the settings of a run are not those of its resume."""
     differing = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
     if differing:
-        changes = "; ".join(f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
+        changes = [
+            f"{shown(key)[1:-1]}: {_setting(stored, key)} there, {_setting(wanted, key)} now"
+            for key in differing[:_SHOWN]
+        ]
+        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise ValueError(
-            f"cannot resume {path} with another configuration ({changes}); use --overwrite or another path"
+            f"cannot resume {path} with another configuration ({'; '.join(changes)}{more}); use --overwrite or another "
+            "path"
         )
+
+
+def _setting(config: Mapping[str, Any], key: str) -> str:
+    return shown(config.get(key), 200)
 
 
 def is_run(path: str | Path) -> bool:

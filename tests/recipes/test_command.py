@@ -2,6 +2,7 @@
 
 import errno
 import re
+import time
 
 import numpy as np
 import pytest
@@ -134,10 +135,12 @@ def test_a_run_that_failed_is_told_from_one_that_missed_its_bounds(capsys, tmp_p
     assert line.startswith(f"pretrain: {error}")
 
 
-def failing(error, output):
-    """The exit status of a recipe that raises."""
+def failing(error, output, *, started=False):
+    """The exit status of a recipe that raises, before or after it has made its run directory."""
 
     def main(*_):
+        if started:
+            RunDirectory.create(output)
         raise error
 
     return run_command(main, pretrain.VARIANTS, ["digits", "--output", str(output)], name="pretrain")
@@ -145,11 +148,26 @@ def failing(error, output):
 
 @pytest.mark.parametrize("started", [True, False])
 def test_an_interrupted_run_says_how_to_go_on(capsys, tmp_path, started):
-    if started:
-        RunDirectory.create(tmp_path / "run")
-    assert failing(KeyboardInterrupt(), tmp_path / "run") == 130
+    assert failing(KeyboardInterrupt(), tmp_path / "run", started=started) == 130
     hint = "; continue with --resume" if started else ""
     assert capsys.readouterr().err == f"pretrain: interrupted{hint}\n"
+
+
+def test_an_interrupt_that_python_drops_comes_again(capsys, tmp_path):
+    """As JAX's callback of the garbage collector loses it."""
+
+    class Callback:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def main(*_):
+        callback = Callback()
+        del callback
+        time.sleep(30)
+        raise AssertionError("the interrupt was lost")
+
+    assert run_command(main, pretrain.VARIANTS, ["digits", "--output", str(tmp_path)], name="pretrain") == 130
+    assert capsys.readouterr().err == "pretrain: interrupted\n"
 
 
 def behind(error, cause):
@@ -166,8 +184,7 @@ def behind(error, cause):
     ],
 )
 def test_a_full_disk_is_one_line(capsys, tmp_path, error):
-    RunDirectory.create(tmp_path / "run")
-    assert failing(error, tmp_path / "run") == 2
+    assert failing(error, tmp_path / "run", started=True) == 2
     expected = f"pretrain: no space left for {tmp_path}/run; make some; continue with --resume\n"
     assert capsys.readouterr().err == expected
 

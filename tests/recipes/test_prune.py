@@ -39,6 +39,16 @@ def test_pruning_step_by_step_meets_the_budget(dense, tmp_path):
     assert [row["stage"] for row in metrics] == ["step1", "finetuned"]
 
 
+def test_what_a_kill_left_of_a_model_directory_goes(pruned, tmp_path):
+    pytest.importorskip("safetensors", reason="model directories need safetensors: pip install 'ehap-jax[torch]'")
+    run = RunDirectory.create(tmp_path / "run", {})
+    for name in ("model", ".model.killed"):
+        run.file(f"{name}/weights").write_text("half")
+    lab = SimpleNamespace(progress=SimpleNamespace(note=pytest.fail), run=run)
+    assert model_directory.write_model_directory(lab, 0, load_network(pruned), {}) == run.path / "model"
+    assert not (run.path / ".model.killed").exists() and not (run.path / "model" / "weights").exists()
+
+
 def test_no_model_directory_without_its_packages(pruned, tmp_path, monkeypatch):
     notes = []
     progress = SimpleNamespace(note=notes.append)

@@ -415,3 +415,57 @@ def test_a_missing_package_names_the_extra(run, monkeypatch, module):
     with pytest.raises(ImportError, match=re.escape("pip install 'ehap-jax[report]'")):
         write_report(run)
     assert not (run / "report.html").exists()
+
+
+MARKUP = "<img src=x onerror=alert(1)>'\"&amp;]]>{{7*7}}$\\frac{$"
+"""A name that would be a tag, an attribute, an entity, a template's expression or a formula."""
+
+
+def hostile(value):
+    """A document with the markup in every name and text, its numbers as they are."""
+    if isinstance(value, dict):
+        return {key if key in KNOWN else f"{key}{MARKUP}": hostile(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    return f"{value}{MARKUP}" if isinstance(value, str) else value
+
+
+KNOWN = {
+    "stages", "stage", "accuracy", "accuracy_std", "accuracies", "params", "macs", "bytes", "curve", "checks", "costs",
+    "seconds", "seeds", "keep", "shapes", "axes", "model", "data", "dense", "packages", "jax", "device", "kind", "git",
+    "commit",
+}  # fmt: skip
+"""Names that the format of a run gives; all others are a stranger's."""
+
+
+@pytest.mark.parametrize("curve", [False, True])
+def test_names_of_strangers_are_text_wherever_they_stand(tmp_path, curve):
+    folder = tmp_path / f"run{MARKUP.replace('/', '')}"
+    folder.mkdir()
+    files = {
+        "config.json": {"model": "resnet8", "data": "digits", "dense": "runs/a", "setting": {"name": "value"}},
+        "versions.json": {"packages": {"jax": "0.10.2"}, "device": {"kind": "cpu"}, "git": {"commit": "abc"}},
+        "summary.json": {
+            "stages": [stage | ({"curve": "hessian"} if curve else {}) for stage in STAGES],
+            "checks": {"masked": 2e-7},
+            "seconds": {"total": 12.0},
+            "costs": {"seconds per probe": {"float32": 1.0, "float16": 0.5}},
+        },
+        "plan.json": PLAN,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(hostile(content)))
+    kernel = f"params/a/kernel{MARKUP}"
+    arrays = score_arrays(
+        {f"float32{MARKUP}": {kernel: SCORES}, f"float16{MARKUP}": {kernel: SCORES * 1.01}}, convergence=CONVERGENCE
+    )
+    np.savez(folder / "scores.npz", **arrays)
+    page_file = write_comparison([folder, folder], tmp_path / "both.html") if curve else write_report(folder)
+    html = page_file.read_text()
+    page = Page(html)  # refuses scripts, handlers and tags that are not closed
+    assert page.open == [] and "<img" not in html and page.pictures >= 4
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
+    shown = " ".join(page.shown)
+    as_text = MARKUP.partition('"')[0]  # what follows is escaped once more in JSON
+    for name in ("dense", "digits", "masked", "total", "setting", "cpu"):
+        assert f"{name}{as_text}" in shown, name
