@@ -6,9 +6,9 @@ other repositories call the same parts is in `interop.layouts`.
 
 Roles of residual networks: stem_conv, stem_bn (and ReLU); conv1, bn1, … in a block; shortcut_conv (reads the block's
 input) or projection (reads the activated input of a pre-activation block), shortcut_bn; add (tensors only where a
-pruned network adds by index); final_bn (and ReLU) or final_affine (without); linear. Of VGG: conv1, bn1, …, fc1, fc2,
-and linear (reads what a last maximum leaves) or mean_linear (reads the mean over what the last convolution leaves).
-Stages are counted from 1, blocks from 0.
+pruned network adds by index); final_bn (and ReLU) or final_affine (without); linear. Of VGG: conv1, bn1
+(not in plain ones), …, fc1, fc2, and linear (reads what a last maximum leaves) or mean_linear (reads the mean over
+what the last convolution leaves). Stages are counted from 1, blocks from 0.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Part(NamedTuple):
 Kind = Literal["conv", "norm", "dense", "add", "unread"]
 
 INDEX_BUFFERS = ("branch_index", "residual_index")
+"""Where the channels of each operand lie in a sum by index."""
+
+KEPT_INDICES = ("in_indices", "out_indices")
+"""What EHAP and HAP keep beside a pruned layer: the numbers of its input and output channels."""
+
 LEAVES: Mapping[Kind, tuple[str, ...]] = {
     "conv": ("weight",),
     "norm": ("weight", "bias", "running_mean", "running_var"),
@@ -260,15 +265,13 @@ class Form:
             wanted.append((self.mark, 1, 0))
         return [p for w in wanted for p in (Part(*w, leaf) for leaf in LEAVES[kind_of(w[0])]) if p not in present]
 
-    def order(self, key: str) -> tuple[int, int, int, int]:
-        """Sorts `to_torch`'s keys in the order of the modules."""
-        part = self.names.part(key)
-        assert part is not None
+    def order(self, part: Part) -> tuple[int, int, int, int]:
+        """Sorts parts in the order of the modules."""
         roles = list(self.names.modules)
         first_inside = min((i for i, role in enumerate(roles) if self.in_block(role)), default=0)
         role = roles.index(part.role)
         stage = part.stage if self.in_block(part.role) or role < first_inside else 1_000_000
-        leaves = ("weight", "bias", "running_mean", "running_var", *INDEX_BUFFERS)
+        leaves = ("weight", "bias", "running_mean", "running_var", *INDEX_BUFFERS, *KEPT_INDICES)
         return (stage, part.block, role, leaves.index(part.leaf))
 
 
@@ -374,15 +377,13 @@ VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19:
 """Convolutions in each stage by depth; a stage ends in a 2×2 maximum (the last one of the mean form does not)."""
 
 
-def _vgg_roles(depth: int) -> list[str]:
-    return [role for i in range(1, sum(VGG_STAGES[depth]) + 1) for role in (f"conv{i}", f"bn{i}")]
-
-
-def _vgg_form(depth: int, head: str) -> Form:
+def _vgg_form(depth: int, head: str, norm: bool) -> Form:
+    numbers = range(1, sum(VGG_STAGES[depth]) + 1)
+    roles = [role for i in numbers for role in ((f"conv{i}", f"bn{i}") if norm else (f"conv{i}",))]
     hidden = ["fc1", "fc2"] if head == "linear" else []
-    plain = Names({role: role for role in (*_vgg_roles(depth), *hidden, head)})
+    plain = Names({role: role for role in (*roles, *hidden, head)})
     return Form(
-        name=f"vgg{depth}" if head == "linear" else f"vgg{depth}_mean",
+        name=f"vgg{depth}{'' if head == 'linear' else '_mean'}{'' if norm else '_plain'}",
         names=plain,
         flax=plain,
         kind="vgg",
@@ -391,15 +392,19 @@ def _vgg_form(depth: int, head: str) -> Form:
     )
 
 
-VGGS = {depth: _vgg_form(depth, "linear") for depth in VGG_STAGES}
+VGGS = {depth: _vgg_form(depth, "linear", True) for depth in VGG_STAGES}
 """VGG with BatchNorm and five maxima, and zero, one or two hidden dense layers."""
 
-MEAN_VGGS = {depth: _vgg_form(depth, "mean_linear") for depth in VGG_STAGES}
+MEAN_VGGS = {depth: _vgg_form(depth, "mean_linear", True) for depth in VGG_STAGES}
 """VGG with BatchNorm and four maxima; the mean over what is left goes into one dense layer."""
 
-FORMS: Mapping[str, Form] = {
-    form.name: form for form in (RESNET, WIDE, PRERESNET, PREACT, WIDE_AFFINE, *VGGS.values(), *MEAN_VGGS.values())
-}
+PLAIN_VGGS = {depth: _vgg_form(depth, "linear", False) for depth in VGG_STAGES}
+PLAIN_MEAN_VGGS = {depth: _vgg_form(depth, "mean_linear", False) for depth in VGG_STAGES}
+"""The same two without BatchNorm."""
+
+_RESIDUAL = (RESNET, WIDE, PRERESNET, PREACT, WIDE_AFFINE)
+_VGGS = (VGGS, MEAN_VGGS, PLAIN_VGGS, PLAIN_MEAN_VGGS)
+FORMS: Mapping[str, Form] = {f.name: f for f in (*_RESIDUAL, *(form for forms in _VGGS for form in forms.values()))}
 """Every form by name."""
 
 

@@ -80,6 +80,7 @@ def from_torch(
     layout: str = "auto",
     *,
     entry: str | None = None,
+    indices: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     dtype: Any = None,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any], CheckpointInfo]:
@@ -90,6 +91,9 @@ def from_torch(
         layout: the naming of the file, one of `interop.layouts.LAYOUTS`, or "auto" to find it by the names.
         entry: which entry of the file is the state dict, where it is not one of `interop.read.CONTAINERS`, or where
             several are ("model_ema", "state_dict_ema").
+        indices: what a pruned network keeps beside its state dict: `info.indices` of another checkpoint, or the
+            attributes of HAP's modules, `{f"{name}.{leaf}": getattr(module, leaf) for name, module in
+            net.named_modules() for leaf in ("in_indices", "out_indices") if hasattr(module, leaf)}`.
         num_classes: where given, the number of classes the checkpoint must have.
         dtype: the floating dtype of the variables; None keeps float32 and float64 (float64 only where JAX's x64 mode
             is on) and widens 16-bit formats to float32, which loses nothing.
@@ -113,7 +117,7 @@ def from_torch(
         >>> apply(variables, np.zeros((2, 8, 8, 3), np.float32)).shape, info.layout, info.depth
         ((2, 10), 'akamaster', 8)
     """
-    tensors, metadata = read_checkpoint(source, entry)
+    tensors, metadata = read_checkpoint(source, entry, indices or {})
     found, names = recognise(tensors, layout)
     form = found.layout.form
     own, unread, original = _rename(found.layout, found.parts, tensors)
@@ -180,15 +184,21 @@ def _published_indices(
     for part, index in kept.items():
         axis = 0 if part.leaf == "out_indices" else 1
         expected = tensors[layout.names.key(part._replace(leaf="weight"))].shape[axis : axis + 1]
+        key = layout.names.key(part)
         if index.shape != expected:
-            key = layout.names.key(part)
             raise CheckpointError(
                 f"{key}: expected an index per channel of the weight, {expected}, found {index.shape}"
             )
+        with np.errstate(invalid="ignore"):
+            whole = index.dtype.kind in "iuf" and np.array_equal(index, index.astype(np.int32))
+        if not whole or (index < 0).any():
+            raise CheckpointError(f"{key}: kept indices are whole numbers, none of them negative")
+        if np.unique(index).size != index.size:
+            raise CheckpointError(f"{key}: kept indices repeat")
     unread = dict(kept)
     last = f"conv{len(layout.form.kernels)}"
     for part, out in kept.items():
-        if part.role != last or part.leaf != "out_indices":
+        if layout.form.kind != "residual" or part.role != last or part.leaf != "out_indices":
             continue
         projected = Part(layout.form.shortcut, part.stage, part.block, "out_indices")
         plain = Part("conv1", part.stage, part.block, "in_indices")
@@ -196,10 +206,7 @@ def _published_indices(
         if residual_part not in kept:
             raise CheckpointError(f"missing tensor {layout.names.key(plain)!r}, which says what the residual holds")
         del unread[part], unread[residual_part]
-        branch = [int(i) for i in out]
-        residual = [int(i) for i in kept[residual_part]]
-        if len(set(branch)) != len(branch) or len(set(residual)) != len(residual):
-            raise CheckpointError(f"{layout.names.key(part)}: kept indices repeat")
+        branch, residual = ([int(i) for i in index] for index in (out, kept[residual_part]))
         order = list(set(branch + residual))
         for buffer, members in zip(INDEX_BUFFERS, (set(branch), set(residual)), strict=True):
             positions = [position for position, index in enumerate(order) if index in members]
@@ -295,7 +302,7 @@ def _residual_model(spec: ResidualSpec) -> Any:
     if form is RESNET and inner == list(widths) and (projected == shapes_change or not any(projected)):
         shortcut = "B" if any(projected) else "A"
         stem = None if spec.stem == widths[0] else spec.stem
-        return ResNet(spec.depth, spec.num_classes, shortcut=shortcut, widths=widths, stem=stem)
+        return ResNet(spec.layers, spec.num_classes, shortcut=shortcut, widths=widths, stem=stem)
     if projected != shapes_change:
         return None
     if form is WIDE and inner == list(widths) and spec.stem == 16:

@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 from interop.forms import (
     FORMS,
+    KEPT_INDICES,
     MEAN_VGGS,
+    PLAIN_MEAN_VGGS,
+    PLAIN_VGGS,
     PREACT,
     PRERESNET,
     RESNET,
@@ -33,7 +36,9 @@ class Layout:
     """The naming of one public repository for one form.
 
     mean, std: the input normalisation it trains with, per RGB channel of images in [0, 1].
-    index_leaves: extra leaves on convolutions and the classifier that hold kept indices (EHAP's pruned files).
+    index_leaves: extra leaves on convolutions and the classifier that hold kept indices: buffers in EHAP's pruned
+        files, attributes of HAP's pruned modules.
+    padded: whether its code has shortcuts without parameters between different widths.
     source: where the names come from.
     """
 
@@ -44,6 +49,7 @@ class Layout:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     index_leaves: tuple[str, ...] = ()
+    padded: bool = True
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -67,8 +73,9 @@ def _vgg_names(form: Form, features: str, heads: Mapping[str, str]) -> Names:
     for count in form.stages:
         for _ in range(count):
             conv += 1
-            modules |= {f"conv{conv}": f"{features}.{position}", f"bn{conv}": f"{features}.{position + 1}"}
-            position += 3
+            layers = [role for role in (f"conv{conv}", f"bn{conv}") if form.has(role)]
+            modules |= {role: f"{features}.{position + offset}" for offset, role in enumerate(layers)}
+            position += len(layers) + 1
         position += 1
     return Names(modules | dict(heads))
 
@@ -89,16 +96,20 @@ _TABLES = (
     AKAMASTER,
     Layout("chenyaofo", RESNET, _renamed(RESNET, _DOWNSAMPLE), *_CHENYAOFO),
     *(Layout("chenyaofo", form, _vgg_names(form, "features", _THREE), *_CHENYAOFO) for form in VGGS.values()),
-    Layout("hap", RESNET, _renamed(RESNET, _DOWNSAMPLE), *_HAP),
+    Layout("hap", RESNET, _renamed(RESNET, _DOWNSAMPLE), *_HAP, index_leaves=KEPT_INDICES, padded=False),
     Layout(
         "hap",
         PRERESNET,
         _renamed(PRERESNET, {"shortcut_conv": "layer{s}.{b}.downsample.0", "linear": "fc", **_SELECT}),
         *_HAP,
+        index_leaves=KEPT_INDICES,
+        padded=False,
     ),
     *(
-        Layout("hap", form, _vgg_names(form, "feature", {"mean_linear": "classifier"}), *_HAP)
-        for form in MEAN_VGGS.values()
+        Layout(
+            "hap", form, _vgg_names(form, "feature", {"mean_linear": "classifier"}), *_HAP, index_leaves=KEPT_INDICES
+        )
+        for form in (*MEAN_VGGS.values(), *PLAIN_MEAN_VGGS.values())
     ),
     Layout("torchvision", RESNET, _renamed(RESNET, _DOWNSAMPLE), *_TORCHVISION),
     Layout(
@@ -110,7 +121,10 @@ _TABLES = (
         _renamed(PRERESNET, {"shortcut_conv": "layer{s}.{b}.downsample.0", "linear": "fc"}),
         *_TORCHVISION,
     ),
-    *(Layout("torchvision", form, _vgg_names(form, "features", _THREE), *_TORCHVISION) for form in VGGS.values()),
+    *(
+        Layout("torchvision", form, _vgg_names(form, "features", _THREE), *_TORCHVISION)
+        for form in (*VGGS.values(), *PLAIN_VGGS.values())
+    ),
     Layout(
         "eigendamage",
         RESNET,
@@ -232,7 +246,8 @@ _TABLES = (
         ),
         "the code released with arXiv 2306.07030",
         *_CIFAR10,
-        index_leaves=("in_indices", "out_indices"),
+        index_leaves=KEPT_INDICES,
+        padded=False,
     ),
     *(
         Layout("ehap_jax", form, form.names, "interop.to_torch", *_CIFAR10)

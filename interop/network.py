@@ -56,7 +56,8 @@ class _Layers:
     """The layers of one set of variables, by role."""
 
     def __init__(self, form: Form, variables: Any) -> None:
-        self.form, self.params, self.stats = form, variables["params"], variables["batch_stats"]
+        self.form, self.params = form, variables["params"]
+        self.stats = variables.get("batch_stats", {})
 
     def conv(self, role: str, x: jax.Array, stride: int = 1, place: tuple[int, int] = (0, 0)) -> jax.Array:
         layer = _get(self.params, self.form.flax.module(role, *place))
@@ -80,7 +81,8 @@ def _vgg(spec: VGGSpec) -> Apply:
         for stage, count in enumerate(form.stages, start=1):
             for _ in range(count):
                 number += 1
-                x = jax.nn.relu(layers.norm(f"bn{number}", layers.conv(f"conv{number}", x)))
+                x = layers.conv(f"conv{number}", x)
+                x = jax.nn.relu(layers.norm(f"bn{number}", x) if form.has(f"bn{number}") else x)
             if stage < len(form.stages) or form.has("linear"):
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
         if form.has("mean_linear"):

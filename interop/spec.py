@@ -51,7 +51,18 @@ class ResidualSpec:
 
     @property
     def depth(self) -> int:
-        """The number in the network's name: 6n + 2 for three stages of n basic blocks, 6n + 4 for wide ResNets."""
+        """The number in the network's name: 6n + 2 for three stages of n basic blocks, 6n + 4 for wide ResNets.
+
+        Wide ResNets count a shortcut's convolution in every stage. Those in the form of thin ones (EHAP's) are known
+        by the one in their first stage, which thin ResNets do not have.
+        """
+        form = FORMS[self.form]
+        widened = form.name == "resnet" and self.blocks[0][0].shortcut is not None
+        return self.layers + (2 if widened else 0)
+
+    @property
+    def layers(self) -> int:
+        """Convolutions in the blocks and what the form adds: 6n + 2 for ResNets of three stages of n basic blocks."""
         form = FORMS[self.form]
         return form.extra_depth + len(form.kernels) * sum(len(stage) for stage in self.blocks)
 
@@ -159,7 +170,8 @@ def _read_vgg(reader: _Reader) -> VGGSpec:
     for number in range(1, sum(form.stages) + 1):
         width, inputs, *_ = reader.conv(f"conv{number}", 0, 0, width, 3)
         image_channels = image_channels or inputs
-        reader.norm(f"bn{number}", 0, 0, width)
+        if form.has(f"bn{number}"):
+            reader.norm(f"bn{number}", 0, 0, width)
         widths.append(width)
     assert width is not None
     hidden = []

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from interop.forms import (
+    FORMS,
     INDEX_BUFFERS,
     CheckpointError,
     Form,
@@ -17,7 +18,7 @@ from interop.forms import (
     recognise_variables,
     to_torch_axes,
 )
-from interop.layouts import layout_for
+from interop.layouts import layout_for, written_layout
 from interop.spec import Spec, VGGSpec, read_spec
 
 
@@ -38,7 +39,10 @@ def to_torch(
         indices: index buffers of a network that was pruned elsewhere (`info.indices` of `from_torch`); not with a plan.
             Given, if only as {}, they say that shortcuts without them are padded by half of the zeros on each side.
         layout: the names to write, one of `interop.layouts.LAYOUTS`; None for those `interop.torch_models` loads
-            (akamaster's for CIFAR ResNets), the only ones with a place for index buffers.
+            (akamaster's for CIFAR ResNets), which have a place for index buffers. Under "ehap" and "hap", pruned
+            networks get `in_indices` and `out_indices` of every layer: buffers for EHAP's loader, attributes of HAP's
+            modules. They number the channels of each sum and not of the dense network, so that the `list(set(...))` of
+            that code yields them in the order of the weights.
 
     Returns:
         key -> CPU torch tensor, in module order, bit for bit the values of `variables`. `num_batches_tracked` is not
@@ -53,7 +57,7 @@ def to_torch(
         KeyError: an unknown layout.
         CheckpointError: variables that are not such a network (lists the paths), a layout without names for it, a plan
             that does not fit their shapes (path, expected, found) or has implants, shrunk variables without their
-            plan, or sums by index in a layout that has no place for them.
+            plan, or a network that the layout's code has not: sums by index, or shortcuts that are padded.
         ImportError: PyTorch is not installed.
 
     Example:
@@ -65,30 +69,37 @@ def to_torch(
         True
     """
     form = form_of(variables)
-    names = form.names if layout is None else layout_for(layout, form).names
+    table = layout_for(written_layout(form) if layout is None else layout, form)
     arrays = named_arrays(variables, form)
     if plan is not None and indices:
         raise CheckpointError("pass a plan or indices, not both: each says where the channels of a sum lie")
-    arrays |= dict(indices or {}) if plan is None else residual_indices(form, arrays, plan)
-    spec = read_spec(form, {key: value.shape for key, value in arrays.items()})
-    if plan is None and indices is None:
+    buffers = dict(indices or {}) if plan is None else residual_indices(form, arrays, plan)
+    spec = read_spec(form, {key: value.shape for key, value in (arrays | buffers).items()})
+    pruned = plan is not None or indices is not None
+    if not pruned:
         _check_unpruned(spec)
+    if not table.padded:
+        _check_unpadded(spec, table.name)
     try:
         import torch
     except ImportError as error:
         raise ImportError("to_torch needs PyTorch: pip install 'ehap-jax[torch]'") from error
     state_dict = {}
-    for key in sorted(arrays, key=form.order):
-        value = np.array(arrays[key], order="C")
+    parts, sums = (
+        {part: value for key, value in named.items() if (part := form.names.part(key))} for named in (arrays, buffers)
+    )
+    parts |= kept_indices(spec, parts, sums) if table.index_leaves and pruned else sums
+    for part in sorted(parts, key=form.order):
+        value = np.array(parts[part], order="C")
         if value.dtype.name == "bfloat16":
             tensor = torch.from_numpy(value.view(np.uint16)).view(torch.bfloat16)
         else:
             tensor = torch.from_numpy(value)
-        part = form.names.part(key)
-        assert part is not None
-        if part.role not in names.modules:
-            raise CheckpointError(f"the layout {layout!r} has no place for {key}; leave layout out to write it")
-        state_dict[names.key(part)] = tensor
+        if part.role not in table.names.modules:
+            raise CheckpointError(
+                f"the layout {layout!r} has no place for {form.names.key(part)}; leave layout out to write it"
+            )
+        state_dict[table.names.key(part)] = tensor
     return state_dict
 
 
@@ -107,6 +118,46 @@ def _check_unpruned(spec: Spec) -> None:
                 "widths such as these come of pruning, so that only the plan knows where: pass the plan that shrunk "
                 "them, to_torch(shrunk, plan), or indices={} where half of the zeros go on each side"
             )
+
+
+def _check_unpadded(spec: Spec, layout: str) -> None:
+    for number, stage in enumerate(() if isinstance(spec, VGGSpec) else spec.blocks, start=1):
+        for position, block in enumerate(stage):
+            if block.shortcut is None and (block.stride > 1 or (block.inputs != block.outputs and not block.indexed)):
+                raise CheckpointError(
+                    f"the code of the layout {layout!r} has a 1×1 convolution on every shortcut that changes shape; "
+                    f"block {position} of stage {number} pads its shortcut with zeros (shortcut A)"
+                )
+
+
+def kept_indices(
+    spec: Spec, arrays: Mapping[Part, np.ndarray], sums: Mapping[Part, np.ndarray]
+) -> dict[Part, np.ndarray]:
+    """`in_indices` and `out_indices` of every layer, such that EHAP's and HAP's code adds the channels meant by `sums`.
+
+    That code joins the out_indices of a block's last convolution with those of its shortcut's (or with the in_indices
+    of its first one), and takes their union, in the order of a Python set, for the channels of the sum. Positions in
+    the sum are such numbers; as they are 0, 1, …, the set is in order.
+
+    Raises:
+        CheckpointError: a sum with a channel that neither operand has, which that code cannot express.
+    """
+    form, kept = FORMS[spec.form], {}
+    for part, value in arrays.items():
+        if part.leaf == "weight" and kind_of(part.role) != "norm":
+            for axis, leaf in ((0, "out_indices"), (1, "in_indices")):
+                kept[part._replace(leaf=leaf)] = np.arange(value.shape[axis], dtype=np.int32)
+    for part, branch in sums.items():
+        if part.leaf != INDEX_BUFFERS[0] or isinstance(spec, VGGSpec):
+            continue
+        residual = sums[part._replace(leaf=INDEX_BUFFERS[1])]
+        if np.union1d(branch, residual).size != spec.blocks[part.stage - 1][part.block].outputs:
+            raise CheckpointError(f"{form.names.module(*part[:3])}: its sum has channels that neither operand has")
+        shortcut = part._replace(role=form.shortcut, leaf="out_indices")
+        receiver = shortcut if shortcut in kept else part._replace(role="conv1", leaf="in_indices")
+        kept[part._replace(role=f"conv{len(form.kernels)}", leaf="out_indices")] = branch.astype(np.int32)
+        kept[receiver] = residual.astype(np.int32)
+    return kept
 
 
 def form_of(variables: Any) -> Form:

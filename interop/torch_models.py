@@ -132,7 +132,10 @@ class ResidualNetwork(nn.Module):
 
 
 class VGG(nn.Module):
-    """VGG with BatchNorm of any widths. Input: float images, (N, channels, 32, 32). Output: logits, (N, classes)."""
+    """VGG of any widths, with BatchNorm or without.
+
+    Input: float images, (N, channels, 32, 32). Output: logits, (N, classes).
+    """
 
     def __init__(self, spec: VGGSpec) -> None:
         super().__init__()
@@ -140,7 +143,8 @@ class VGG(nn.Module):
         inputs = spec.image_channels
         for number, width in enumerate(spec.widths, start=1):
             self.add_module(f"conv{number}", nn.Conv2d(inputs, width, 3, padding=1, bias=spec.conv_bias))
-            self.add_module(f"bn{number}", nn.BatchNorm2d(width))
+            if self.form.has(f"bn{number}"):
+                self.add_module(f"bn{number}", nn.BatchNorm2d(width))
             inputs = width
         for number, width in enumerate(spec.hidden, start=1):
             self.add_module(f"fc{number}", nn.Linear(inputs, width))
@@ -154,7 +158,7 @@ class VGG(nn.Module):
             for _ in range(count):
                 number += 1
                 x = self.get_submodule(f"conv{number}")(x)
-                x = F.relu(self.get_submodule(f"bn{number}")(x))
+                x = F.relu(self.get_submodule(f"bn{number}")(x) if self.form.has(f"bn{number}") else x)
             if stage < len(self.form.stages) or self.head == "linear":
                 x = F.max_pool2d(x, 2)
         x = x.mean(dim=(2, 3)) if self.head == "mean_linear" else x.flatten(1)

@@ -137,6 +137,67 @@ class UnitResNet(nn.Module):
         return self.output(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 
+class IndexedConvBlock(nn.Module):
+    """EHAP's convolution after pruning: buffers beside its weight."""
+
+    def __init__(self, outputs, inputs, size, stride, activate):
+        super().__init__()
+        self.conv, self.bn, self.activate = conv(inputs, outputs, size, stride), nn.BatchNorm2d(outputs), activate
+        self.conv.register_buffer("out_indices", torch.zeros(outputs))
+        self.conv.register_buffer("in_indices", torch.zeros(inputs))
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return F.relu(x) if self.activate else x
+
+
+class IndexedUnit(nn.Module):
+    """Both operands of the sum into one tensor whose channels are the union of theirs, in the order of a Python set."""
+
+    def __init__(self, weights, prefix, stride):
+        super().__init__()
+        shapes = {key.removeprefix(prefix): value.shape[:2] for key, value in weights.items() if key.startswith(prefix)}
+        self.body = nn.Sequential()
+        self.body.add_module("conv1", IndexedConvBlock(*shapes["body.conv1.conv.weight"], 3, stride, True))
+        self.body.add_module("conv2", IndexedConvBlock(*shapes["body.conv2.conv.weight"], 3, 1, False))
+        if "identity_conv.conv.weight" in shapes:
+            self.identity_conv = IndexedConvBlock(*shapes["identity_conv.conv.weight"], 1, stride, False)
+
+    def forward(self, x):
+        projected = hasattr(self, "identity_conv")
+        shortcut = self.identity_conv(x) if projected else x
+        labels = self.identity_conv.conv.out_indices if projected else self.body.conv1.conv.in_indices
+        ours, theirs = self.body.conv2.conv.out_indices.tolist(), labels.tolist()
+        union = list(set(ours + theirs))
+        total = x.new_zeros(len(x), len(union), *shortcut.shape[2:])
+        total[:, [place for place, label in enumerate(union) if label in theirs]] += shortcut
+        total[:, [place for place, label in enumerate(union) if label in ours]] += self.body(x)
+        return F.relu(total)
+
+
+class PrunedUnitResNet(nn.Module):
+    """EHAP's pruned network, with the widths of a state dict; three stages."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.features = nn.Sequential()
+        stem = weights["features.init_block.conv.weight"]
+        self.features.add_module("init_block", IndexedConvBlock(*stem.shape[:2], 3, 1, True))
+        for number in (1, 2, 3):
+            stage, unit = nn.Sequential(), 1
+            while f"features.stage{number}.unit{unit}.body.conv1.conv.weight" in weights:
+                stride = 2 if unit == 1 < number else 1
+                stage.add_module(f"unit{unit}", IndexedUnit(weights, f"features.stage{number}.unit{unit}.", stride))
+                unit += 1
+            self.features.add_module(f"stage{number}", stage)
+        self.output = nn.Linear(*reversed(weights["output.weight"].shape))
+        self.output.register_buffer("out_indices", torch.zeros(weights["output.weight"].shape[0]))
+        self.output.register_buffer("in_indices", torch.zeros(weights["output.weight"].shape[1]))
+
+    def forward(self, x):
+        return self.output(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+
+
 class ConvShortcutBlock(nn.Module):
     """xternalz's block: the shortcut's convolution reads what the first norm and ReLU leave."""
 
@@ -274,14 +335,16 @@ class WideResidual(nn.Module):
 
 
 class SequentialVGG(nn.Module):
-    """Convolution, norm, ReLU and maximum in one `nn.Sequential`, as everyone writes VGG."""
+    """Convolution, norm (or none), ReLU and maximum in one `nn.Sequential`, as everyone writes VGG."""
 
-    def __init__(self, features, classifier, counts=(1, 1, 2, 2, 2), widths=(3, 4, 4, 5, 6), bias=True, mean=False):
+    def __init__(
+        self, features, classifier, counts=(1, 1, 2, 2, 2), widths=(3, 4, 4, 5, 6), bias=True, mean=False, norm=True
+    ):
         super().__init__()
         layers, inputs = [], 3
         for stage, (count, width) in enumerate(zip(counts, widths, strict=True), start=1):
             for _ in range(count):
-                layers += [conv(inputs, width, bias=bias), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [conv(inputs, width, bias=bias), *([nn.BatchNorm2d(width)] if norm else []), nn.ReLU()]
                 inputs = width
             if stage < 5 or not mean:
                 layers.append(nn.MaxPool2d(2))
@@ -326,7 +389,7 @@ CASES = {
     "eigendamage resnet": Case(lambda: DownsampleResNet(eigendamage=True), ("eigendamage",), "resnet", 14, "ResNet"),
     "weiaicunzai resnet": Case(ResidualFunctionResNet, ("weiaicunzai",), "resnet", 10, None),
     "ehap thin resnet": Case(UnitResNet, ("ehap",), "resnet", 14, "ResNet"),
-    "ehap wide resnet": Case(lambda: UnitResNet(2, (4, 6, 8)), ("ehap",), "resnet", 14, "ResNet"),
+    "ehap wide resnet": Case(lambda: UnitResNet(2, (4, 6, 8)), ("ehap",), "resnet", 16, "ResNet"),
     "xternalz wide resnet": Case(ConvShortcutWRN, ("xternalz",), "wide", 16, "WideResNet"),
     "hap preresnet": Case(SelectPreResNet, ("hap", "eigendamage"), "preresnet", 11, "PreResNet"),
     "weiaicunzai preactresnet": Case(PreActResNet, ("weiaicunzai",), "preact", 10, None),
@@ -342,5 +405,12 @@ CASES = {
     "eigendamage vgg": Case(
         lambda: SequentialVGG("feature", one_layer, (2, 2, 3, 3, 3), bias=False, mean=True),
         ("hap", "eigendamage"), "vgg16_mean", 16, None, 32,
+    ),
+    "hap vgg without norms": Case(
+        lambda: SequentialVGG("feature", one_layer, (2, 2, 4, 4, 4), mean=True, norm=False),
+        ("hap",), "vgg19_mean_plain", 19, None, 32,
+    ),
+    "torchvision vgg without norms": Case(
+        lambda: SequentialVGG("features", three_layers, norm=False), ("torchvision",), "vgg11_plain", 11, None, 32
     ),
 }  # fmt: skip
