@@ -170,6 +170,8 @@ class Form:
     flax: module paths in Flax variables; those of `ehap_jax.models` where it has such a network.
     kind: residual or vgg. preactivation: norm and ReLU before each convolution of a block, not after.
     kernels: sizes of a block's convolutions. strided: which of them has the block's stride.
+    grouped: which of them may be grouped. stems: sizes of the first convolution; one of 7×7 has stride 2 and is
+        followed by a 3×3 maximum of stride 2 (networks for ImageNet).
     sometimes: groups of roles that are there together or not at all; every other role but `add` is always there.
     mark: a role of which there must be at least one.
     extra_depth: what is added to the convolutions in the blocks (of VGG: in all) to give the depth in a network's name.
@@ -182,6 +184,8 @@ class Form:
     preactivation: bool = False
     kernels: tuple[int, ...] = (3, 3)
     strided: int = 0
+    grouped: int | None = None
+    stems: tuple[int, ...] = (3,)
     sometimes: tuple[tuple[str, ...], ...] = ()
     mark: str | None = None
     extra_depth: int = 2
@@ -298,9 +302,30 @@ RESNET = Form(
         {"stem_conv": "conv1", "stem_bn": "bn1", "linear": "linear"}
         | block_names(_FLAX, 2, {"shortcut_conv": "downsample_conv", "shortcut_bn": "downsample_bn"})
     ),
+    stems=(3, 7),
     sometimes=(("shortcut_conv", "shortcut_bn"),),
 )
-"""Post-activation basic blocks: CIFAR ResNets with shortcut A or B, and EHAP's wide network."""
+"""Post-activation basic blocks: CIFAR ResNets with shortcut A or B, EHAP's wide network, ResNet-18 and 34."""
+
+BOTTLENECK = Form(
+    name="bottleneck",
+    names=Names(
+        {"stem_conv": "conv1", "stem_bn": "bn1"}
+        | block_names(_TORCH, 3, {"shortcut_conv": "shortcut.0", "shortcut_bn": "shortcut.1"})
+        | _ADD
+        | {"linear": "linear"}
+    ),
+    flax=Names(
+        {"stem_conv": "conv1", "stem_bn": "bn1", "linear": "linear"}
+        | block_names(_FLAX, 3, {"shortcut_conv": "downsample_conv", "shortcut_bn": "downsample_bn"})
+    ),
+    kernels=(1, 3, 1),
+    strided=1,
+    grouped=1,
+    stems=(3, 7),
+    sometimes=(("shortcut_conv", "shortcut_bn"),),
+)
+"""Post-activation bottlenecks, strided in the middle: ResNet-50 and up, wide ones, ResNeXt (arXiv 1611.05431)."""
 
 WIDE = Form(
     name="wide",
@@ -402,7 +427,7 @@ PLAIN_VGGS = {depth: _vgg_form(depth, "linear", False) for depth in VGG_STAGES}
 PLAIN_MEAN_VGGS = {depth: _vgg_form(depth, "mean_linear", False) for depth in VGG_STAGES}
 """The same two without BatchNorm."""
 
-_RESIDUAL = (RESNET, WIDE, PRERESNET, PREACT, WIDE_AFFINE)
+_RESIDUAL = (RESNET, BOTTLENECK, WIDE, PRERESNET, PREACT, WIDE_AFFINE)
 _VGGS = (VGGS, MEAN_VGGS, PLAIN_VGGS, PLAIN_MEAN_VGGS)
 FORMS: Mapping[str, Form] = {f.name: f for f in (*_RESIDUAL, *(form for forms in _VGGS for form in forms.values()))}
 """Every form by name."""

@@ -279,7 +279,7 @@ def linen_model(spec: Spec) -> Any:
 def _vgg_model(spec: VGGSpec) -> VGG | None:
     form = FORMS[spec.form]
     uniform = [width for width, count in zip(spec.stage_widths, form.stages, strict=True) for _ in range(count)]
-    if form not in VGGS.values() or uniform != list(spec.widths):
+    if form not in VGGS.values() or uniform != list(spec.widths) or spec.grid != 1:
         return None
     return VGG(spec.depth, spec.num_classes, spec.stage_widths, spec.hidden, spec.conv_bias)
 
@@ -297,7 +297,7 @@ def _residual_model(spec: ResidualSpec) -> Any:
                 or block.widths != (middle,) * (len(block.widths) - 1) + (width,)
             ):
                 return None
-    if len(widths) != 3 or len({len(stage) for stage in spec.blocks}) != 1 or spec.conv_bias:
+    if len(widths) != 3 or len({len(stage) for stage in spec.blocks}) != 1 or spec.conv_bias or spec.stem_size != 3:
         return None
     if form is RESNET and inner == list(widths) and (projected == shapes_change or not any(projected)):
         shortcut = "B" if any(projected) else "A"

@@ -87,7 +87,8 @@ def _vgg(spec: VGGSpec) -> Apply:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
         if form.has("mean_linear"):
             return layers.dense("mean_linear", jnp.mean(x, axis=(1, 2)))
-        x = x.reshape(x.shape[0], -1)
+        # In PyTorch's order, channels first: a kernel that reads a grid keeps its rows as they are in the file.
+        x = grid_means(x, spec.grid).transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         for role, _ in zip(("fc1", "fc2"), spec.hidden, strict=False):
             x = jax.nn.relu(layers.dense(role, x))
         return layers.dense("linear", x)
@@ -124,9 +125,11 @@ def _residual(form: Form, spec: ResidualSpec, indices: Mapping[str, np.ndarray])
 
     def apply(variables: Any, x: jax.Array) -> jax.Array:
         layers = _Layers(form, variables)
-        x = layers.conv("stem_conv", x)
+        x = layers.conv("stem_conv", x, 2 if spec.stem_size == 7 else 1)
         if form.has("stem_bn"):
             x = jax.nn.relu(layers.norm("stem_bn", x))
+        if spec.stem_size == 7:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for number, stage in enumerate(spec.blocks, start=1):
             for position, block in enumerate(stage):
                 x = run_block(layers, block, x, (number, position))
@@ -140,15 +143,34 @@ def _residual(form: Form, spec: ResidualSpec, indices: Mapping[str, np.ndarray])
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """PyTorch's Conv2d(padding=kernel // 2) on (N, H, W, C) and an (h, w, in, out) kernel."""
+    """PyTorch's Conv2d(padding=kernel // 2) on (N, H, W, C) and an (h, w, in / groups, out) kernel."""
     pads = [(size // 2, size // 2) for size in kernel.shape[:2]]
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    layout, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1] // kernel.shape[2]
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=layout, feature_group_count=groups
+    )
 
 
 def batch_norm(x: jax.Array, affine: Mapping[str, jax.Array], moments: Mapping[str, jax.Array]) -> jax.Array:
     """BatchNorm with frozen statistics over the last axis."""
     scale = affine["scale"] * lax.rsqrt(moments["var"] + jnp.asarray(EPSILON, moments["var"].dtype))
     return (x - moments["mean"][None, None, None, :]) * scale[None, None, None, :] + affine["bias"][None, None, None, :]
+
+
+def grid_means(x: jax.Array, grid: int) -> jax.Array:
+    """PyTorch's AdaptiveAvgPool2d(grid) on (N, H, W, C), where grid divides H and W: (N, grid, grid, C).
+
+    Raises:
+        ValueError: it does not divide them.
+    """
+    rows, columns = x.shape[1] // grid, x.shape[2] // grid
+    if (rows * grid, columns * grid) != x.shape[1:3]:
+        raise ValueError(
+            f"a {grid}×{grid} grid of means needs features it divides, these are {x.shape[1]}×{x.shape[2]}"
+        )
+    if rows == columns == 1:
+        return x
+    return x.reshape(x.shape[0], grid, rows, grid, columns, x.shape[3]).mean((2, 4))
 
 
 def scatter_channels(x: jax.Array, positions: np.ndarray, channels: int) -> jax.Array:

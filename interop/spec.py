@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isqrt
 
 from interop.forms import FORMS, INDEX_BUFFERS, LEAVES, CheckpointError, Form, Part, kind_of
 
@@ -17,6 +18,7 @@ class BlockSpec:
     inputs: channels that enter. widths: channels out of each convolution; the last is the branch's.
     outputs: channels of the residual sum.
     shortcut: channels of the 1×1 convolution on the shortcut, or None where the shortcut has no parameters.
+    groups: of the form's grouped convolution.
     indexed: whether the sum is by index.
     """
 
@@ -26,6 +28,7 @@ class BlockSpec:
     stride: int
     shortcut: int | None = None
     indexed: bool = False
+    groups: int = 1
 
     @property
     def branch(self) -> int:
@@ -40,7 +43,10 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class ResidualSpec:
-    """The widths of a residual network; `blocks[i]` are the blocks of stage i + 1. conv_bias: on every convolution."""
+    """The widths of a residual network; `blocks[i]` are the blocks of stage i + 1. conv_bias: on every convolution.
+
+    stem_size: of the first kernel; 7 stands for stride 2 and a 3×3 maximum of stride 2 after it.
+    """
 
     form: str
     stem: int
@@ -48,6 +54,7 @@ class ResidualSpec:
     num_classes: int
     image_channels: int = 3
     conv_bias: bool = False
+    stem_size: int = 3
 
     @property
     def depth(self) -> int:
@@ -57,7 +64,7 @@ class ResidualSpec:
         by the one in their first stage, which thin ResNets do not have.
         """
         form = FORMS[self.form]
-        widened = form.name == "resnet" and self.blocks[0][0].shortcut is not None
+        widened = form.name == "resnet" and self.stem_size == 3 and self.blocks[0][0].shortcut is not None
         return self.layers + (2 if widened else 0)
 
     @property
@@ -74,7 +81,7 @@ class ResidualSpec:
 
 @dataclass(frozen=True)
 class VGGSpec:
-    """The widths of a VGG: of its convolutions, and of the hidden dense layers."""
+    """The widths of a VGG: of its convolutions, and of the hidden dense layers, which read grid × grid means."""
 
     form: str
     widths: tuple[int, ...]
@@ -82,6 +89,7 @@ class VGGSpec:
     num_classes: int
     image_channels: int = 3
     conv_bias: bool = False
+    grid: int = 1
 
     @property
     def depth(self) -> int:
@@ -152,6 +160,16 @@ class _Reader:
             self.check(Part(role, stage, block, "bias"), (shape[0],))
         return shape
 
+    def groups(self, role: str, stage: int, block: int, inputs: int) -> int:
+        """Groups of a convolution that reads so many channels."""
+        part = Part(role, stage, block, "weight")
+        outputs, per_group, *_ = self.check(part, (None, None, None, None))
+        if inputs % per_group or outputs % (inputs // per_group):
+            raise CheckpointError(
+                f"{self.name(part)}: no number of groups of {per_group} channels makes {outputs} of {inputs}"
+            )
+        return inputs // per_group
+
     def norm(self, role: str, stage: int, block: int, width: int) -> None:
         for leaf in LEAVES["norm"]:
             self.check(Part(role, stage, block, leaf), (width,))
@@ -174,19 +192,25 @@ def _read_vgg(reader: _Reader) -> VGGSpec:
             reader.norm(f"bn{number}", 0, 0, width)
         widths.append(width)
     assert width is not None
+    dense = [role for role in ("fc1", "fc2", "linear", "mean_linear") if reader.has(role)]
+    grid = 1
+    if "linear" in dense:
+        read = reader.check(Part(dense[0], 0, 0, "weight"), (None, None))[1]
+        grid = max(isqrt(read // width), 1)
+    width *= grid * grid
     hidden = []
-    for role in ("fc1", "fc2"):
-        if reader.has(role):
-            width = reader.dense(role, width)
-            hidden.append(width)
-    head = "linear" if form.has("linear") else "mean_linear"
-    classes = reader.dense(head, width)
-    return VGGSpec(form.name, tuple(widths), tuple(hidden), classes, image_channels, reader.conv_bias)
+    for role in dense:
+        width = reader.dense(role, width)
+        hidden.append(width)
+    *hidden, classes = hidden
+    return VGGSpec(form.name, tuple(widths), tuple(hidden), classes, image_channels, reader.conv_bias, grid)
 
 
 def _read_residual(reader: _Reader) -> ResidualSpec:
     form = reader.form
-    stem, image_channels, *_ = reader.conv("stem_conv", 0, 0, None, 3)
+    found_size = reader.shapes.get(form.names.key(Part("stem_conv", 0, 0, "weight")), (0,))[-1]
+    size = found_size if found_size in form.stems else form.stems[0]
+    stem, image_channels, *_ = reader.conv("stem_conv", 0, 0, None, size)
     if form.has("stem_bn"):
         reader.norm("stem_bn", 0, 0, stem)
     counts: list[int] = []
@@ -208,17 +232,19 @@ def _read_residual(reader: _Reader) -> ResidualSpec:
             reader.norm(role, 0, 0, width)
     classes = reader.dense("linear", width)
     blocks = tuple(tuple(found[s, b] for b in range(count)) for s, count in enumerate(counts, start=1))
-    return ResidualSpec(form.name, stem, blocks, classes, image_channels, reader.conv_bias)
+    return ResidualSpec(form.name, stem, blocks, classes, image_channels, reader.conv_bias, size)
 
 
 def _read_block(reader: _Reader, here: tuple[int, int], after: tuple[int, int] | None, inputs: int) -> BlockSpec:
     form = reader.form
     widths: list[int] = []
-    width = inputs
+    width, groups = inputs, 1
     for number, size in enumerate(form.kernels, start=1):
         if form.preactivation:
             reader.norm(f"bn{number}", *here, width)
-        width, *_ = reader.conv(f"conv{number}", *here, width, size)
+        if number - 1 == form.grouped:
+            groups = reader.groups(f"conv{number}", *here, width)
+        width, *_ = reader.conv(f"conv{number}", *here, width // (groups if number - 1 == form.grouped else 1), size)
         if not form.preactivation:
             reader.norm(f"bn{number}", *here, width)
         widths.append(width)
@@ -230,13 +256,13 @@ def _read_block(reader: _Reader, here: tuple[int, int], after: tuple[int, int] |
             reader.norm("shortcut_bn", *here, shortcut)
     stride = 2 if here[1] == 0 and here[0] > 1 else 1
     indexed, outputs = reader.has("add", *here), width
-    block = BlockSpec(inputs, tuple(widths), outputs, stride, shortcut, indexed)
+    block = BlockSpec(inputs, tuple(widths), outputs, stride, shortcut, indexed, groups)
     if indexed:
         consumer = Part("linear", 0, 0, "weight") if after is None else Part("conv1", *after, "weight")
         kernel = reader.check(consumer, (None, None) if after is None else (None, None, *(form.kernels[0],) * 2))
         for buffer, expected in zip(INDEX_BUFFERS, (block.branch, block.residual), strict=True):
             reader.check(Part("add", *here, buffer), (expected,))
-        return BlockSpec(inputs, tuple(widths), kernel[1], stride, shortcut, indexed)
+        return replace(block, outputs=kernel[1])
     if shortcut is not None and shortcut != width:
         name = reader.name(Part(form.shortcut, *here, "weight"))
         raise CheckpointError(f"{name}: expected {width} output channels, found {shortcut} (and no index buffers)")

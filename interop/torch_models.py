@@ -54,7 +54,8 @@ class Block(nn.Module):
         inputs = spec.inputs
         for number, (size, width) in enumerate(zip(form.kernels, spec.widths, strict=True), start=1):
             stride = spec.stride if number == form.strided + 1 else 1
-            conv = nn.Conv2d(inputs, width, size, stride, padding=size // 2, bias=bias)
+            groups = spec.groups if number - 1 == form.grouped else 1
+            conv = nn.Conv2d(inputs, width, size, stride, padding=size // 2, groups=groups, bias=bias)
             pair = [(f"conv{number}", conv), (f"bn{number}", nn.BatchNorm2d(inputs if form.preactivation else width))]
             for name, layer in reversed(pair) if form.preactivation else pair:
                 self.add_module(name, layer)
@@ -101,7 +102,7 @@ class Block(nn.Module):
 
 
 class ResidualNetwork(nn.Module):
-    """A residual network of any widths: 3×3 stem, stages of blocks, mean pooling, classifier.
+    """A residual network of any widths: stem, stages of blocks, mean pooling, classifier.
 
     Input: float images, (N, channels, H, W). Output: logits, (N, num_classes).
     """
@@ -110,7 +111,9 @@ class ResidualNetwork(nn.Module):
         super().__init__()
         self.spec, self.form = spec, FORMS[spec.form]
         form, last = self.form, spec.blocks[-1][-1].outputs
-        self.conv1 = nn.Conv2d(spec.image_channels, spec.stem, 3, padding=1, bias=spec.conv_bias)
+        size = spec.stem_size
+        stride = 2 if size == 7 else 1
+        self.conv1 = nn.Conv2d(spec.image_channels, spec.stem, size, stride, size // 2, bias=spec.conv_bias)
         self.bn1 = nn.BatchNorm2d(spec.stem) if form.has("stem_bn") else None
         prefix = form.names.module("add", 0, 0).partition("0")[0]
         self.stage_names = [f"{prefix}{number}" for number in range(1, len(spec.blocks) + 1)]
@@ -123,6 +126,8 @@ class ResidualNetwork(nn.Module):
         x = self.conv1(x)
         if self.bn1 is not None:
             x = F.relu(self.bn1(x))
+        if self.spec.stem_size == 7:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
         for name in self.stage_names:
             x = self.get_submodule(name)(x)
         if self.bn is not None:
@@ -134,7 +139,8 @@ class ResidualNetwork(nn.Module):
 class VGG(nn.Module):
     """VGG of any widths, with BatchNorm or without.
 
-    Input: float images, (N, channels, 32, 32). Output: logits, (N, classes).
+    Input: float images, (N, channels, 32, 32), or larger ones whose features the grid divides.
+    Output: logits, (N, classes).
     """
 
     def __init__(self, spec: VGGSpec) -> None:
@@ -146,6 +152,7 @@ class VGG(nn.Module):
             if self.form.has(f"bn{number}"):
                 self.add_module(f"bn{number}", nn.BatchNorm2d(width))
             inputs = width
+        inputs *= spec.grid**2
         for number, width in enumerate(spec.hidden, start=1):
             self.add_module(f"fc{number}", nn.Linear(inputs, width))
             inputs = width
@@ -161,7 +168,7 @@ class VGG(nn.Module):
                 x = F.relu(self.get_submodule(f"bn{number}")(x) if self.form.has(f"bn{number}") else x)
             if stage < len(self.form.stages) or self.head == "linear":
                 x = F.max_pool2d(x, 2)
-        x = x.mean(dim=(2, 3)) if self.head == "mean_linear" else x.flatten(1)
+        x = x.mean(dim=(2, 3)) if self.head == "mean_linear" else F.adaptive_avg_pool2d(x, self.spec.grid).flatten(1)
         for number in range(1, len(self.spec.hidden) + 1):
             x = F.relu(self.get_submodule(f"fc{number}")(x))
         return self.get_submodule(self.head)(x)

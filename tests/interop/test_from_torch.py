@@ -261,7 +261,7 @@ def test_missing_whole_block_is_noticed(network):
         ("layer1.0.conv2.weight", (4, 5, 3, 3), r"layer1\.0\.conv2\.weight: expected shape \(any, 4, 3, 3\)"),
         ("layer2.0.bn1.weight", (7,), r"layer2\.0\.bn1\.weight: expected shape \(8\), found \(7,\)"),
         ("linear.weight", (5, 15), r"linear\.weight: expected shape \(any, 16\), found \(5, 15\)"),
-        ("conv1.weight", (4, 3, 7, 7), r"conv1\.weight: expected shape \(any, any, 3, 3\), found \(4, 3, 7, 7\)"),
+        ("conv1.weight", (4, 3, 5, 5), r"conv1\.weight: expected shape \(any, any, 3, 3\), found \(4, 3, 5, 5\)"),
     ],
 )
 def test_shapes_that_contradict_each_other(network, key, shape, told):

@@ -57,17 +57,15 @@ class DownsampleResNet(nn.Module):
 
 
 class ResidualFunctionBlock(nn.Module):
-    """weiaicunzai's basic block."""
+    """weiaicunzai's basic block and bottleneck."""
 
-    def __init__(self, inputs, width, stride):
+    def __init__(self, inputs, width, stride, bottleneck):
         super().__init__()
-        self.residual_function = nn.Sequential(
-            conv(inputs, width, stride=stride),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            conv(width, width),
-            nn.BatchNorm2d(width),
-        )
+        convs = [conv(inputs, width, stride=stride), conv(width, width)]
+        if bottleneck:
+            convs = [conv(inputs, width // 2, 1), conv(width // 2, width // 2, 3, stride), conv(width // 2, width, 1)]
+        layers = [layer for c in convs for layer in (c, nn.BatchNorm2d(c.out_channels), nn.ReLU())]
+        self.residual_function = nn.Sequential(*layers[:-1])
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != width:
             self.shortcut = nn.Sequential(conv(inputs, width, 1, stride), nn.BatchNorm2d(width))
@@ -77,20 +75,55 @@ class ResidualFunctionBlock(nn.Module):
 
 
 class ResidualFunctionResNet(nn.Module):
-    """weiaicunzai's ResNet-10: four stages, conv2_x to conv5_x."""
+    """weiaicunzai's ResNet-10, or 14 of bottlenecks: four stages, conv2_x to conv5_x."""
 
-    def __init__(self, widths=(4, 4, 6, 8)):
+    def __init__(self, bottleneck=False, widths=(4, 4, 6, 8)):
         super().__init__()
         self.conv1 = nn.Sequential(conv(3, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU())
         inputs = widths[0]
         for number, width in enumerate(widths, start=2):
-            self.add_module(f"conv{number}_x", nn.Sequential(ResidualFunctionBlock(inputs, width, 1 + (number > 2))))
+            block = ResidualFunctionBlock(inputs, width, 1 + (number > 2), bottleneck)
+            self.add_module(f"conv{number}_x", nn.Sequential(block))
             inputs = width
         self.fc = nn.Linear(inputs, 5)
 
     def forward(self, x):
         x = self.conv5_x(self.conv4_x(self.conv3_x(self.conv2_x(self.conv1(x)))))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class ExpandedBlock(nn.Module):
+    """kuangliu's bottleneck."""
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != 4 * width:
+            self.shortcut = nn.Sequential(conv(inputs, 4 * width, 1, stride), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+class ExpandedResNet(nn.Module):
+    """kuangliu's ResNet of bottlenecks, with one block in each of four stages."""
+
+    def __init__(self, widths=(2, 2, 3, 4)):
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, 4), nn.BatchNorm2d(4)
+        inputs = 4
+        for number, width in enumerate(widths, start=1):
+            self.add_module(f"layer{number}", nn.Sequential(ExpandedBlock(inputs, width, 1 + (number > 1))))
+            inputs = 4 * width
+        self.linear = nn.Linear(inputs, 5)
+
+    def forward(self, x):
+        x = self.layer4(self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 class ConvBlock(nn.Module):
@@ -388,6 +421,10 @@ CASES = {
     ),
     "eigendamage resnet": Case(lambda: DownsampleResNet(eigendamage=True), ("eigendamage",), "resnet", 14, "ResNet"),
     "weiaicunzai resnet": Case(ResidualFunctionResNet, ("weiaicunzai",), "resnet", 10, None),
+    "weiaicunzai bottlenecks": Case(
+        lambda: ResidualFunctionResNet(bottleneck=True), ("weiaicunzai",), "bottleneck", 14, None
+    ),
+    "kuangliu bottlenecks": Case(ExpandedResNet, ("kuangliu", "ehap_jax"), "bottleneck", 14, None),
     "ehap thin resnet": Case(UnitResNet, ("ehap",), "resnet", 14, "ResNet"),
     "ehap wide resnet": Case(lambda: UnitResNet(2, (4, 6, 8)), ("ehap",), "resnet", 16, "ResNet"),
     "xternalz wide resnet": Case(ConvShortcutWRN, ("xternalz",), "wide", 16, "WideResNet"),
