@@ -168,7 +168,8 @@ class Form:
 
     names: what `to_torch` calls the parts; its order is the order of the modules.
     flax: module paths in Flax variables; those of `ehap_jax.models` where it has such a network.
-    kind: residual or vgg. preactivation: norm and ReLU before each convolution of a block, not after.
+    kind: residual, vgg or inverted (sums of narrow tensors, MobileNetV2).
+    preactivation: norm and ReLU before each convolution of a block, not after.
     kernels: sizes of a block's convolutions. strided: which of them has the block's stride.
     grouped: which of them may be grouped. stems: sizes of the first convolution; one of 7×7 has stride 2 and is
         followed by a 3×3 maximum of stride 2 (networks for ImageNet).
@@ -180,7 +181,7 @@ class Form:
     name: str
     names: Names
     flax: Names
-    kind: Literal["residual", "vgg"] = "residual"
+    kind: Literal["residual", "vgg", "inverted"] = "residual"
     preactivation: bool = False
     kernels: tuple[int, ...] = (3, 3)
     strided: int = 0
@@ -252,7 +253,8 @@ class Form:
             if self.in_block(role):
                 blocks.setdefault(stage, set()).add(block)
         # As many as were seen, and those: a number in a file is never counted up to.
-        stages = sorted({*range(1, max(len(blocks), 1) + 1), *blocks})
+        staged = any("{s}" in template for template in self.names.modules.values())
+        stages = sorted({*range(1, max(len(blocks), 1) + 1), *blocks}) if staged else [0]
         places = [(s, b) for s in stages for b in sorted({*range(len(blocks.get(s, ())) or 1), *blocks.get(s, ())})]
         grouped = {role for group in self.sometimes for role in group}
         wanted: list[tuple[str, int, int]] = []
@@ -427,9 +429,47 @@ PLAIN_VGGS = {depth: _vgg_form(depth, "linear", False) for depth in VGG_STAGES}
 PLAIN_MEAN_VGGS = {depth: _vgg_form(depth, "mean_linear", False) for depth in VGG_STAGES}
 """The same two without BatchNorm."""
 
+
+def _inverted_names(prefix: str, layers: Sequence[str], parts: Sequence[str]) -> dict[str, str]:
+    """ "expand_conv", "expand_bn" and so on: a convolution and a norm of each layer, under two names in turn."""
+    roles = [f"{layer}_{part}" for layer in layers for part in ("conv", "bn")]
+    return {role: prefix + name for role, name in zip(roles, parts, strict=True)}
+
+
+_NARROWING, _INVERTED = ("depthwise", "project"), ("expand", "depthwise", "project")
+_FIRST = tuple(f"first_{layer}" for layer in _NARROWING)
+
+MOBILENET = Form(
+    name="mobilenetv2",
+    names=Names(
+        {"stem_conv": "features.0.0", "stem_bn": "features.0.1"}
+        | _inverted_names("features.1.conv.", _FIRST, ("0.0", "0.1", "1", "2"))
+        | _inverted_names("features.{b}.conv.", _INVERTED, ("0.0", "0.1", "1.0", "1.1", "2", "3"))
+        | {"add": "features.{b}", "last_conv": "features.18.0", "last_bn": "features.18.1", "linear": "classifier.1"},
+        first_block=2,
+    ),
+    flax=Names(
+        {role: role for role in ("stem_conv", "stem_bn", "last_conv", "last_bn", "linear")}
+        | {f"{layer}_{part}": f"block1/{layer[6:]}_{part}" for layer in _FIRST for part in ("conv", "bn")}
+        | {f"{layer}_{part}": f"block{{b}}/{layer}_{part}" for layer in _INVERTED for part in ("conv", "bn")},
+        first_block=2,
+    ),
+    kind="inverted",
+    extra_depth=5,
+)
+"""MobileNetV2 (arXiv 1801.04381), named as in torchvision. Its first block does not widen and has its own roles."""
+
+INVERTED_STAGES = ((2, 2), (3, 2), (4, 2), (3, 1), (3, 2), (1, 1))
+"""(blocks, stride of the first) of each stage of MobileNetV2 after its first block (its table 2)."""
+
+INVERTED_BLOCKS = tuple((stride if i == 0 else 1, i > 0) for count, stride in INVERTED_STAGES for i in range(count))
+"""(stride, whether the input is added to the output) of each of those blocks."""
+
 _RESIDUAL = (RESNET, BOTTLENECK, WIDE, PRERESNET, PREACT, WIDE_AFFINE)
 _VGGS = (VGGS, MEAN_VGGS, PLAIN_VGGS, PLAIN_MEAN_VGGS)
-FORMS: Mapping[str, Form] = {f.name: f for f in (*_RESIDUAL, *(form for forms in _VGGS for form in forms.values()))}
+FORMS: Mapping[str, Form] = {
+    f.name: f for f in (*_RESIDUAL, MOBILENET, *(form for forms in _VGGS for form in forms.values()))
+}
 """Every form by name."""
 
 

@@ -28,7 +28,7 @@ from interop.forms import (
 from interop.layouts import Layout, recognise
 from interop.network import network_function
 from interop.read import read_checkpoint
-from interop.spec import ResidualSpec, Spec, VGGSpec, read_spec
+from interop.spec import InvertedSpec, ResidualSpec, Spec, VGGSpec, read_spec, sums
 
 
 @dataclass(frozen=True)
@@ -230,15 +230,12 @@ def _check_values(tensors: Mapping[str, np.ndarray], original: Mapping[str, str]
 
 
 def _check_indices(spec: Spec, indices: Mapping[str, np.ndarray]) -> None:
-    if isinstance(spec, VGGSpec):
-        return
-    for number, stage in enumerate(spec.blocks, start=1):
-        for position, block in enumerate(stage):
-            for buffer in INDEX_BUFFERS:
-                key = FORMS[spec.form].names.key(Part("add", number, position, buffer))
-                index = indices.get(key, np.arange(0))
-                if np.unique(index).size != index.size or np.any((index < 0) | (index >= block.outputs)):
-                    raise CheckpointError(f"{key}: expected distinct positions below {block.outputs}")
+    for place, block in sums(spec):
+        for buffer in INDEX_BUFFERS:
+            key = FORMS[spec.form].names.key(Part("add", *place, buffer))
+            index = indices.get(key, np.arange(0))
+            if np.unique(index).size != index.size or np.any((index < 0) | (index >= block.outputs)):
+                raise CheckpointError(f"{key}: expected distinct positions below {block.outputs}")
 
 
 def _convert(key: str, value: np.ndarray, dtype: Any) -> jax.Array:
@@ -263,16 +260,19 @@ def _put(tree: dict[str, Any], path: str, value: jax.Array) -> None:
 
 
 def _shortcut(spec: Spec) -> str:
-    if isinstance(spec, VGGSpec):
-        return "none"
-    blocks = [block for stage in spec.blocks for block in stage]
+    blocks = [block for _, block in sums(spec)]
     if any(block.indexed for block in blocks):
         return "indexed"
+    if not isinstance(spec, ResidualSpec):
+        return "none"
+    blocks = [block for stage in spec.blocks for block in stage]
     return "B" if any(block.shortcut is not None for block in blocks) else "A"
 
 
 def linen_model(spec: Spec) -> Any:
     """The `ehap_jax.models` network with these widths, or None where it has a form of its own."""
+    if isinstance(spec, InvertedSpec):
+        return None
     return _vgg_model(spec) if isinstance(spec, VGGSpec) else _residual_model(spec)
 
 

@@ -15,6 +15,7 @@ from interop.forms import (
     FORMS,
     KEPT_INDICES,
     MEAN_VGGS,
+    MOBILENET,
     PLAIN_MEAN_VGGS,
     PLAIN_VGGS,
     PREACT,
@@ -124,6 +125,7 @@ _TABLES = (
         Layout("torchvision", form, _renamed(form, _DOWNSAMPLE), *_TORCHVISION, large=True)
         for form in (RESNET, BOTTLENECK)
     ),
+    Layout("torchvision", MOBILENET, MOBILENET.names, *_TORCHVISION, large=True),
     Layout(
         "torchvision", WIDE, _renamed(WIDE, {"projection": "layer{s}.{b}.downsample.0", "linear": "fc"}), *_TORCHVISION
     ),
@@ -366,7 +368,7 @@ def recognise(tensors: Mapping[str, Any] | Iterable[str], layout: str = "auto") 
 def _is_large(found: Match, tensors: Mapping[str, Any]) -> bool:
     """Whether a network is for large images: its stem is 7×7, or its first dense layer reads more than one pixel."""
     weights = {part.role: tensors[key].shape for key, part in found.parts.items() if part.leaf == "weight"}
-    if found.layout.form.kind == "residual":
+    if found.layout.form.kind != "vgg":
         return weights["stem_conv"][-1:] == (7,)
     last = weights[f"conv{sum(found.layout.form.stages)}"]
     first = next((weights[role] for role in ("fc1", "fc2", "linear") if role in weights), ())

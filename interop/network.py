@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import lax
 
 from interop.forms import FORMS, INDEX_BUFFERS, Form, Part
-from interop.spec import BlockSpec, ResidualSpec, Spec, VGGSpec
+from interop.spec import BlockSpec, InvertedSpec, ResidualSpec, Spec, VGGSpec, sums
 
 EPSILON = 1e-5
 """PyTorch's default in BatchNorm, which every supported family uses."""
@@ -43,13 +43,12 @@ def network_function(spec: Spec, indices: Mapping[str, np.ndarray] | None = None
     if isinstance(spec, VGGSpec):
         return _vgg(spec)
     form, indices = FORMS[spec.form], dict(indices or {})
-    for number, stage in enumerate(spec.blocks, start=1):
-        for position, block in enumerate(stage):
-            for buffer in INDEX_BUFFERS:
-                key = form.names.key(Part("add", number, position, buffer))
-                if block.indexed and key not in indices:
-                    raise KeyError(f"{key} is needed and was not given")
-    return _residual(form, spec, indices)
+    for place, block in sums(spec):
+        for buffer in INDEX_BUFFERS:
+            key = form.names.key(Part("add", *place, buffer))
+            if block.indexed and key not in indices:
+                raise KeyError(f"{key} is needed and was not given")
+    return _inverted(form, spec, indices) if isinstance(spec, InvertedSpec) else _residual(form, spec, indices)
 
 
 class _Layers:
@@ -137,6 +136,30 @@ def _residual(form: Form, spec: ResidualSpec, indices: Mapping[str, np.ndarray])
             x = jax.nn.relu(layers.norm("final_bn", x))
         if form.has("final_affine"):
             x = layers.norm("final_affine", x)
+        return layers.dense("linear", jnp.mean(x, axis=(1, 2)))
+
+    return apply
+
+
+def _inverted(form: Form, spec: InvertedSpec, indices: Mapping[str, np.ndarray]) -> Apply:
+    def apply(variables: Any, x: jax.Array) -> jax.Array:
+        layers = _Layers(form, variables)
+
+        def layer(role: str, x: jax.Array, stride: int = 1, block: int = 0) -> jax.Array:
+            return layers.norm(f"{role}_bn", layers.conv(f"{role}_conv", x, stride, (0, block)), (0, block))
+
+        x = jax.nn.relu6(layer("first_depthwise", jax.nn.relu6(layer("stem", x, 2))))
+        x = layer("first_project", x)
+        for number, block in enumerate(spec.blocks):
+            branch = jax.nn.relu6(layer("expand", x, 1, number))
+            branch = jax.nn.relu6(layer("depthwise", branch, block.stride, number))
+            branch = layer("project", branch, 1, number)
+            if block.indexed:
+                first, second = (indices[form.names.key(Part("add", 0, number, buffer))] for buffer in INDEX_BUFFERS)
+                branch = scatter_channels(branch, first, block.outputs)
+                x = scatter_channels(x, second, block.outputs)
+            x = branch + x if block.residual else branch
+        x = jax.nn.relu6(layer("last", x))
         return layers.dense("linear", jnp.mean(x, axis=(1, 2)))
 
     return apply

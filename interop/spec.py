@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import isqrt
 
-from interop.forms import FORMS, INDEX_BUFFERS, LEAVES, CheckpointError, Form, Part, kind_of
+from interop.forms import (
+    FORMS,
+    INDEX_BUFFERS,
+    INVERTED_BLOCKS,
+    INVERTED_STAGES,
+    LEAVES,
+    CheckpointError,
+    Form,
+    Part,
+    kind_of,
+)
 
 Shape = tuple[int, ...]
 
@@ -106,7 +117,57 @@ class VGGSpec:
         return tuple(found)
 
 
-Spec = ResidualSpec | VGGSpec
+@dataclass(frozen=True)
+class InvertedBlock:
+    """The widths of one block of MobileNetV2: what enters, the wide middle, what its last convolution leaves.
+
+    outputs: channels that leave the block. residual: whether the input is added; indexed: by index.
+    """
+
+    inputs: int
+    hidden: int
+    branch: int
+    outputs: int
+    stride: int
+    residual: bool
+    indexed: bool = False
+
+
+@dataclass(frozen=True)
+class InvertedSpec:
+    """The widths of a MobileNetV2: its stem, what its first block leaves, its other blocks, its last convolution."""
+
+    form: str
+    stem: int
+    first: int
+    blocks: tuple[InvertedBlock, ...]
+    last: int
+    num_classes: int
+    image_channels: int = 3
+    conv_bias: bool = False
+
+    @property
+    def depth(self) -> int:
+        """Layers with weights: three in each block but the first, which has two, and three more."""
+        return FORMS[self.form].extra_depth + 3 * len(self.blocks)
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Channels out of each stage."""
+        ends = accumulate(count for count, _ in INVERTED_STAGES)
+        return (self.first, *(self.blocks[end - 1].outputs for end in ends))
+
+
+Spec = ResidualSpec | VGGSpec | InvertedSpec
+
+
+def sums(spec: Spec) -> list[tuple[tuple[int, int], BlockSpec | InvertedBlock]]:
+    """((stage, block), widths) of every block."""
+    if isinstance(spec, VGGSpec):
+        return []
+    if isinstance(spec, InvertedSpec):
+        return [((0, number), block) for number, block in enumerate(spec.blocks)]
+    return [((s, b), block) for s, stage in enumerate(spec.blocks, start=1) for b, block in enumerate(stage)]
 
 
 def read_spec(form: Form, shapes: Mapping[str, Shape], names: Mapping[str, str] | None = None) -> Spec:
@@ -122,7 +183,7 @@ def read_spec(form: Form, shapes: Mapping[str, Shape], names: Mapping[str, str] 
             gives key, expected and found shape).
     """
     reader = _Reader(form, shapes, names or {})
-    return _read_vgg(reader) if form.kind == "vgg" else _read_residual(reader)
+    return {"vgg": _read_vgg, "residual": _read_residual, "inverted": _read_inverted}[form.kind](reader)
 
 
 class _Reader:
@@ -233,6 +294,45 @@ def _read_residual(reader: _Reader) -> ResidualSpec:
     classes = reader.dense("linear", width)
     blocks = tuple(tuple(found[s, b] for b in range(count)) for s, count in enumerate(counts, start=1))
     return ResidualSpec(form.name, stem, blocks, classes, image_channels, reader.conv_bias, size)
+
+
+def _read_inverted(reader: _Reader) -> InvertedSpec:
+    def layer(role: str, inputs: int | None, block: int = 0) -> Shape:
+        shape = reader.conv(f"{role}_conv", 0, block, inputs, 3 if role == "stem" else 1)
+        reader.norm(f"{role}_bn", 0, block, shape[0])
+        return shape
+
+    def depthwise(role: str, width: int, block: int = 0) -> None:
+        reader.check(Part(f"{role}_conv", 0, block, "weight"), (width, 1, 3, 3))
+        reader.norm(f"{role}_bn", 0, block, width)
+
+    stem, image_channels, *_ = layer("stem", None)
+    depthwise("first_depthwise", stem)
+    first = width = layer("first_project", stem)[0]
+    beyond = Part("expand_conv", 0, len(INVERTED_BLOCKS), "weight")
+    if reader.has(*beyond[:3]):
+        raise CheckpointError(f"{reader.name(beyond)}: MobileNetV2 has {len(INVERTED_BLOCKS) + 1} blocks")
+    blocks = []
+    for number, (stride, residual) in enumerate(INVERTED_BLOCKS):
+        hidden = layer("expand", width, number)[0]
+        depthwise("depthwise", hidden, number)
+        branch = layer("project", hidden, number)[0]
+        indexed = residual and reader.has("add", 0, number)
+        block = InvertedBlock(width, hidden, branch, branch, stride, residual, indexed)
+        if indexed:
+            after = Part("expand_conv", 0, number + 1, "weight")
+            after = after if number + 1 < len(INVERTED_BLOCKS) else Part("last_conv", 0, 0, "weight")
+            for buffer, expected in zip(INDEX_BUFFERS, (branch, width), strict=True):
+                reader.check(Part("add", 0, number, buffer), (expected,))
+            block = replace(block, outputs=reader.check(after, (None, None, 1, 1))[1])
+        elif residual and branch != width:
+            name = reader.name(Part("project_conv", 0, number, "weight"))
+            raise CheckpointError(f"{name}: expected {width} output channels, found {branch} (and no index buffers)")
+        blocks.append(block)
+        width = block.outputs
+    last = layer("last", width)[0]
+    classes = reader.dense("linear", last)
+    return InvertedSpec(reader.form.name, stem, first, tuple(blocks), last, classes, image_channels, reader.conv_bias)
 
 
 def _read_block(reader: _Reader, here: tuple[int, int], after: tuple[int, int] | None, inputs: int) -> BlockSpec:

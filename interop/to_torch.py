@@ -11,6 +11,7 @@ import numpy as np
 from interop.forms import (
     FORMS,
     INDEX_BUFFERS,
+    INVERTED_BLOCKS,
     CheckpointError,
     Form,
     Part,
@@ -19,7 +20,7 @@ from interop.forms import (
     to_torch_axes,
 )
 from interop.layouts import layout_for, written_layout
-from interop.spec import Spec, VGGSpec, read_spec
+from interop.spec import ResidualSpec, Spec, read_spec
 
 
 def to_torch(
@@ -105,7 +106,7 @@ def to_torch(
 
 def _check_unpruned(spec: Spec) -> None:
     """Refuse a padded shortcut between widths that no dense network has: half on each side would be a guess."""
-    if isinstance(spec, VGGSpec):
+    if not isinstance(spec, ResidualSpec):
         return
     padded = [b for stage in spec.blocks for b in stage if b.shortcut is None and b.inputs != b.outputs]
     for stage in spec.blocks:
@@ -121,7 +122,7 @@ def _check_unpruned(spec: Spec) -> None:
 
 
 def _check_unpadded(spec: Spec, layout: str) -> None:
-    for number, stage in enumerate(() if isinstance(spec, VGGSpec) else spec.blocks, start=1):
+    for number, stage in enumerate(spec.blocks if isinstance(spec, ResidualSpec) else (), start=1):
         for position, block in enumerate(stage):
             if block.shortcut is None and (block.stride > 1 or (block.inputs != block.outputs and not block.indexed)):
                 raise CheckpointError(
@@ -148,7 +149,7 @@ def kept_indices(
             for axis, leaf in ((0, "out_indices"), (1, "in_indices")):
                 kept[part._replace(leaf=leaf)] = np.arange(value.shape[axis], dtype=np.int32)
     for part, branch in sums.items():
-        if part.leaf != INDEX_BUFFERS[0] or isinstance(spec, VGGSpec):
+        if part.leaf != INDEX_BUFFERS[0] or not isinstance(spec, ResidualSpec):
             continue
         residual = sums[part._replace(leaf=INDEX_BUFFERS[1])]
         if np.union1d(branch, residual).size != spec.blocks[part.stage - 1][part.block].outputs:
@@ -202,31 +203,37 @@ def residual_indices(form: Form, arrays: Mapping[str, np.ndarray], plan: Any) ->
         if part.leaf == "weight" and kind_of(part.role) != "norm":
             for axis in (0, 1):
                 _kept(form, arrays, plan, part, axis)
-    if form.kind != "residual":
+    if form.kind == "vgg":
         return {}
-    places = sorted((part.stage, part.block) for part in parts if part.role == "conv1" and part.leaf == "weight")
-    stem = Part("stem_conv", 0, 0, "weight")
-    stream, dense = _kept(form, arrays, plan, stem, 0), _full_width(form, arrays, plan, stem)
+    inverted = form.kind == "inverted"
+    first, final_role = ("expand_conv", "project_conv") if inverted else ("conv1", f"conv{len(form.kernels)}")
+    places = sorted((part.stage, part.block) for part in parts if part.role == first and part.leaf == "weight")
+    last = Part("last_conv" if inverted else "linear", 0, 0, "weight")
+    entry = Part("first_project_conv" if inverted else "stem_conv", 0, 0, "weight")
+    stream, dense = _kept(form, arrays, plan, entry, 0), _full_width(form, arrays, plan, entry)
     buffers: dict[str, np.ndarray] = {}
     for here, after in zip(places, [*places[1:], None], strict=True):
-        last = Part(f"conv{len(form.kernels)}", *here, "weight")
-        shortcut = Part(form.shortcut, *here, "weight")
-        consumer = Part("linear", 0, 0, "weight") if after is None else Part("conv1", *after, "weight")
-        branch, widened = _kept(form, arrays, plan, last, 0), _full_width(form, arrays, plan, last)
-        if form.names.key(shortcut) in arrays:
-            residual = _kept(form, arrays, plan, shortcut, 0)
-        else:
-            residual = stream + (widened - dense) // 2
+        final = Part(final_role, *here, "weight")
+        consumer = last if after is None else Part(first, *after, "weight")
+        branch, widened = _kept(form, arrays, plan, final, 0), _full_width(form, arrays, plan, final)
+        operands = [(final, branch)]
+        if not inverted:
+            shortcut = Part(form.shortcut, *here, "weight")
+            projected = form.names.key(shortcut) in arrays
+            shifted = _kept(form, arrays, plan, shortcut, 0) if projected else stream + (widened - dense) // 2
+            operands.append((shortcut, shifted))
+        elif INVERTED_BLOCKS[here[1]][1]:
+            operands.append((entry, stream))
         stream, dense = _kept(form, arrays, plan, consumer, 1), widened
-        for part, operand in ((last, branch), (shortcut, residual)):
+        for part, operand in operands:
             lost = np.setdiff1d(operand, stream)
             if lost.size:
                 raise CheckpointError(
                     f"the plan keeps channel {lost[0]} of {form.names.module(*part[:3])}, which "
                     f"{form.path(consumer)} does not read"
                 )
-        if branch.size != stream.size or residual.size != stream.size:
-            for buffer, operand in zip(INDEX_BUFFERS, (branch, residual), strict=True):
+        if len(operands) == 2 and any(operand.size != stream.size for _, operand in operands):
+            for buffer, (_, operand) in zip(INDEX_BUFFERS, operands, strict=True):
                 buffers[form.names.key(Part("add", *here, buffer))] = np.searchsorted(stream, operand)
     return buffers
 

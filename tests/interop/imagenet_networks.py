@@ -68,6 +68,43 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
+def relu6_layer(inputs, outputs, size=3, stride=1, groups=1):
+    return nn.Sequential(conv(inputs, outputs, size, stride, groups), nn.BatchNorm2d(outputs), nn.ReLU6())
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, inputs, outputs, stride, expansion):
+        super().__init__()
+        hidden = round(inputs * expansion)
+        layers = [relu6_layer(inputs, hidden, 1)] if expansion != 1 else []
+        layers.append(relu6_layer(hidden, hidden, 3, stride, hidden))
+        self.conv = nn.Sequential(*layers, conv(hidden, outputs, 1), nn.BatchNorm2d(outputs))
+        self.use_res_connect = stride == 1 and inputs == outputs
+
+    def forward(self, x):
+        return x + self.conv(x) if self.use_res_connect else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """torchvision.models.MobileNetV2: table 2 of arXiv 1801.04381, the widths those of the stages."""
+
+    def __init__(self, widths=(16, 24, 32, 64, 96, 160, 320), stem=32, last=1280, expansion=6, classes=1000):
+        super().__init__()
+        features, inputs = [relu6_layer(3, stem, 3, 2)], stem
+        counts, strides = (1, 2, 3, 4, 3, 3, 1), (1, 2, 2, 2, 1, 2, 1)
+        for number, (width, count, stride) in enumerate(zip(widths, counts, strides, strict=True)):
+            for position in range(count):
+                block = (inputs, width, stride if position == 0 else 1, expansion if number else 1)
+                features.append(InvertedResidual(*block))
+                inputs = width
+        features.append(relu6_layer(inputs, last, 1))
+        self.features = nn.Sequential(*features)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(last, classes))
+
+    def forward(self, x):
+        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(self.features(x), 1), 1))
+
+
 class VGG(nn.Module):
     """torchvision.models.VGG: means on a grid (7×7 there) before three dense layers."""
 
