@@ -6,9 +6,9 @@ other repositories call the same parts is in `interop.layouts`.
 
 Roles of residual networks: stem_conv, stem_bn (and ReLU); conv1, bn1, … in a block; shortcut_conv (reads the block's
 input) or projection (reads the activated input of a pre-activation block), shortcut_bn; add (tensors only where a
-pruned network adds by index); final_bn (and ReLU) or final_affine (without); linear. Of VGG: conv1, bn1, …, fc1, fc2,
-and linear (reads what a last maximum leaves) or mean_linear (reads the mean over what the last convolution leaves).
-Stages are counted from 1, blocks from 0.
+pruned network adds by index); final_bn (and ReLU) or final_affine (without); linear. Of VGG: conv1, bn1
+(not in plain ones), …, fc1, fc2, and linear (reads what a last maximum leaves) or mean_linear (reads the mean over
+what the last convolution leaves). Stages are counted from 1, blocks from 0.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Part(NamedTuple):
 Kind = Literal["conv", "norm", "dense", "add", "unread"]
 
 INDEX_BUFFERS = ("branch_index", "residual_index")
+"""Where the channels of each operand lie in a sum by index."""
+
+KEPT_INDICES = ("in_indices", "out_indices")
+"""What EHAP and HAP keep beside a pruned layer: the numbers of its input and output channels."""
+
 LEAVES: Mapping[Kind, tuple[str, ...]] = {
     "conv": ("weight",),
     "norm": ("weight", "bias", "running_mean", "running_var"),
@@ -163,8 +168,11 @@ class Form:
 
     names: what `to_torch` calls the parts; its order is the order of the modules.
     flax: module paths in Flax variables; those of `ehap_jax.models` where it has such a network.
-    kind: residual or vgg. preactivation: norm and ReLU before each convolution of a block, not after.
+    kind: residual, vgg or inverted (sums of narrow tensors, MobileNetV2).
+    preactivation: norm and ReLU before each convolution of a block, not after.
     kernels: sizes of a block's convolutions. strided: which of them has the block's stride.
+    grouped: which of them may be grouped. stems: sizes of the first convolution; one of 7×7 has stride 2 and is
+        followed by a 3×3 maximum of stride 2 (networks for ImageNet).
     sometimes: groups of roles that are there together or not at all; every other role but `add` is always there.
     mark: a role of which there must be at least one.
     extra_depth: what is added to the convolutions in the blocks (of VGG: in all) to give the depth in a network's name.
@@ -173,10 +181,12 @@ class Form:
     name: str
     names: Names
     flax: Names
-    kind: Literal["residual", "vgg"] = "residual"
+    kind: Literal["residual", "vgg", "inverted"] = "residual"
     preactivation: bool = False
     kernels: tuple[int, ...] = (3, 3)
     strided: int = 0
+    grouped: int | None = None
+    stems: tuple[int, ...] = (3,)
     sometimes: tuple[tuple[str, ...], ...] = ()
     mark: str | None = None
     extra_depth: int = 2
@@ -243,7 +253,8 @@ class Form:
             if self.in_block(role):
                 blocks.setdefault(stage, set()).add(block)
         # As many as were seen, and those: a number in a file is never counted up to.
-        stages = sorted({*range(1, max(len(blocks), 1) + 1), *blocks})
+        staged = any("{s}" in template for template in self.names.modules.values())
+        stages = sorted({*range(1, max(len(blocks), 1) + 1), *blocks}) if staged else [0]
         places = [(s, b) for s in stages for b in sorted({*range(len(blocks.get(s, ())) or 1), *blocks.get(s, ())})]
         grouped = {role for group in self.sometimes for role in group}
         wanted: list[tuple[str, int, int]] = []
@@ -260,15 +271,13 @@ class Form:
             wanted.append((self.mark, 1, 0))
         return [p for w in wanted for p in (Part(*w, leaf) for leaf in LEAVES[kind_of(w[0])]) if p not in present]
 
-    def order(self, key: str) -> tuple[int, int, int, int]:
-        """Sorts `to_torch`'s keys in the order of the modules."""
-        part = self.names.part(key)
-        assert part is not None
+    def order(self, part: Part) -> tuple[int, int, int, int]:
+        """Sorts parts in the order of the modules."""
         roles = list(self.names.modules)
         first_inside = min((i for i, role in enumerate(roles) if self.in_block(role)), default=0)
         role = roles.index(part.role)
         stage = part.stage if self.in_block(part.role) or role < first_inside else 1_000_000
-        leaves = ("weight", "bias", "running_mean", "running_var", *INDEX_BUFFERS)
+        leaves = ("weight", "bias", "running_mean", "running_var", *INDEX_BUFFERS, *KEPT_INDICES)
         return (stage, part.block, role, leaves.index(part.leaf))
 
 
@@ -295,9 +304,30 @@ RESNET = Form(
         {"stem_conv": "conv1", "stem_bn": "bn1", "linear": "linear"}
         | block_names(_FLAX, 2, {"shortcut_conv": "downsample_conv", "shortcut_bn": "downsample_bn"})
     ),
+    stems=(3, 7),
     sometimes=(("shortcut_conv", "shortcut_bn"),),
 )
-"""Post-activation basic blocks: CIFAR ResNets with shortcut A or B, and EHAP's wide network."""
+"""Post-activation basic blocks: CIFAR ResNets with shortcut A or B, EHAP's wide network, ResNet-18 and 34."""
+
+BOTTLENECK = Form(
+    name="bottleneck",
+    names=Names(
+        {"stem_conv": "conv1", "stem_bn": "bn1"}
+        | block_names(_TORCH, 3, {"shortcut_conv": "shortcut.0", "shortcut_bn": "shortcut.1"})
+        | _ADD
+        | {"linear": "linear"}
+    ),
+    flax=Names(
+        {"stem_conv": "conv1", "stem_bn": "bn1", "linear": "linear"}
+        | block_names(_FLAX, 3, {"shortcut_conv": "downsample_conv", "shortcut_bn": "downsample_bn"})
+    ),
+    kernels=(1, 3, 1),
+    strided=1,
+    grouped=1,
+    stems=(3, 7),
+    sometimes=(("shortcut_conv", "shortcut_bn"),),
+)
+"""Post-activation bottlenecks, strided in the middle: ResNet-50 and up, wide ones, ResNeXt (arXiv 1611.05431)."""
 
 WIDE = Form(
     name="wide",
@@ -374,15 +404,13 @@ VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19:
 """Convolutions in each stage by depth; a stage ends in a 2×2 maximum (the last one of the mean form does not)."""
 
 
-def _vgg_roles(depth: int) -> list[str]:
-    return [role for i in range(1, sum(VGG_STAGES[depth]) + 1) for role in (f"conv{i}", f"bn{i}")]
-
-
-def _vgg_form(depth: int, head: str) -> Form:
+def _vgg_form(depth: int, head: str, norm: bool) -> Form:
+    numbers = range(1, sum(VGG_STAGES[depth]) + 1)
+    roles = [role for i in numbers for role in ((f"conv{i}", f"bn{i}") if norm else (f"conv{i}",))]
     hidden = ["fc1", "fc2"] if head == "linear" else []
-    plain = Names({role: role for role in (*_vgg_roles(depth), *hidden, head)})
+    plain = Names({role: role for role in (*roles, *hidden, head)})
     return Form(
-        name=f"vgg{depth}" if head == "linear" else f"vgg{depth}_mean",
+        name=f"vgg{depth}{'' if head == 'linear' else '_mean'}{'' if norm else '_plain'}",
         names=plain,
         flax=plain,
         kind="vgg",
@@ -391,14 +419,56 @@ def _vgg_form(depth: int, head: str) -> Form:
     )
 
 
-VGGS = {depth: _vgg_form(depth, "linear") for depth in VGG_STAGES}
+VGGS = {depth: _vgg_form(depth, "linear", True) for depth in VGG_STAGES}
 """VGG with BatchNorm and five maxima, and zero, one or two hidden dense layers."""
 
-MEAN_VGGS = {depth: _vgg_form(depth, "mean_linear") for depth in VGG_STAGES}
+MEAN_VGGS = {depth: _vgg_form(depth, "mean_linear", True) for depth in VGG_STAGES}
 """VGG with BatchNorm and four maxima; the mean over what is left goes into one dense layer."""
 
+PLAIN_VGGS = {depth: _vgg_form(depth, "linear", False) for depth in VGG_STAGES}
+PLAIN_MEAN_VGGS = {depth: _vgg_form(depth, "mean_linear", False) for depth in VGG_STAGES}
+"""The same two without BatchNorm."""
+
+
+def _inverted_names(prefix: str, layers: Sequence[str], parts: Sequence[str]) -> dict[str, str]:
+    """ "expand_conv", "expand_bn" and so on: a convolution and a norm of each layer, under two names in turn."""
+    roles = [f"{layer}_{part}" for layer in layers for part in ("conv", "bn")]
+    return {role: prefix + name for role, name in zip(roles, parts, strict=True)}
+
+
+_NARROWING, _INVERTED = ("depthwise", "project"), ("expand", "depthwise", "project")
+_FIRST = tuple(f"first_{layer}" for layer in _NARROWING)
+
+MOBILENET = Form(
+    name="mobilenetv2",
+    names=Names(
+        {"stem_conv": "features.0.0", "stem_bn": "features.0.1"}
+        | _inverted_names("features.1.conv.", _FIRST, ("0.0", "0.1", "1", "2"))
+        | _inverted_names("features.{b}.conv.", _INVERTED, ("0.0", "0.1", "1.0", "1.1", "2", "3"))
+        | {"add": "features.{b}", "last_conv": "features.18.0", "last_bn": "features.18.1", "linear": "classifier.1"},
+        first_block=2,
+    ),
+    flax=Names(
+        {role: role for role in ("stem_conv", "stem_bn", "last_conv", "last_bn", "linear")}
+        | {f"{layer}_{part}": f"block1/{layer[6:]}_{part}" for layer in _FIRST for part in ("conv", "bn")}
+        | {f"{layer}_{part}": f"block{{b}}/{layer}_{part}" for layer in _INVERTED for part in ("conv", "bn")},
+        first_block=2,
+    ),
+    kind="inverted",
+    extra_depth=5,
+)
+"""MobileNetV2 (arXiv 1801.04381), named as in torchvision. Its first block does not widen and has its own roles."""
+
+INVERTED_STAGES = ((2, 2), (3, 2), (4, 2), (3, 1), (3, 2), (1, 1))
+"""(blocks, stride of the first) of each stage of MobileNetV2 after its first block (its table 2)."""
+
+INVERTED_BLOCKS = tuple((stride if i == 0 else 1, i > 0) for count, stride in INVERTED_STAGES for i in range(count))
+"""(stride, whether the input is added to the output) of each of those blocks."""
+
+_RESIDUAL = (RESNET, BOTTLENECK, WIDE, PRERESNET, PREACT, WIDE_AFFINE)
+_VGGS = (VGGS, MEAN_VGGS, PLAIN_VGGS, PLAIN_MEAN_VGGS)
 FORMS: Mapping[str, Form] = {
-    form.name: form for form in (RESNET, WIDE, PRERESNET, PREACT, WIDE_AFFINE, *VGGS.values(), *MEAN_VGGS.values())
+    f.name: f for f in (*_RESIDUAL, MOBILENET, *(form for forms in _VGGS for form in forms.values()))
 }
 """Every form by name."""
 

@@ -28,7 +28,7 @@ from interop.forms import (
 from interop.layouts import Layout, recognise
 from interop.network import network_function
 from interop.read import read_checkpoint
-from interop.spec import ResidualSpec, Spec, VGGSpec, read_spec
+from interop.spec import InvertedSpec, ResidualSpec, Spec, VGGSpec, read_spec, sums
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def from_torch(
     layout: str = "auto",
     *,
     entry: str | None = None,
+    indices: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     dtype: Any = None,
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any], CheckpointInfo]:
@@ -90,6 +91,9 @@ def from_torch(
         layout: the naming of the file, one of `interop.layouts.LAYOUTS`, or "auto" to find it by the names.
         entry: which entry of the file is the state dict, where it is not one of `interop.read.CONTAINERS`, or where
             several are ("model_ema", "state_dict_ema").
+        indices: what a pruned network keeps beside its state dict: `info.indices` of another checkpoint, or the
+            attributes of HAP's modules, `{f"{name}.{leaf}": getattr(module, leaf) for name, module in
+            net.named_modules() for leaf in ("in_indices", "out_indices") if hasattr(module, leaf)}`.
         num_classes: where given, the number of classes the checkpoint must have.
         dtype: the floating dtype of the variables; None keeps float32 and float64 (float64 only where JAX's x64 mode
             is on) and widens 16-bit formats to float32, which loses nothing.
@@ -113,7 +117,7 @@ def from_torch(
         >>> apply(variables, np.zeros((2, 8, 8, 3), np.float32)).shape, info.layout, info.depth
         ((2, 10), 'akamaster', 8)
     """
-    tensors, metadata = read_checkpoint(source, entry)
+    tensors, metadata = read_checkpoint(source, entry, indices or {})
     found, names = recognise(tensors, layout)
     form = found.layout.form
     own, unread, original = _rename(found.layout, found.parts, tensors)
@@ -180,15 +184,21 @@ def _published_indices(
     for part, index in kept.items():
         axis = 0 if part.leaf == "out_indices" else 1
         expected = tensors[layout.names.key(part._replace(leaf="weight"))].shape[axis : axis + 1]
+        key = layout.names.key(part)
         if index.shape != expected:
-            key = layout.names.key(part)
             raise CheckpointError(
                 f"{key}: expected an index per channel of the weight, {expected}, found {index.shape}"
             )
+        with np.errstate(invalid="ignore"):
+            whole = index.dtype.kind in "iuf" and np.array_equal(index, index.astype(np.int32))
+        if not whole or (index < 0).any():
+            raise CheckpointError(f"{key}: kept indices are whole numbers, none of them negative")
+        if np.unique(index).size != index.size:
+            raise CheckpointError(f"{key}: kept indices repeat")
     unread = dict(kept)
     last = f"conv{len(layout.form.kernels)}"
     for part, out in kept.items():
-        if part.role != last or part.leaf != "out_indices":
+        if layout.form.kind != "residual" or part.role != last or part.leaf != "out_indices":
             continue
         projected = Part(layout.form.shortcut, part.stage, part.block, "out_indices")
         plain = Part("conv1", part.stage, part.block, "in_indices")
@@ -196,10 +206,7 @@ def _published_indices(
         if residual_part not in kept:
             raise CheckpointError(f"missing tensor {layout.names.key(plain)!r}, which says what the residual holds")
         del unread[part], unread[residual_part]
-        branch = [int(i) for i in out]
-        residual = [int(i) for i in kept[residual_part]]
-        if len(set(branch)) != len(branch) or len(set(residual)) != len(residual):
-            raise CheckpointError(f"{layout.names.key(part)}: kept indices repeat")
+        branch, residual = ([int(i) for i in index] for index in (out, kept[residual_part]))
         order = list(set(branch + residual))
         for buffer, members in zip(INDEX_BUFFERS, (set(branch), set(residual)), strict=True):
             positions = [position for position, index in enumerate(order) if index in members]
@@ -223,15 +230,12 @@ def _check_values(tensors: Mapping[str, np.ndarray], original: Mapping[str, str]
 
 
 def _check_indices(spec: Spec, indices: Mapping[str, np.ndarray]) -> None:
-    if isinstance(spec, VGGSpec):
-        return
-    for number, stage in enumerate(spec.blocks, start=1):
-        for position, block in enumerate(stage):
-            for buffer in INDEX_BUFFERS:
-                key = FORMS[spec.form].names.key(Part("add", number, position, buffer))
-                index = indices.get(key, np.arange(0))
-                if np.unique(index).size != index.size or np.any((index < 0) | (index >= block.outputs)):
-                    raise CheckpointError(f"{key}: expected distinct positions below {block.outputs}")
+    for place, block in sums(spec):
+        for buffer in INDEX_BUFFERS:
+            key = FORMS[spec.form].names.key(Part("add", *place, buffer))
+            index = indices.get(key, np.arange(0))
+            if np.unique(index).size != index.size or np.any((index < 0) | (index >= block.outputs)):
+                raise CheckpointError(f"{key}: expected distinct positions below {block.outputs}")
 
 
 def _convert(key: str, value: np.ndarray, dtype: Any) -> jax.Array:
@@ -256,23 +260,26 @@ def _put(tree: dict[str, Any], path: str, value: jax.Array) -> None:
 
 
 def _shortcut(spec: Spec) -> str:
-    if isinstance(spec, VGGSpec):
-        return "none"
-    blocks = [block for stage in spec.blocks for block in stage]
+    blocks = [block for _, block in sums(spec)]
     if any(block.indexed for block in blocks):
         return "indexed"
+    if not isinstance(spec, ResidualSpec):
+        return "none"
+    blocks = [block for stage in spec.blocks for block in stage]
     return "B" if any(block.shortcut is not None for block in blocks) else "A"
 
 
 def linen_model(spec: Spec) -> Any:
     """The `ehap_jax.models` network with these widths, or None where it has a form of its own."""
+    if isinstance(spec, InvertedSpec):
+        return None
     return _vgg_model(spec) if isinstance(spec, VGGSpec) else _residual_model(spec)
 
 
 def _vgg_model(spec: VGGSpec) -> VGG | None:
     form = FORMS[spec.form]
     uniform = [width for width, count in zip(spec.stage_widths, form.stages, strict=True) for _ in range(count)]
-    if form not in VGGS.values() or uniform != list(spec.widths):
+    if form not in VGGS.values() or uniform != list(spec.widths) or spec.grid != 1:
         return None
     return VGG(spec.depth, spec.num_classes, spec.stage_widths, spec.hidden, spec.conv_bias)
 
@@ -290,12 +297,12 @@ def _residual_model(spec: ResidualSpec) -> Any:
                 or block.widths != (middle,) * (len(block.widths) - 1) + (width,)
             ):
                 return None
-    if len(widths) != 3 or len({len(stage) for stage in spec.blocks}) != 1 or spec.conv_bias:
+    if len(widths) != 3 or len({len(stage) for stage in spec.blocks}) != 1 or spec.conv_bias or spec.stem_size != 3:
         return None
     if form is RESNET and inner == list(widths) and (projected == shapes_change or not any(projected)):
         shortcut = "B" if any(projected) else "A"
         stem = None if spec.stem == widths[0] else spec.stem
-        return ResNet(spec.depth, spec.num_classes, shortcut=shortcut, widths=widths, stem=stem)
+        return ResNet(spec.layers, spec.num_classes, shortcut=shortcut, widths=widths, stem=stem)
     if projected != shapes_change:
         return None
     if form is WIDE and inner == list(widths) and spec.stem == 16:

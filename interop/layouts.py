@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from interop.forms import (
+    BOTTLENECK,
     FORMS,
+    KEPT_INDICES,
     MEAN_VGGS,
+    MOBILENET,
+    PLAIN_MEAN_VGGS,
+    PLAIN_VGGS,
     PREACT,
     PRERESNET,
     RESNET,
@@ -33,7 +38,10 @@ class Layout:
     """The naming of one public repository for one form.
 
     mean, std: the input normalisation it trains with, per RGB channel of images in [0, 1].
-    index_leaves: extra leaves on convolutions and the classifier that hold kept indices (EHAP's pruned files).
+    index_leaves: extra leaves on convolutions and the classifier that hold kept indices: buffers in EHAP's pruned
+        files, attributes of HAP's pruned modules.
+    large: whether its networks may be for large images, that is, have a 7×7 stem, or dense layers that read a grid.
+    padded: whether its code has shortcuts without parameters between different widths.
     source: where the names come from.
     """
 
@@ -44,6 +52,8 @@ class Layout:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     index_leaves: tuple[str, ...] = ()
+    padded: bool = True
+    large: bool = False
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -67,8 +77,9 @@ def _vgg_names(form: Form, features: str, heads: Mapping[str, str]) -> Names:
     for count in form.stages:
         for _ in range(count):
             conv += 1
-            modules |= {f"conv{conv}": f"{features}.{position}", f"bn{conv}": f"{features}.{position + 1}"}
-            position += 3
+            layers = [role for role in (f"conv{conv}", f"bn{conv}") if form.has(role)]
+            modules |= {role: f"{features}.{position + offset}" for offset, role in enumerate(layers)}
+            position += len(layers) + 1
         position += 1
     return Names(modules | dict(heads))
 
@@ -76,10 +87,13 @@ def _vgg_names(form: Form, features: str, heads: Mapping[str, str]) -> Names:
 _THREE = {"fc1": "classifier.0", "fc2": "classifier.3", "linear": "classifier.6"}
 _ONE_DROPOUT = {"fc1": "classifier.0", "fc2": "classifier.3", "linear": "classifier.5"}
 
-AKAMASTER = Layout("akamaster", RESNET, RESNET.names, "github.com/akamaster/pytorch_resnet_cifar10", *_IMAGENET)
+AKAMASTER = Layout(
+    "akamaster", RESNET, RESNET.names, "github.com/akamaster/pytorch_resnet_cifar10", *_IMAGENET, large=True
+)
 
 _CHENYAOFO = ("github.com/chenyaofo/pytorch-cifar-models", *_CIFAR10)
 _HAP = ("github.com/yaozhewei/HAP", *_CIFAR10)
+_KUANGLIU = ("github.com/kuangliu/pytorch-cifar", *_CIFAR10)
 _EIGENDAMAGE = ("github.com/alecwangcq/EigenDamage-Pytorch", *_CIFAR10)
 _TORCHVISION = ("torchvision's names on the networks of ehap_jax.models", *_IMAGENET)
 _WEIAICUNZAI = ("github.com/weiaicunzai/pytorch-cifar100", *_CIFAR100)
@@ -89,18 +103,29 @@ _TABLES = (
     AKAMASTER,
     Layout("chenyaofo", RESNET, _renamed(RESNET, _DOWNSAMPLE), *_CHENYAOFO),
     *(Layout("chenyaofo", form, _vgg_names(form, "features", _THREE), *_CHENYAOFO) for form in VGGS.values()),
-    Layout("hap", RESNET, _renamed(RESNET, _DOWNSAMPLE), *_HAP),
+    *(
+        Layout("hap", form, _renamed(form, _DOWNSAMPLE), *_HAP, index_leaves=KEPT_INDICES, padded=False)
+        for form in (RESNET, BOTTLENECK)
+    ),
     Layout(
         "hap",
         PRERESNET,
         _renamed(PRERESNET, {"shortcut_conv": "layer{s}.{b}.downsample.0", "linear": "fc", **_SELECT}),
         *_HAP,
+        index_leaves=KEPT_INDICES,
+        padded=False,
     ),
     *(
-        Layout("hap", form, _vgg_names(form, "feature", {"mean_linear": "classifier"}), *_HAP)
-        for form in MEAN_VGGS.values()
+        Layout(
+            "hap", form, _vgg_names(form, "feature", {"mean_linear": "classifier"}), *_HAP, index_leaves=KEPT_INDICES
+        )
+        for form in (*MEAN_VGGS.values(), *PLAIN_MEAN_VGGS.values())
     ),
-    Layout("torchvision", RESNET, _renamed(RESNET, _DOWNSAMPLE), *_TORCHVISION),
+    *(
+        Layout("torchvision", form, _renamed(form, _DOWNSAMPLE), *_TORCHVISION, large=True)
+        for form in (RESNET, BOTTLENECK)
+    ),
+    Layout("torchvision", MOBILENET, MOBILENET.names, *_TORCHVISION, large=True),
     Layout(
         "torchvision", WIDE, _renamed(WIDE, {"projection": "layer{s}.{b}.downsample.0", "linear": "fc"}), *_TORCHVISION
     ),
@@ -110,7 +135,10 @@ _TABLES = (
         _renamed(PRERESNET, {"shortcut_conv": "layer{s}.{b}.downsample.0", "linear": "fc"}),
         *_TORCHVISION,
     ),
-    *(Layout("torchvision", form, _vgg_names(form, "features", _THREE), *_TORCHVISION) for form in VGGS.values()),
+    *(
+        Layout("torchvision", form, _vgg_names(form, "features", _THREE), *_TORCHVISION, large=True)
+        for form in (*VGGS.values(), *PLAIN_VGGS.values())
+    ),
     Layout(
         "eigendamage",
         RESNET,
@@ -134,24 +162,24 @@ _TABLES = (
         Layout("eigendamage", form, _vgg_names(form, "feature", {"mean_linear": "classifier"}), *_EIGENDAMAGE)
         for form in MEAN_VGGS.values()
     ),
-    Layout(
-        "weiaicunzai",
-        RESNET,
-        Names(
-            {
-                "stem_conv": "conv1.0",
-                "stem_bn": "conv1.1",
-                "conv1": "conv{s}_x.{b}.residual_function.0",
-                "bn1": "conv{s}_x.{b}.residual_function.1",
-                "conv2": "conv{s}_x.{b}.residual_function.3",
-                "bn2": "conv{s}_x.{b}.residual_function.4",
-                "shortcut_conv": "conv{s}_x.{b}.shortcut.0",
-                "shortcut_bn": "conv{s}_x.{b}.shortcut.1",
-                "linear": "fc",
-            },
-            first_stage=2,
-        ),
-        *_WEIAICUNZAI,
+    *(
+        Layout(
+            "weiaicunzai",
+            form,
+            Names(
+                {"stem_conv": "conv1.0", "stem_bn": "conv1.1"}
+                | {
+                    f"{role}{number + 1}": f"conv{{s}}_x.{{b}}.residual_function.{3 * number + offset}"
+                    for number in range(len(form.kernels))
+                    for offset, role in enumerate(("conv", "bn"))
+                }
+                | {"shortcut_conv": "conv{s}_x.{b}.shortcut.0", "shortcut_bn": "conv{s}_x.{b}.shortcut.1"}
+                | {"linear": "fc"},
+                first_stage=2,
+            ),
+            *_WEIAICUNZAI,
+        )
+        for form in (RESNET, BOTTLENECK)
     ),
     Layout(
         "weiaicunzai",
@@ -193,13 +221,13 @@ _TABLES = (
         Layout("weiaicunzai_early", form, _vgg_names(form, "features", _ONE_DROPOUT), *_WEIAICUNZAI)
         for form in VGGS.values()
     ),
+    Layout("kuangliu", BOTTLENECK, BOTTLENECK.names, *_KUANGLIU),
     *(
         Layout(
             "kuangliu",
             form,
             _vgg_names(form, "features", {"linear": "classifier"}),
-            "github.com/kuangliu/pytorch-cifar",
-            *_CIFAR10,
+            *_KUANGLIU,
         )
         for form in VGGS.values()
     ),
@@ -232,10 +260,11 @@ _TABLES = (
         ),
         "the code released with arXiv 2306.07030",
         *_CIFAR10,
-        index_leaves=("in_indices", "out_indices"),
+        index_leaves=KEPT_INDICES,
+        padded=False,
     ),
     *(
-        Layout("ehap_jax", form, form.names, "interop.to_torch", *_CIFAR10)
+        Layout("ehap_jax", form, form.names, "interop.to_torch", *_CIFAR10, large=True)
         for form in FORMS.values()
         if form is not RESNET
     ),
@@ -295,8 +324,8 @@ def match(layout: Layout, keys: Iterable[str]) -> Match:
     return Match(layout, parts, tuple(left_over))
 
 
-def recognise(keys: Iterable[str], layout: str = "auto") -> tuple[Match, tuple[str, ...]]:
-    """Find the layout of a state dict by its names.
+def recognise(tensors: Mapping[str, Any] | Iterable[str], layout: str = "auto") -> tuple[Match, tuple[str, ...]]:
+    """Find the layout of a state dict by its names, and, where its tensors are given, by what images it is for.
 
     Returns the match and the names of all layouts that read every key as the same part of the same network (the
     names of chenyaofo, HAP and torchvision coincide; the network is the same whichever is meant).
@@ -311,7 +340,7 @@ def recognise(keys: Iterable[str], layout: str = "auto") -> tuple[Match, tuple[s
         >>> recognise([RESNET.names.key(part) for part in parts])[0].layout.name
         'akamaster'
     """
-    keys = tuple(keys)
+    keys = tuple(tensors)
     if layout != "auto" and layout not in LAYOUTS:
         raise KeyError(f"unknown layout {layout!r}; known: auto, {', '.join(LAYOUTS)}")
     matches = [match(table, keys) for table in (_TABLES if layout == "auto" else LAYOUTS[layout])]
@@ -327,11 +356,23 @@ def recognise(keys: Iterable[str], layout: str = "auto") -> tuple[Match, tuple[s
                 f"the checkpoint does not have the layout {layout!r}; the nearest form is {best.layout.form.name}"
             )
         raise CheckpointError(_explain(best, missing, headline))
+    if isinstance(tensors, Mapping) and _is_large(complete[0], tensors):
+        complete = [m for m in complete if m.layout.large] or complete
     first = complete[0]
     if any(m.parts != first.parts or m.layout.form is not first.layout.form for m in complete[1:]):
         names = ", ".join(f"{m.layout.name} ({m.layout.form.name})" for m in complete)
         raise CheckpointError(f"the names fit several layouts that differ: {names}. Pass layout=... to choose one.")
     return first, tuple(dict.fromkeys(m.layout.name for m in complete))
+
+
+def _is_large(found: Match, tensors: Mapping[str, Any]) -> bool:
+    """Whether a network is for large images: its stem is 7×7, or its first dense layer reads more than one pixel."""
+    weights = {part.role: tensors[key].shape for key, part in found.parts.items() if part.leaf == "weight"}
+    if found.layout.form.kind != "vgg":
+        return weights["stem_conv"][-1:] == (7,)
+    last = weights[f"conv{sum(found.layout.form.stages)}"]
+    first = next((weights[role] for role in ("fc1", "fc2", "linear") if role in weights), ())
+    return len(first) == 2 and first[1] > last[0]
 
 
 def _explain(found: Match, missing: list[Part], headline: str) -> str:

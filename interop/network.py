@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import lax
 
 from interop.forms import FORMS, INDEX_BUFFERS, Form, Part
-from interop.spec import BlockSpec, ResidualSpec, Spec, VGGSpec
+from interop.spec import BlockSpec, InvertedSpec, ResidualSpec, Spec, VGGSpec, sums
 
 EPSILON = 1e-5
 """PyTorch's default in BatchNorm, which every supported family uses."""
@@ -43,20 +43,20 @@ def network_function(spec: Spec, indices: Mapping[str, np.ndarray] | None = None
     if isinstance(spec, VGGSpec):
         return _vgg(spec)
     form, indices = FORMS[spec.form], dict(indices or {})
-    for number, stage in enumerate(spec.blocks, start=1):
-        for position, block in enumerate(stage):
-            for buffer in INDEX_BUFFERS:
-                key = form.names.key(Part("add", number, position, buffer))
-                if block.indexed and key not in indices:
-                    raise KeyError(f"{key} is needed and was not given")
-    return _residual(form, spec, indices)
+    for place, block in sums(spec):
+        for buffer in INDEX_BUFFERS:
+            key = form.names.key(Part("add", *place, buffer))
+            if block.indexed and key not in indices:
+                raise KeyError(f"{key} is needed and was not given")
+    return _inverted(form, spec, indices) if isinstance(spec, InvertedSpec) else _residual(form, spec, indices)
 
 
 class _Layers:
     """The layers of one set of variables, by role."""
 
     def __init__(self, form: Form, variables: Any) -> None:
-        self.form, self.params, self.stats = form, variables["params"], variables["batch_stats"]
+        self.form, self.params = form, variables["params"]
+        self.stats = variables.get("batch_stats", {})
 
     def conv(self, role: str, x: jax.Array, stride: int = 1, place: tuple[int, int] = (0, 0)) -> jax.Array:
         layer = _get(self.params, self.form.flax.module(role, *place))
@@ -80,12 +80,14 @@ def _vgg(spec: VGGSpec) -> Apply:
         for stage, count in enumerate(form.stages, start=1):
             for _ in range(count):
                 number += 1
-                x = jax.nn.relu(layers.norm(f"bn{number}", layers.conv(f"conv{number}", x)))
+                x = layers.conv(f"conv{number}", x)
+                x = jax.nn.relu(layers.norm(f"bn{number}", x) if form.has(f"bn{number}") else x)
             if stage < len(form.stages) or form.has("linear"):
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
         if form.has("mean_linear"):
             return layers.dense("mean_linear", jnp.mean(x, axis=(1, 2)))
-        x = x.reshape(x.shape[0], -1)
+        # In PyTorch's order, channels first: a kernel that reads a grid keeps its rows as they are in the file.
+        x = grid_means(x, spec.grid).transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         for role, _ in zip(("fc1", "fc2"), spec.hidden, strict=False):
             x = jax.nn.relu(layers.dense(role, x))
         return layers.dense("linear", x)
@@ -122,9 +124,11 @@ def _residual(form: Form, spec: ResidualSpec, indices: Mapping[str, np.ndarray])
 
     def apply(variables: Any, x: jax.Array) -> jax.Array:
         layers = _Layers(form, variables)
-        x = layers.conv("stem_conv", x)
+        x = layers.conv("stem_conv", x, 2 if spec.stem_size == 7 else 1)
         if form.has("stem_bn"):
             x = jax.nn.relu(layers.norm("stem_bn", x))
+        if spec.stem_size == 7:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for number, stage in enumerate(spec.blocks, start=1):
             for position, block in enumerate(stage):
                 x = run_block(layers, block, x, (number, position))
@@ -137,16 +141,59 @@ def _residual(form: Form, spec: ResidualSpec, indices: Mapping[str, np.ndarray])
     return apply
 
 
+def _inverted(form: Form, spec: InvertedSpec, indices: Mapping[str, np.ndarray]) -> Apply:
+    def apply(variables: Any, x: jax.Array) -> jax.Array:
+        layers = _Layers(form, variables)
+
+        def layer(role: str, x: jax.Array, stride: int = 1, block: int = 0) -> jax.Array:
+            return layers.norm(f"{role}_bn", layers.conv(f"{role}_conv", x, stride, (0, block)), (0, block))
+
+        x = jax.nn.relu6(layer("first_depthwise", jax.nn.relu6(layer("stem", x, 2))))
+        x = layer("first_project", x)
+        for number, block in enumerate(spec.blocks):
+            branch = jax.nn.relu6(layer("expand", x, 1, number))
+            branch = jax.nn.relu6(layer("depthwise", branch, block.stride, number))
+            branch = layer("project", branch, 1, number)
+            if block.indexed:
+                first, second = (indices[form.names.key(Part("add", 0, number, buffer))] for buffer in INDEX_BUFFERS)
+                branch = scatter_channels(branch, first, block.outputs)
+                x = scatter_channels(x, second, block.outputs)
+            x = branch + x if block.residual else branch
+        x = jax.nn.relu6(layer("last", x))
+        return layers.dense("linear", jnp.mean(x, axis=(1, 2)))
+
+    return apply
+
+
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """PyTorch's Conv2d(padding=kernel // 2) on (N, H, W, C) and an (h, w, in, out) kernel."""
+    """PyTorch's Conv2d(padding=kernel // 2) on (N, H, W, C) and an (h, w, in / groups, out) kernel."""
     pads = [(size // 2, size // 2) for size in kernel.shape[:2]]
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    layout, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1] // kernel.shape[2]
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=layout, feature_group_count=groups
+    )
 
 
 def batch_norm(x: jax.Array, affine: Mapping[str, jax.Array], moments: Mapping[str, jax.Array]) -> jax.Array:
     """BatchNorm with frozen statistics over the last axis."""
     scale = affine["scale"] * lax.rsqrt(moments["var"] + jnp.asarray(EPSILON, moments["var"].dtype))
     return (x - moments["mean"][None, None, None, :]) * scale[None, None, None, :] + affine["bias"][None, None, None, :]
+
+
+def grid_means(x: jax.Array, grid: int) -> jax.Array:
+    """PyTorch's AdaptiveAvgPool2d(grid) on (N, H, W, C), where grid divides H and W: (N, grid, grid, C).
+
+    Raises:
+        ValueError: it does not divide them.
+    """
+    rows, columns = x.shape[1] // grid, x.shape[2] // grid
+    if (rows * grid, columns * grid) != x.shape[1:3]:
+        raise ValueError(
+            f"a {grid}×{grid} grid of means needs features it divides, these are {x.shape[1]}×{x.shape[2]}"
+        )
+    if rows == columns == 1:
+        return x
+    return x.reshape(x.shape[0], grid, rows, grid, columns, x.shape[3]).mean((2, 4))
 
 
 def scatter_channels(x: jax.Array, positions: np.ndarray, channels: int) -> jax.Array:

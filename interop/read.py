@@ -29,7 +29,9 @@ WRAPPERS = ("module", "_orig_mod")
 
 
 def read_checkpoint(
-    source: str | os.PathLike[str] | Mapping[str, Any], entry: str | None = None
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    entry: str | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict]:
     """The tensors of a checkpoint by name, and the plain values saved beside them.
 
@@ -37,6 +39,7 @@ def read_checkpoint(
         source: a PyTorch file, a `.safetensors` file, a state dict (of torch tensors or arrays), or a dictionary that
             holds one under "state_dict", "net", "model", "model_state_dict" or "model_state".
         entry: the key of the state dict in that dictionary, where it is another one ("model_ema").
+        beside: arrays or lists of numbers that belong to it, under names of the same kind.
 
     Returns:
         (tensors, metadata): names without what wrappers put before or into them (DataParallel, torch.compile, the
@@ -48,6 +51,7 @@ def read_checkpoint(
         CheckpointError: not a checkpoint, damaged, dishonest, or one that would have to run code to be read.
         TypeError: something else than a path or a mapping.
     """
+    extra = {key: _to_numpy(key, value) for key, value in (beside or {}).items()}
     if isinstance(source, Mapping):
         container: Any = source
         name = "the state dict"
@@ -64,7 +68,7 @@ def read_checkpoint(
         name = str(path)
         if path.suffix == ".safetensors":
             tensors, metadata = _read_safetensors(path)
-            return _without_wrappers(tensors), dict(metadata)
+            return _without_wrappers(tensors | extra), dict(metadata)
         container = _read_torch(path)
     elif hasattr(source, "state_dict"):
         raise TypeError("from_torch takes a state dict; pass module.state_dict() instead of the module")
@@ -77,7 +81,7 @@ def read_checkpoint(
             f"{name}: the tensors of a state dict have names; one of these has the key {nameless[0]!r}"
         )
     arrays = {key: _to_numpy(key, value) for key, value in tensors.items()}
-    return _without_wrappers(arrays), metadata
+    return _without_wrappers(arrays | extra), metadata
 
 
 def _read_torch(path: Path) -> Any:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import isqrt
 
-from interop.forms import FORMS, INDEX_BUFFERS, LEAVES, CheckpointError, Form, Part, kind_of
+from interop.forms import (
+    FORMS,
+    INDEX_BUFFERS,
+    INVERTED_BLOCKS,
+    INVERTED_STAGES,
+    LEAVES,
+    CheckpointError,
+    Form,
+    Part,
+    kind_of,
+)
 
 Shape = tuple[int, ...]
 
@@ -17,6 +29,7 @@ class BlockSpec:
     inputs: channels that enter. widths: channels out of each convolution; the last is the branch's.
     outputs: channels of the residual sum.
     shortcut: channels of the 1×1 convolution on the shortcut, or None where the shortcut has no parameters.
+    groups: of the form's grouped convolution.
     indexed: whether the sum is by index.
     """
 
@@ -26,6 +39,7 @@ class BlockSpec:
     stride: int
     shortcut: int | None = None
     indexed: bool = False
+    groups: int = 1
 
     @property
     def branch(self) -> int:
@@ -40,7 +54,10 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class ResidualSpec:
-    """The widths of a residual network; `blocks[i]` are the blocks of stage i + 1. conv_bias: on every convolution."""
+    """The widths of a residual network; `blocks[i]` are the blocks of stage i + 1. conv_bias: on every convolution.
+
+    stem_size: of the first kernel; 7 stands for stride 2 and a 3×3 maximum of stride 2 after it.
+    """
 
     form: str
     stem: int
@@ -48,10 +65,22 @@ class ResidualSpec:
     num_classes: int
     image_channels: int = 3
     conv_bias: bool = False
+    stem_size: int = 3
 
     @property
     def depth(self) -> int:
-        """The number in the network's name: 6n + 2 for three stages of n basic blocks, 6n + 4 for wide ResNets."""
+        """The number in the network's name: 6n + 2 for three stages of n basic blocks, 6n + 4 for wide ResNets.
+
+        Wide ResNets count a shortcut's convolution in every stage. Those in the form of thin ones (EHAP's) are known
+        by the one in their first stage, which thin ResNets do not have.
+        """
+        form = FORMS[self.form]
+        widened = form.name == "resnet" and self.stem_size == 3 and self.blocks[0][0].shortcut is not None
+        return self.layers + (2 if widened else 0)
+
+    @property
+    def layers(self) -> int:
+        """Convolutions in the blocks and what the form adds: 6n + 2 for ResNets of three stages of n basic blocks."""
         form = FORMS[self.form]
         return form.extra_depth + len(form.kernels) * sum(len(stage) for stage in self.blocks)
 
@@ -63,7 +92,7 @@ class ResidualSpec:
 
 @dataclass(frozen=True)
 class VGGSpec:
-    """The widths of a VGG: of its convolutions, and of the hidden dense layers."""
+    """The widths of a VGG: of its convolutions, and of the hidden dense layers, which read grid × grid means."""
 
     form: str
     widths: tuple[int, ...]
@@ -71,6 +100,7 @@ class VGGSpec:
     num_classes: int
     image_channels: int = 3
     conv_bias: bool = False
+    grid: int = 1
 
     @property
     def depth(self) -> int:
@@ -87,7 +117,57 @@ class VGGSpec:
         return tuple(found)
 
 
-Spec = ResidualSpec | VGGSpec
+@dataclass(frozen=True)
+class InvertedBlock:
+    """The widths of one block of MobileNetV2: what enters, the wide middle, what its last convolution leaves.
+
+    outputs: channels that leave the block. residual: whether the input is added; indexed: by index.
+    """
+
+    inputs: int
+    hidden: int
+    branch: int
+    outputs: int
+    stride: int
+    residual: bool
+    indexed: bool = False
+
+
+@dataclass(frozen=True)
+class InvertedSpec:
+    """The widths of a MobileNetV2: its stem, what its first block leaves, its other blocks, its last convolution."""
+
+    form: str
+    stem: int
+    first: int
+    blocks: tuple[InvertedBlock, ...]
+    last: int
+    num_classes: int
+    image_channels: int = 3
+    conv_bias: bool = False
+
+    @property
+    def depth(self) -> int:
+        """Layers with weights: three in each block but the first, which has two, and three more."""
+        return FORMS[self.form].extra_depth + 3 * len(self.blocks)
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Channels out of each stage."""
+        ends = accumulate(count for count, _ in INVERTED_STAGES)
+        return (self.first, *(self.blocks[end - 1].outputs for end in ends))
+
+
+Spec = ResidualSpec | VGGSpec | InvertedSpec
+
+
+def sums(spec: Spec) -> list[tuple[tuple[int, int], BlockSpec | InvertedBlock]]:
+    """((stage, block), widths) of every block."""
+    if isinstance(spec, VGGSpec):
+        return []
+    if isinstance(spec, InvertedSpec):
+        return [((0, number), block) for number, block in enumerate(spec.blocks)]
+    return [((s, b), block) for s, stage in enumerate(spec.blocks, start=1) for b, block in enumerate(stage)]
 
 
 def read_spec(form: Form, shapes: Mapping[str, Shape], names: Mapping[str, str] | None = None) -> Spec:
@@ -103,7 +183,7 @@ def read_spec(form: Form, shapes: Mapping[str, Shape], names: Mapping[str, str] 
             gives key, expected and found shape).
     """
     reader = _Reader(form, shapes, names or {})
-    return _read_vgg(reader) if form.kind == "vgg" else _read_residual(reader)
+    return {"vgg": _read_vgg, "residual": _read_residual, "inverted": _read_inverted}[form.kind](reader)
 
 
 class _Reader:
@@ -141,6 +221,16 @@ class _Reader:
             self.check(Part(role, stage, block, "bias"), (shape[0],))
         return shape
 
+    def groups(self, role: str, stage: int, block: int, inputs: int) -> int:
+        """Groups of a convolution that reads so many channels."""
+        part = Part(role, stage, block, "weight")
+        outputs, per_group, *_ = self.check(part, (None, None, None, None))
+        if inputs % per_group or outputs % (inputs // per_group):
+            raise CheckpointError(
+                f"{self.name(part)}: no number of groups of {per_group} channels makes {outputs} of {inputs}"
+            )
+        return inputs // per_group
+
     def norm(self, role: str, stage: int, block: int, width: int) -> None:
         for leaf in LEAVES["norm"]:
             self.check(Part(role, stage, block, leaf), (width,))
@@ -159,22 +249,29 @@ def _read_vgg(reader: _Reader) -> VGGSpec:
     for number in range(1, sum(form.stages) + 1):
         width, inputs, *_ = reader.conv(f"conv{number}", 0, 0, width, 3)
         image_channels = image_channels or inputs
-        reader.norm(f"bn{number}", 0, 0, width)
+        if form.has(f"bn{number}"):
+            reader.norm(f"bn{number}", 0, 0, width)
         widths.append(width)
     assert width is not None
+    dense = [role for role in ("fc1", "fc2", "linear", "mean_linear") if reader.has(role)]
+    grid = 1
+    if "linear" in dense:
+        read = reader.check(Part(dense[0], 0, 0, "weight"), (None, None))[1]
+        grid = max(isqrt(read // width), 1)
+    width *= grid * grid
     hidden = []
-    for role in ("fc1", "fc2"):
-        if reader.has(role):
-            width = reader.dense(role, width)
-            hidden.append(width)
-    head = "linear" if form.has("linear") else "mean_linear"
-    classes = reader.dense(head, width)
-    return VGGSpec(form.name, tuple(widths), tuple(hidden), classes, image_channels, reader.conv_bias)
+    for role in dense:
+        width = reader.dense(role, width)
+        hidden.append(width)
+    *hidden, classes = hidden
+    return VGGSpec(form.name, tuple(widths), tuple(hidden), classes, image_channels, reader.conv_bias, grid)
 
 
 def _read_residual(reader: _Reader) -> ResidualSpec:
     form = reader.form
-    stem, image_channels, *_ = reader.conv("stem_conv", 0, 0, None, 3)
+    found_size = reader.shapes.get(form.names.key(Part("stem_conv", 0, 0, "weight")), (0,))[-1]
+    size = found_size if found_size in form.stems else form.stems[0]
+    stem, image_channels, *_ = reader.conv("stem_conv", 0, 0, None, size)
     if form.has("stem_bn"):
         reader.norm("stem_bn", 0, 0, stem)
     counts: list[int] = []
@@ -196,17 +293,58 @@ def _read_residual(reader: _Reader) -> ResidualSpec:
             reader.norm(role, 0, 0, width)
     classes = reader.dense("linear", width)
     blocks = tuple(tuple(found[s, b] for b in range(count)) for s, count in enumerate(counts, start=1))
-    return ResidualSpec(form.name, stem, blocks, classes, image_channels, reader.conv_bias)
+    return ResidualSpec(form.name, stem, blocks, classes, image_channels, reader.conv_bias, size)
+
+
+def _read_inverted(reader: _Reader) -> InvertedSpec:
+    def layer(role: str, inputs: int | None, block: int = 0) -> Shape:
+        shape = reader.conv(f"{role}_conv", 0, block, inputs, 3 if role == "stem" else 1)
+        reader.norm(f"{role}_bn", 0, block, shape[0])
+        return shape
+
+    def depthwise(role: str, width: int, block: int = 0) -> None:
+        reader.check(Part(f"{role}_conv", 0, block, "weight"), (width, 1, 3, 3))
+        reader.norm(f"{role}_bn", 0, block, width)
+
+    stem, image_channels, *_ = layer("stem", None)
+    depthwise("first_depthwise", stem)
+    first = width = layer("first_project", stem)[0]
+    beyond = Part("expand_conv", 0, len(INVERTED_BLOCKS), "weight")
+    if reader.has(*beyond[:3]):
+        raise CheckpointError(f"{reader.name(beyond)}: MobileNetV2 has {len(INVERTED_BLOCKS) + 1} blocks")
+    blocks = []
+    for number, (stride, residual) in enumerate(INVERTED_BLOCKS):
+        hidden = layer("expand", width, number)[0]
+        depthwise("depthwise", hidden, number)
+        branch = layer("project", hidden, number)[0]
+        indexed = residual and reader.has("add", 0, number)
+        block = InvertedBlock(width, hidden, branch, branch, stride, residual, indexed)
+        if indexed:
+            after = Part("expand_conv", 0, number + 1, "weight")
+            after = after if number + 1 < len(INVERTED_BLOCKS) else Part("last_conv", 0, 0, "weight")
+            for buffer, expected in zip(INDEX_BUFFERS, (branch, width), strict=True):
+                reader.check(Part("add", 0, number, buffer), (expected,))
+            block = replace(block, outputs=reader.check(after, (None, None, 1, 1))[1])
+        elif residual and branch != width:
+            name = reader.name(Part("project_conv", 0, number, "weight"))
+            raise CheckpointError(f"{name}: expected {width} output channels, found {branch} (and no index buffers)")
+        blocks.append(block)
+        width = block.outputs
+    last = layer("last", width)[0]
+    classes = reader.dense("linear", last)
+    return InvertedSpec(reader.form.name, stem, first, tuple(blocks), last, classes, image_channels, reader.conv_bias)
 
 
 def _read_block(reader: _Reader, here: tuple[int, int], after: tuple[int, int] | None, inputs: int) -> BlockSpec:
     form = reader.form
     widths: list[int] = []
-    width = inputs
+    width, groups = inputs, 1
     for number, size in enumerate(form.kernels, start=1):
         if form.preactivation:
             reader.norm(f"bn{number}", *here, width)
-        width, *_ = reader.conv(f"conv{number}", *here, width, size)
+        if number - 1 == form.grouped:
+            groups = reader.groups(f"conv{number}", *here, width)
+        width, *_ = reader.conv(f"conv{number}", *here, width // (groups if number - 1 == form.grouped else 1), size)
         if not form.preactivation:
             reader.norm(f"bn{number}", *here, width)
         widths.append(width)
@@ -218,13 +356,13 @@ def _read_block(reader: _Reader, here: tuple[int, int], after: tuple[int, int] |
             reader.norm("shortcut_bn", *here, shortcut)
     stride = 2 if here[1] == 0 and here[0] > 1 else 1
     indexed, outputs = reader.has("add", *here), width
-    block = BlockSpec(inputs, tuple(widths), outputs, stride, shortcut, indexed)
+    block = BlockSpec(inputs, tuple(widths), outputs, stride, shortcut, indexed, groups)
     if indexed:
         consumer = Part("linear", 0, 0, "weight") if after is None else Part("conv1", *after, "weight")
         kernel = reader.check(consumer, (None, None) if after is None else (None, None, *(form.kernels[0],) * 2))
         for buffer, expected in zip(INDEX_BUFFERS, (block.branch, block.residual), strict=True):
             reader.check(Part("add", *here, buffer), (expected,))
-        return BlockSpec(inputs, tuple(widths), kernel[1], stride, shortcut, indexed)
+        return replace(block, outputs=kernel[1])
     if shortcut is not None and shortcut != width:
         name = reader.name(Part(form.shortcut, *here, "weight"))
         raise CheckpointError(f"{name}: expected {width} output channels, found {shortcut} (and no index buffers)")

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from interop.forms import (
+    FORMS,
     INDEX_BUFFERS,
+    INVERTED_BLOCKS,
     CheckpointError,
     Form,
     Part,
@@ -17,8 +19,8 @@ from interop.forms import (
     recognise_variables,
     to_torch_axes,
 )
-from interop.layouts import layout_for
-from interop.spec import Spec, VGGSpec, read_spec
+from interop.layouts import layout_for, written_layout
+from interop.spec import ResidualSpec, Spec, read_spec
 
 
 def to_torch(
@@ -38,7 +40,10 @@ def to_torch(
         indices: index buffers of a network that was pruned elsewhere (`info.indices` of `from_torch`); not with a plan.
             Given, if only as {}, they say that shortcuts without them are padded by half of the zeros on each side.
         layout: the names to write, one of `interop.layouts.LAYOUTS`; None for those `interop.torch_models` loads
-            (akamaster's for CIFAR ResNets), the only ones with a place for index buffers.
+            (akamaster's for CIFAR ResNets), which have a place for index buffers. Under "ehap" and "hap", pruned
+            networks get `in_indices` and `out_indices` of every layer: buffers for EHAP's loader, attributes of HAP's
+            modules. They number the channels of each sum and not of the dense network, so that the `list(set(...))` of
+            that code yields them in the order of the weights.
 
     Returns:
         key -> CPU torch tensor, in module order, bit for bit the values of `variables`. `num_batches_tracked` is not
@@ -53,7 +58,7 @@ def to_torch(
         KeyError: an unknown layout.
         CheckpointError: variables that are not such a network (lists the paths), a layout without names for it, a plan
             that does not fit their shapes (path, expected, found) or has implants, shrunk variables without their
-            plan, or sums by index in a layout that has no place for them.
+            plan, or a network that the layout's code has not: sums by index, or shortcuts that are padded.
         ImportError: PyTorch is not installed.
 
     Example:
@@ -65,36 +70,43 @@ def to_torch(
         True
     """
     form = form_of(variables)
-    names = form.names if layout is None else layout_for(layout, form).names
+    table = layout_for(written_layout(form) if layout is None else layout, form)
     arrays = named_arrays(variables, form)
     if plan is not None and indices:
         raise CheckpointError("pass a plan or indices, not both: each says where the channels of a sum lie")
-    arrays |= dict(indices or {}) if plan is None else residual_indices(form, arrays, plan)
-    spec = read_spec(form, {key: value.shape for key, value in arrays.items()})
-    if plan is None and indices is None:
+    buffers = dict(indices or {}) if plan is None else residual_indices(form, arrays, plan)
+    spec = read_spec(form, {key: value.shape for key, value in (arrays | buffers).items()})
+    pruned = plan is not None or indices is not None
+    if not pruned:
         _check_unpruned(spec)
+    if not table.padded:
+        _check_unpadded(spec, table.name)
     try:
         import torch
     except ImportError as error:
         raise ImportError("to_torch needs PyTorch: pip install 'ehap-jax[torch]'") from error
     state_dict = {}
-    for key in sorted(arrays, key=form.order):
-        value = np.array(arrays[key], order="C")
+    parts, sums = (
+        {part: value for key, value in named.items() if (part := form.names.part(key))} for named in (arrays, buffers)
+    )
+    parts |= kept_indices(spec, parts, sums) if table.index_leaves and pruned else sums
+    for part in sorted(parts, key=form.order):
+        value = np.array(parts[part], order="C")
         if value.dtype.name == "bfloat16":
             tensor = torch.from_numpy(value.view(np.uint16)).view(torch.bfloat16)
         else:
             tensor = torch.from_numpy(value)
-        part = form.names.part(key)
-        assert part is not None
-        if part.role not in names.modules:
-            raise CheckpointError(f"the layout {layout!r} has no place for {key}; leave layout out to write it")
-        state_dict[names.key(part)] = tensor
+        if part.role not in table.names.modules:
+            raise CheckpointError(
+                f"the layout {layout!r} has no place for {form.names.key(part)}; leave layout out to write it"
+            )
+        state_dict[table.names.key(part)] = tensor
     return state_dict
 
 
 def _check_unpruned(spec: Spec) -> None:
     """Refuse a padded shortcut between widths that no dense network has: half on each side would be a guess."""
-    if isinstance(spec, VGGSpec):
+    if not isinstance(spec, ResidualSpec):
         return
     padded = [b for stage in spec.blocks for b in stage if b.shortcut is None and b.inputs != b.outputs]
     for stage in spec.blocks:
@@ -107,6 +119,46 @@ def _check_unpruned(spec: Spec) -> None:
                 "widths such as these come of pruning, so that only the plan knows where: pass the plan that shrunk "
                 "them, to_torch(shrunk, plan), or indices={} where half of the zeros go on each side"
             )
+
+
+def _check_unpadded(spec: Spec, layout: str) -> None:
+    for number, stage in enumerate(spec.blocks if isinstance(spec, ResidualSpec) else (), start=1):
+        for position, block in enumerate(stage):
+            if block.shortcut is None and (block.stride > 1 or (block.inputs != block.outputs and not block.indexed)):
+                raise CheckpointError(
+                    f"the code of the layout {layout!r} has a 1×1 convolution on every shortcut that changes shape; "
+                    f"block {position} of stage {number} pads its shortcut with zeros (shortcut A)"
+                )
+
+
+def kept_indices(
+    spec: Spec, arrays: Mapping[Part, np.ndarray], sums: Mapping[Part, np.ndarray]
+) -> dict[Part, np.ndarray]:
+    """`in_indices` and `out_indices` of every layer, such that EHAP's and HAP's code adds the channels meant by `sums`.
+
+    That code joins the out_indices of a block's last convolution with those of its shortcut's (or with the in_indices
+    of its first one), and takes their union, in the order of a Python set, for the channels of the sum. Positions in
+    the sum are such numbers; as they are 0, 1, …, the set is in order.
+
+    Raises:
+        CheckpointError: a sum with a channel that neither operand has, which that code cannot express.
+    """
+    form, kept = FORMS[spec.form], {}
+    for part, value in arrays.items():
+        if part.leaf == "weight" and kind_of(part.role) != "norm":
+            for axis, leaf in ((0, "out_indices"), (1, "in_indices")):
+                kept[part._replace(leaf=leaf)] = np.arange(value.shape[axis], dtype=np.int32)
+    for part, branch in sums.items():
+        if part.leaf != INDEX_BUFFERS[0] or not isinstance(spec, ResidualSpec):
+            continue
+        residual = sums[part._replace(leaf=INDEX_BUFFERS[1])]
+        if np.union1d(branch, residual).size != spec.blocks[part.stage - 1][part.block].outputs:
+            raise CheckpointError(f"{form.names.module(*part[:3])}: its sum has channels that neither operand has")
+        shortcut = part._replace(role=form.shortcut, leaf="out_indices")
+        receiver = shortcut if shortcut in kept else part._replace(role="conv1", leaf="in_indices")
+        kept[part._replace(role=f"conv{len(form.kernels)}", leaf="out_indices")] = branch.astype(np.int32)
+        kept[receiver] = residual.astype(np.int32)
+    return kept
 
 
 def form_of(variables: Any) -> Form:
@@ -151,31 +203,37 @@ def residual_indices(form: Form, arrays: Mapping[str, np.ndarray], plan: Any) ->
         if part.leaf == "weight" and kind_of(part.role) != "norm":
             for axis in (0, 1):
                 _kept(form, arrays, plan, part, axis)
-    if form.kind != "residual":
+    if form.kind == "vgg":
         return {}
-    places = sorted((part.stage, part.block) for part in parts if part.role == "conv1" and part.leaf == "weight")
-    stem = Part("stem_conv", 0, 0, "weight")
-    stream, dense = _kept(form, arrays, plan, stem, 0), _full_width(form, arrays, plan, stem)
+    inverted = form.kind == "inverted"
+    first, final_role = ("expand_conv", "project_conv") if inverted else ("conv1", f"conv{len(form.kernels)}")
+    places = sorted((part.stage, part.block) for part in parts if part.role == first and part.leaf == "weight")
+    last = Part("last_conv" if inverted else "linear", 0, 0, "weight")
+    entry = Part("first_project_conv" if inverted else "stem_conv", 0, 0, "weight")
+    stream, dense = _kept(form, arrays, plan, entry, 0), _full_width(form, arrays, plan, entry)
     buffers: dict[str, np.ndarray] = {}
     for here, after in zip(places, [*places[1:], None], strict=True):
-        last = Part(f"conv{len(form.kernels)}", *here, "weight")
-        shortcut = Part(form.shortcut, *here, "weight")
-        consumer = Part("linear", 0, 0, "weight") if after is None else Part("conv1", *after, "weight")
-        branch, widened = _kept(form, arrays, plan, last, 0), _full_width(form, arrays, plan, last)
-        if form.names.key(shortcut) in arrays:
-            residual = _kept(form, arrays, plan, shortcut, 0)
-        else:
-            residual = stream + (widened - dense) // 2
+        final = Part(final_role, *here, "weight")
+        consumer = last if after is None else Part(first, *after, "weight")
+        branch, widened = _kept(form, arrays, plan, final, 0), _full_width(form, arrays, plan, final)
+        operands = [(final, branch)]
+        if not inverted:
+            shortcut = Part(form.shortcut, *here, "weight")
+            projected = form.names.key(shortcut) in arrays
+            shifted = _kept(form, arrays, plan, shortcut, 0) if projected else stream + (widened - dense) // 2
+            operands.append((shortcut, shifted))
+        elif INVERTED_BLOCKS[here[1]][1]:
+            operands.append((entry, stream))
         stream, dense = _kept(form, arrays, plan, consumer, 1), widened
-        for part, operand in ((last, branch), (shortcut, residual)):
+        for part, operand in operands:
             lost = np.setdiff1d(operand, stream)
             if lost.size:
                 raise CheckpointError(
                     f"the plan keeps channel {lost[0]} of {form.names.module(*part[:3])}, which "
                     f"{form.path(consumer)} does not read"
                 )
-        if branch.size != stream.size or residual.size != stream.size:
-            for buffer, operand in zip(INDEX_BUFFERS, (branch, residual), strict=True):
+        if len(operands) == 2 and any(operand.size != stream.size for _, operand in operands):
+            for buffer, (_, operand) in zip(INDEX_BUFFERS, operands, strict=True):
                 buffers[form.names.key(Part("add", *here, buffer))] = np.searchsorted(stream, operand)
     return buffers
 

@@ -28,7 +28,7 @@ from interop.forms import (
     Form,
 )
 from interop.layouts import recognise
-from interop.spec import BlockSpec, ResidualSpec, Spec, VGGSpec, read_spec
+from interop.spec import BlockSpec, InvertedBlock, InvertedSpec, ResidualSpec, Spec, VGGSpec, read_spec
 
 try:
     import torch
@@ -36,6 +36,12 @@ try:
     from torch import nn
 except ImportError as error:
     raise ImportError("interop.torch_models needs PyTorch: pip install 'ehap-jax[torch]'") from error
+
+
+def add_by_index(branch: torch.Tensor, residual: torch.Tensor, block: Any) -> torch.Tensor:
+    """The sum of two operands whose channels lie where the block's buffers say."""
+    total = branch.new_zeros(branch.shape[0], block.spec.outputs, *branch.shape[2:])
+    return total.index_add(1, block.branch_index, branch).index_add(1, block.residual_index, residual)
 
 
 class Block(nn.Module):
@@ -54,7 +60,8 @@ class Block(nn.Module):
         inputs = spec.inputs
         for number, (size, width) in enumerate(zip(form.kernels, spec.widths, strict=True), start=1):
             stride = spec.stride if number == form.strided + 1 else 1
-            conv = nn.Conv2d(inputs, width, size, stride, padding=size // 2, bias=bias)
+            groups = spec.groups if number - 1 == form.grouped else 1
+            conv = nn.Conv2d(inputs, width, size, stride, padding=size // 2, groups=groups, bias=bias)
             pair = [(f"conv{number}", conv), (f"bn{number}", nn.BatchNorm2d(inputs if form.preactivation else width))]
             for name, layer in reversed(pair) if form.preactivation else pair:
                 self.add_module(name, layer)
@@ -93,15 +100,13 @@ class Block(nn.Module):
     def add(self, branch: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The residual sum."""
         if self.spec.indexed:
-            total = branch.new_zeros(branch.shape[0], self.spec.outputs, *branch.shape[2:])
-            total = total.index_add(1, self.branch_index, branch)
-            return total.index_add(1, self.residual_index, residual)
+            return add_by_index(branch, residual, self)
         pad = (self.spec.branch - residual.shape[1]) // 2
         return branch + (F.pad(residual, (0, 0, 0, 0, pad, pad)) if pad else residual)
 
 
 class ResidualNetwork(nn.Module):
-    """A residual network of any widths: 3×3 stem, stages of blocks, mean pooling, classifier.
+    """A residual network of any widths: stem, stages of blocks, mean pooling, classifier.
 
     Input: float images, (N, channels, H, W). Output: logits, (N, num_classes).
     """
@@ -110,7 +115,9 @@ class ResidualNetwork(nn.Module):
         super().__init__()
         self.spec, self.form = spec, FORMS[spec.form]
         form, last = self.form, spec.blocks[-1][-1].outputs
-        self.conv1 = nn.Conv2d(spec.image_channels, spec.stem, 3, padding=1, bias=spec.conv_bias)
+        size = spec.stem_size
+        stride = 2 if size == 7 else 1
+        self.conv1 = nn.Conv2d(spec.image_channels, spec.stem, size, stride, size // 2, bias=spec.conv_bias)
         self.bn1 = nn.BatchNorm2d(spec.stem) if form.has("stem_bn") else None
         prefix = form.names.module("add", 0, 0).partition("0")[0]
         self.stage_names = [f"{prefix}{number}" for number in range(1, len(spec.blocks) + 1)]
@@ -123,6 +130,8 @@ class ResidualNetwork(nn.Module):
         x = self.conv1(x)
         if self.bn1 is not None:
             x = F.relu(self.bn1(x))
+        if self.spec.stem_size == 7:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
         for name in self.stage_names:
             x = self.get_submodule(name)(x)
         if self.bn is not None:
@@ -131,8 +140,69 @@ class ResidualNetwork(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
+def _norm_layer(inputs: int, width: int, size: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """Convolution, norm and ReLU6."""
+    conv = nn.Conv2d(inputs, width, size, stride, size // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU6())
+
+
+class InvertedResidual(nn.Module):
+    """A block of MobileNetV2; the sum is by index where the spec says so."""
+
+    branch_index: torch.Tensor
+    residual_index: torch.Tensor
+
+    def __init__(self, spec: InvertedBlock) -> None:
+        super().__init__()
+        self.spec = spec
+        self.conv = nn.Sequential(
+            _norm_layer(spec.inputs, spec.hidden),
+            _norm_layer(spec.hidden, spec.hidden, 3, spec.stride, spec.hidden),
+            nn.Conv2d(spec.hidden, spec.branch, 1, bias=False),
+            nn.BatchNorm2d(spec.branch),
+        )
+        if spec.indexed:
+            self.register_buffer("branch_index", torch.arange(spec.branch))
+            self.register_buffer("residual_index", torch.arange(spec.inputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch = self.conv(x)
+        if self.spec.indexed:
+            return add_by_index(branch, x, self)
+        return branch + x if self.spec.residual else branch
+
+
+class MobileNetV2(nn.Module):
+    """A MobileNetV2 of any widths. Input: float images, (N, channels, H, W). Output: logits, (N, num_classes)."""
+
+    def __init__(self, spec: InvertedSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        first = nn.Module()
+        first.conv = nn.Sequential(
+            _norm_layer(spec.stem, spec.stem, 3, 1, spec.stem),
+            nn.Conv2d(spec.stem, spec.first, 1, bias=False),
+            nn.BatchNorm2d(spec.first),
+        )
+        blocks = [InvertedResidual(block) for block in spec.blocks]
+        stem = _norm_layer(spec.image_channels, spec.stem, 3, 2)
+        self.features = nn.ModuleList([stem, first, *blocks, _norm_layer(spec.blocks[-1].outputs, spec.last)])
+        self.classifier = nn.Sequential(nn.Identity(), nn.Linear(spec.last, spec.num_classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stem, first, *blocks = self.features
+        x = first.get_submodule("conv")(stem(x))
+        for block in blocks:
+            x = block(x)
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
 class VGG(nn.Module):
-    """VGG with BatchNorm of any widths. Input: float images, (N, channels, 32, 32). Output: logits, (N, classes)."""
+    """VGG of any widths, with BatchNorm or without.
+
+    Input: float images, (N, channels, 32, 32), or larger ones whose features the grid divides.
+    Output: logits, (N, classes).
+    """
 
     def __init__(self, spec: VGGSpec) -> None:
         super().__init__()
@@ -140,8 +210,10 @@ class VGG(nn.Module):
         inputs = spec.image_channels
         for number, width in enumerate(spec.widths, start=1):
             self.add_module(f"conv{number}", nn.Conv2d(inputs, width, 3, padding=1, bias=spec.conv_bias))
-            self.add_module(f"bn{number}", nn.BatchNorm2d(width))
+            if self.form.has(f"bn{number}"):
+                self.add_module(f"bn{number}", nn.BatchNorm2d(width))
             inputs = width
+        inputs *= spec.grid**2
         for number, width in enumerate(spec.hidden, start=1):
             self.add_module(f"fc{number}", nn.Linear(inputs, width))
             inputs = width
@@ -154,17 +226,22 @@ class VGG(nn.Module):
             for _ in range(count):
                 number += 1
                 x = self.get_submodule(f"conv{number}")(x)
-                x = F.relu(self.get_submodule(f"bn{number}")(x))
+                x = F.relu(self.get_submodule(f"bn{number}")(x) if self.form.has(f"bn{number}") else x)
             if stage < len(self.form.stages) or self.head == "linear":
                 x = F.max_pool2d(x, 2)
-        x = x.mean(dim=(2, 3)) if self.head == "mean_linear" else x.flatten(1)
+        x = x.mean(dim=(2, 3)) if self.head == "mean_linear" else F.adaptive_avg_pool2d(x, self.spec.grid).flatten(1)
         for number in range(1, len(self.spec.hidden) + 1):
             x = F.relu(self.get_submodule(f"fc{number}")(x))
         return self.get_submodule(self.head)(x)
 
 
-def build(spec: Spec) -> ResidualNetwork | VGG:
+Network = ResidualNetwork | MobileNetV2 | VGG
+
+
+def build(spec: Spec) -> Network:
     """The network with these widths, initialised by PyTorch's defaults."""
+    if isinstance(spec, InvertedSpec):
+        return MobileNetV2(spec)
     return VGG(spec) if isinstance(spec, VGGSpec) else ResidualNetwork(spec)
 
 
@@ -285,7 +362,7 @@ def _residual(
     return ResidualNetwork(ResidualSpec(form.name, stem, tuple(blocks), num_classes, image_channels))
 
 
-def load(state_dict: Mapping[str, Any]) -> ResidualNetwork | VGG:
+def load(state_dict: Mapping[str, Any]) -> Network:
     """The network of a state dict with the names `to_torch` writes, loaded strictly and set to eval mode.
 
     Raises:
@@ -308,7 +385,7 @@ def load(state_dict: Mapping[str, Any]) -> ResidualNetwork | VGG:
         module.to(dtypes.pop())
     module.load_state_dict(state_dict, strict=True)
     for name, block in module.named_modules():
-        if isinstance(block, Block) and block.spec.indexed:
+        if isinstance(block, Block | InvertedResidual) and block.spec.indexed:
             for buffer in INDEX_BUFFERS:
                 index = getattr(block, buffer)
                 if index.unique().numel() != index.numel() or index.min() < 0 or index.max() >= block.spec.outputs:

@@ -190,6 +190,35 @@ def test_pruned_ehap_network(branch, residual, images):
     np.testing.assert_array_equal(np.asarray(again(same_variables, images)), np.asarray(apply(variables, images)))
 
 
+def test_haps_indices_are_given_beside_its_weights(images):
+    """HAP keeps them as attributes of its modules, numbered as in the dense network."""
+    tensors = ehap_pruned([1, 33, 64, 70], [0, 2, 64, 71], widths=3)
+    expected = from_torch(tensors)[0](from_torch(tensors)[1], images)
+    modules = {"init_block.conv": "conv1", "init_block.bn": "bn1", "output": "fc"}
+    modules |= {f"conv{n}.conv": f"layer1.0.conv{n}" for n in (1, 2)} | {
+        f"conv{n}.bn": f"layer1.0.bn{n}" for n in (1, 2)
+    }
+    hap = {}
+    for key, value in tensors.items():
+        module, _, leaf = key.removeprefix("features.").removeprefix("stage1.unit1.body.").rpartition(".")
+        hap[f"module.{modules[module]}.{leaf}"] = value
+    indices = {key: value.tolist() for key, value in hap.items() if key.endswith("_indices")}
+    weights = {key: value for key, value in hap.items() if key not in indices}
+    apply, variables, info = from_torch(weights, indices=indices)
+    assert (info.layout, info.shortcut) == ("hap", "indexed")
+    np.testing.assert_array_equal(apply(variables, images), expected)
+    with pytest.raises(CheckpointError, match=r"fc\.weight: expected shape \(any, 4\)"):
+        from_torch(weights)
+
+
+@pytest.mark.parametrize("bad", [[0, -2], [0, 0], [0.5, 1], [0, float("nan")], [0, 2**40], ["a", "b"], [True, False]])
+def test_kept_indices_are_distinct_whole_numbers(bad):
+    tensors = ehap_pruned([0, 2], [1, 2], widths=3)
+    tensors["features.stage1.unit1.body.conv2.conv.out_indices"] = np.array(bad)
+    with pytest.raises(CheckpointError, match=r"conv2\.conv\.out_indices: kept indices (are whole|repeat)"):
+        from_torch(tensors)
+
+
 def test_pruned_ehap_indices_must_fit_their_weights():
     tensors = ehap_pruned([0, 2], [1, 2], widths=3)
     tensors["output.in_indices"] = torch.IntTensor([0, 1])
@@ -232,7 +261,7 @@ def test_missing_whole_block_is_noticed(network):
         ("layer1.0.conv2.weight", (4, 5, 3, 3), r"layer1\.0\.conv2\.weight: expected shape \(any, 4, 3, 3\)"),
         ("layer2.0.bn1.weight", (7,), r"layer2\.0\.bn1\.weight: expected shape \(8\), found \(7,\)"),
         ("linear.weight", (5, 15), r"linear\.weight: expected shape \(any, 16\), found \(5, 15\)"),
-        ("conv1.weight", (4, 3, 7, 7), r"conv1\.weight: expected shape \(any, any, 3, 3\), found \(4, 3, 7, 7\)"),
+        ("conv1.weight", (4, 3, 5, 5), r"conv1\.weight: expected shape \(any, any, 3, 3\), found \(4, 3, 5, 5\)"),
     ],
 )
 def test_shapes_that_contradict_each_other(network, key, shape, told):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from interop import torch_models  # noqa: E402
 from interop.model_directory import load_model, save_model  # noqa: E402
+from tests.interop.imagenet_networks import MobileNetV2  # noqa: E402
 
 CONFIG = {"seed": 0, "normalisation": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
 METADATA = {"test accuracy": 0.875, "data": "none | at all"}
@@ -254,7 +255,15 @@ def test_links_out_of_the_directory_are_not_followed(name, saved, tmp_path):
         load_model(saved)
 
 
-@pytest.mark.parametrize("make", [lambda: torch_models.wide_resnet(10, 1, stem=4), lambda: torch_models.preresnet(11)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch_models.wide_resnet(10, 1, stem=4),
+        lambda: torch_models.preresnet(11),
+        lambda: MobileNetV2((3, 4, 5, 6, 7, 8, 9), 4, 10, expansion=2, classes=5),
+    ],
+    ids=["wide", "preresnet", "mobilenetv2"],
+)
 def test_other_forms_come_back(make, images, tmp_path):
     apply, variables, _ = from_torch(lively(make()).state_dict())
     found = load_model(save_model(tmp_path / "model", variables, config={}, metadata={}))

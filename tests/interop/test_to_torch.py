@@ -14,6 +14,7 @@ from tests.interop.conftest import lively, nchw, torch_logits
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 from interop import torch_models  # noqa: E402
+from tests.interop import third_party  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,10 @@ def loaded(network):
 @pytest.mark.parametrize("layout", [None, "weiaicunzai", "ehap"])
 def test_round_trip_is_bit_exact(layout, network):
     _, variables, info = from_torch(network.state_dict())
+    if layout == "ehap" and info.shortcut == "A":
+        with pytest.raises(CheckpointError, match="block 0 of stage 2 pads its shortcut with zeros"):
+            to_torch(variables, layout=layout)
+        return
     written = to_torch(variables, layout=layout)
     again, shortcut = from_torch(written, layout or "auto")[1:]
     assert shortcut.spec == info.spec
@@ -173,6 +178,62 @@ def test_a_forgotten_plan_is_noticed_where_zeros_are_padded(images):
 def test_union_needs_akamasters_names(loaded, union_plan):
     with pytest.raises(CheckpointError, match="'weiaicunzai' has no place for"):
         to_torch(shrink_variables(loaded[1], union_plan), union_plan, layout="weiaicunzai")
+
+
+@pytest.fixture(scope="module")
+def strided():
+    """A ResNet-8 with a convolution on every shortcut that changes shape, as EHAP and HAP have it; and images."""
+    apply, variables, _ = from_torch(
+        lively(torch_models.cifar_resnet(8, widths=(12, 24, 48), shortcut="B")).state_dict()
+    )
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    return apply, variables, trace_graph(apply)(variables, images[:1]), images
+
+
+@pytest.mark.parametrize("coupling", ["group", "union"])
+def test_pruned_networks_load_into_ehaps_and_haps_modules(coupling, strided):
+    """Strictly, with the logits of the shrunk network, and back."""
+    apply, variables, graph, images = strided
+    plan = allocate(graph, random_scores(graph, key=jax.random.key(2)), channels=0.6, coupling=coupling)
+    small = shrink_variables(variables, plan)
+    expected = np.asarray(jax.jit(shrink(apply, plan))(small, images))
+
+    written = to_torch(small, plan, layout="ehap")
+    module = third_party.PrunedUnitResNet(written)
+    module.load_state_dict(written, strict=False)
+    assert {key for key in module.state_dict() if "num_batches" not in key} == written.keys()
+    np.testing.assert_allclose(torch_logits(module.eval(), images), expected, atol=1e-5)
+    again, same, info = from_torch(module.state_dict())
+    assert info.layout == "ehap"
+    np.testing.assert_allclose(np.asarray(jax.jit(again)(same, images)), expected, atol=1e-5)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), same, small))
+
+    written = to_torch(small, plan, layout="hap")
+    indices = {key: value.tolist() for key, value in written.items() if key.endswith("_indices")}
+    weights = {key: value for key, value in written.items() if key not in indices}
+    again, same, info = from_torch(weights, indices={f"module.{key}": value for key, value in indices.items()})
+    assert info.layout == "hap" and "hap" not in info.also_fits
+    np.testing.assert_allclose(np.asarray(jax.jit(again)(same, images)), expected, atol=1e-5)
+
+
+def test_positions_are_yielded_by_a_set_in_order():
+    """What `kept_indices` relies on: the numbers 0, …, n - 1 leave a Python set in order, however they entered."""
+    rng = np.random.default_rng(0)
+    for count in (*range(1, 300), 512, 1000, 2048):
+        split = rng.permutation(count)
+        branch, residual = np.sort(split[: count // 2 + 1]).tolist(), np.sort(split[count // 3 :]).tolist()
+        assert list(set(branch + residual)) == list(range(count))
+
+
+def test_sums_that_ehaps_code_has_not(strided):
+    """A channel of a sum that neither operand has."""
+    _, variables, graph, _ = strided
+    plan = allocate(graph, random_scores(graph, key=jax.random.key(2)), channels=0.6, coupling="union")
+    small = shrink_variables(variables, plan)
+    _, read, info = from_torch(to_torch(small, plan))
+    holes = {key: np.arange(len(value)) for key, value in info.indices.items()}
+    with pytest.raises(CheckpointError, match="channels that neither operand has"):
+        to_torch(read, indices=holes, layout="ehap")
 
 
 def test_other_variables_are_refused(loaded):

@@ -57,17 +57,15 @@ class DownsampleResNet(nn.Module):
 
 
 class ResidualFunctionBlock(nn.Module):
-    """weiaicunzai's basic block."""
+    """weiaicunzai's basic block and bottleneck."""
 
-    def __init__(self, inputs, width, stride):
+    def __init__(self, inputs, width, stride, bottleneck):
         super().__init__()
-        self.residual_function = nn.Sequential(
-            conv(inputs, width, stride=stride),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            conv(width, width),
-            nn.BatchNorm2d(width),
-        )
+        convs = [conv(inputs, width, stride=stride), conv(width, width)]
+        if bottleneck:
+            convs = [conv(inputs, width // 2, 1), conv(width // 2, width // 2, 3, stride), conv(width // 2, width, 1)]
+        layers = [layer for c in convs for layer in (c, nn.BatchNorm2d(c.out_channels), nn.ReLU())]
+        self.residual_function = nn.Sequential(*layers[:-1])
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != width:
             self.shortcut = nn.Sequential(conv(inputs, width, 1, stride), nn.BatchNorm2d(width))
@@ -77,20 +75,55 @@ class ResidualFunctionBlock(nn.Module):
 
 
 class ResidualFunctionResNet(nn.Module):
-    """weiaicunzai's ResNet-10: four stages, conv2_x to conv5_x."""
+    """weiaicunzai's ResNet-10, or 14 of bottlenecks: four stages, conv2_x to conv5_x."""
 
-    def __init__(self, widths=(4, 4, 6, 8)):
+    def __init__(self, bottleneck=False, widths=(4, 4, 6, 8)):
         super().__init__()
         self.conv1 = nn.Sequential(conv(3, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU())
         inputs = widths[0]
         for number, width in enumerate(widths, start=2):
-            self.add_module(f"conv{number}_x", nn.Sequential(ResidualFunctionBlock(inputs, width, 1 + (number > 2))))
+            block = ResidualFunctionBlock(inputs, width, 1 + (number > 2), bottleneck)
+            self.add_module(f"conv{number}_x", nn.Sequential(block))
             inputs = width
         self.fc = nn.Linear(inputs, 5)
 
     def forward(self, x):
         x = self.conv5_x(self.conv4_x(self.conv3_x(self.conv2_x(self.conv1(x)))))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class ExpandedBlock(nn.Module):
+    """kuangliu's bottleneck."""
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != 4 * width:
+            self.shortcut = nn.Sequential(conv(inputs, 4 * width, 1, stride), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+class ExpandedResNet(nn.Module):
+    """kuangliu's ResNet of bottlenecks, with one block in each of four stages."""
+
+    def __init__(self, widths=(2, 2, 3, 4)):
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, 4), nn.BatchNorm2d(4)
+        inputs = 4
+        for number, width in enumerate(widths, start=1):
+            self.add_module(f"layer{number}", nn.Sequential(ExpandedBlock(inputs, width, 1 + (number > 1))))
+            inputs = 4 * width
+        self.linear = nn.Linear(inputs, 5)
+
+    def forward(self, x):
+        x = self.layer4(self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 class ConvBlock(nn.Module):
@@ -132,6 +165,67 @@ class UnitResNet(nn.Module):
                 inputs = width
             self.features.add_module(f"stage{number}", stage)
         self.output = nn.Linear(inputs, 5)
+
+    def forward(self, x):
+        return self.output(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+
+
+class IndexedConvBlock(nn.Module):
+    """EHAP's convolution after pruning: buffers beside its weight."""
+
+    def __init__(self, outputs, inputs, size, stride, activate):
+        super().__init__()
+        self.conv, self.bn, self.activate = conv(inputs, outputs, size, stride), nn.BatchNorm2d(outputs), activate
+        self.conv.register_buffer("out_indices", torch.zeros(outputs))
+        self.conv.register_buffer("in_indices", torch.zeros(inputs))
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        return F.relu(x) if self.activate else x
+
+
+class IndexedUnit(nn.Module):
+    """Both operands of the sum into one tensor whose channels are the union of theirs, in the order of a Python set."""
+
+    def __init__(self, weights, prefix, stride):
+        super().__init__()
+        shapes = {key.removeprefix(prefix): value.shape[:2] for key, value in weights.items() if key.startswith(prefix)}
+        self.body = nn.Sequential()
+        self.body.add_module("conv1", IndexedConvBlock(*shapes["body.conv1.conv.weight"], 3, stride, True))
+        self.body.add_module("conv2", IndexedConvBlock(*shapes["body.conv2.conv.weight"], 3, 1, False))
+        if "identity_conv.conv.weight" in shapes:
+            self.identity_conv = IndexedConvBlock(*shapes["identity_conv.conv.weight"], 1, stride, False)
+
+    def forward(self, x):
+        projected = hasattr(self, "identity_conv")
+        shortcut = self.identity_conv(x) if projected else x
+        labels = self.identity_conv.conv.out_indices if projected else self.body.conv1.conv.in_indices
+        ours, theirs = self.body.conv2.conv.out_indices.tolist(), labels.tolist()
+        union = list(set(ours + theirs))
+        total = x.new_zeros(len(x), len(union), *shortcut.shape[2:])
+        total[:, [place for place, label in enumerate(union) if label in theirs]] += shortcut
+        total[:, [place for place, label in enumerate(union) if label in ours]] += self.body(x)
+        return F.relu(total)
+
+
+class PrunedUnitResNet(nn.Module):
+    """EHAP's pruned network, with the widths of a state dict; three stages."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.features = nn.Sequential()
+        stem = weights["features.init_block.conv.weight"]
+        self.features.add_module("init_block", IndexedConvBlock(*stem.shape[:2], 3, 1, True))
+        for number in (1, 2, 3):
+            stage, unit = nn.Sequential(), 1
+            while f"features.stage{number}.unit{unit}.body.conv1.conv.weight" in weights:
+                stride = 2 if unit == 1 < number else 1
+                stage.add_module(f"unit{unit}", IndexedUnit(weights, f"features.stage{number}.unit{unit}.", stride))
+                unit += 1
+            self.features.add_module(f"stage{number}", stage)
+        self.output = nn.Linear(*reversed(weights["output.weight"].shape))
+        self.output.register_buffer("out_indices", torch.zeros(weights["output.weight"].shape[0]))
+        self.output.register_buffer("in_indices", torch.zeros(weights["output.weight"].shape[1]))
 
     def forward(self, x):
         return self.output(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
@@ -274,14 +368,16 @@ class WideResidual(nn.Module):
 
 
 class SequentialVGG(nn.Module):
-    """Convolution, norm, ReLU and maximum in one `nn.Sequential`, as everyone writes VGG."""
+    """Convolution, norm (or none), ReLU and maximum in one `nn.Sequential`, as everyone writes VGG."""
 
-    def __init__(self, features, classifier, counts=(1, 1, 2, 2, 2), widths=(3, 4, 4, 5, 6), bias=True, mean=False):
+    def __init__(
+        self, features, classifier, counts=(1, 1, 2, 2, 2), widths=(3, 4, 4, 5, 6), bias=True, mean=False, norm=True
+    ):
         super().__init__()
         layers, inputs = [], 3
         for stage, (count, width) in enumerate(zip(counts, widths, strict=True), start=1):
             for _ in range(count):
-                layers += [conv(inputs, width, bias=bias), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [conv(inputs, width, bias=bias), *([nn.BatchNorm2d(width)] if norm else []), nn.ReLU()]
                 inputs = width
             if stage < 5 or not mean:
                 layers.append(nn.MaxPool2d(2))
@@ -325,8 +421,12 @@ CASES = {
     ),
     "eigendamage resnet": Case(lambda: DownsampleResNet(eigendamage=True), ("eigendamage",), "resnet", 14, "ResNet"),
     "weiaicunzai resnet": Case(ResidualFunctionResNet, ("weiaicunzai",), "resnet", 10, None),
+    "weiaicunzai bottlenecks": Case(
+        lambda: ResidualFunctionResNet(bottleneck=True), ("weiaicunzai",), "bottleneck", 14, None
+    ),
+    "kuangliu bottlenecks": Case(ExpandedResNet, ("kuangliu", "ehap_jax"), "bottleneck", 14, None),
     "ehap thin resnet": Case(UnitResNet, ("ehap",), "resnet", 14, "ResNet"),
-    "ehap wide resnet": Case(lambda: UnitResNet(2, (4, 6, 8)), ("ehap",), "resnet", 14, "ResNet"),
+    "ehap wide resnet": Case(lambda: UnitResNet(2, (4, 6, 8)), ("ehap",), "resnet", 16, "ResNet"),
     "xternalz wide resnet": Case(ConvShortcutWRN, ("xternalz",), "wide", 16, "WideResNet"),
     "hap preresnet": Case(SelectPreResNet, ("hap", "eigendamage"), "preresnet", 11, "PreResNet"),
     "weiaicunzai preactresnet": Case(PreActResNet, ("weiaicunzai",), "preact", 10, None),
@@ -342,5 +442,12 @@ CASES = {
     "eigendamage vgg": Case(
         lambda: SequentialVGG("feature", one_layer, (2, 2, 3, 3, 3), bias=False, mean=True),
         ("hap", "eigendamage"), "vgg16_mean", 16, None, 32,
+    ),
+    "hap vgg without norms": Case(
+        lambda: SequentialVGG("feature", one_layer, (2, 2, 4, 4, 4), mean=True, norm=False),
+        ("hap",), "vgg19_mean_plain", 19, None, 32,
+    ),
+    "torchvision vgg without norms": Case(
+        lambda: SequentialVGG("features", three_layers, norm=False), ("torchvision",), "vgg11_plain", 11, None, 32
     ),
 }  # fmt: skip
