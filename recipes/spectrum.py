@@ -25,6 +25,7 @@ import numpy as np
 import tyro
 from jax.flatten_util import ravel_pytree
 
+from ehap_jax._compat import Primitive
 from ehap_jax._untrusted_files import read_arrays
 from ehap_jax._whole_files import write_arrays
 from ehap_jax.curvature import gnvp, linearized_hvp
@@ -168,9 +169,8 @@ def operator_of(matrix: Matrix, network: Network, chunks: list[tuple[jax.Array, 
 
     def product(v: jax.Array) -> jax.Array:
         total = jnp.zeros_like(v)
-        with jax.disable_jit(False):
-            for part, weight in zip(linear, weights, strict=True):
-                total = add(total, part, weight, v)
+        for part, weight in zip(linear, weights, strict=True):
+            total = add(total, part, weight, v)
         return total
 
     return Operator(product, params, flat.size)
@@ -184,6 +184,19 @@ def tridiagonal(config: Config, steps: int) -> Callable:
     return decomp.tridiag_sym(steps, reortho=reortho, custom_vjp=False)
 
 
+def _opaque(product: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """``product`` as a primitive: matfree traces what it is given, and would run its operations one by one."""
+    primitive = Primitive("matrix_vector_product")
+    primitive.def_abstract_eval(lambda v: v)
+
+    @primitive.def_impl
+    def run(v):
+        with jax.disable_jit(False):
+            return product(v)
+
+    return primitive.bind
+
+
 def lanczos(config: Config, run: RunDirectory, operator: Operator, matrix: str, draw: int) -> dict[str, np.ndarray]:
     """The quadrature of one starting vector and, of the first, the eigenpairs; from its file where it has been done.
 
@@ -195,8 +208,9 @@ def lanczos(config: Config, run: RunDirectory, operator: Operator, matrix: str, 
         return read_arrays(file)
     key = jax.random.fold_in(jax.random.key(config.seed), draw)
     v = jax.random.rademacher(key, (operator.size,), jnp.float32) / jnp.sqrt(operator.size).astype(jnp.float32)
+    product = _opaque(operator.product)
     with jax.disable_jit():
-        basis, small, *_ = tridiagonal(config, config.steps)(operator.product, v)
+        basis, small, *_ = tridiagonal(config, config.steps)(product, v)
     nodes, small_vectors = np.linalg.eigh(np.asarray(small, np.float64))
     found = {"nodes": nodes, "weights": small_vectors[0] ** 2}
     if draw == 0:

@@ -1,5 +1,6 @@
 """Strict numerics for every test: no implicit dtype or rank promotion, CPU only; programs that compile quickly."""
 
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -23,3 +24,10 @@ import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    """Tracing makes many objects that live: a tenth of the time went into looking for garbage among them."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
