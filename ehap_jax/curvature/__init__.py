@@ -6,7 +6,7 @@ from ehap_jax.curvature.estimate import TraceEstimate, TraceState
 from ehap_jax.curvature.fisher_vp import fisher_vp
 from ehap_jax.curvature.gauss_newton import gauss_newton_trace
 from ehap_jax.curvature.gnvp import gnvp
-from ehap_jax.curvature.heads import second_derivative, softmax_cross_entropy, squared_error
+from ehap_jax.curvature.heads import second_derivative, softmax_cross_entropy, squared_error, weighted
 from ehap_jax.curvature.hvp import hvp, linearized_hvp
 from ehap_jax.curvature.linear_operator import as_linear_operator
 from ehap_jax.curvature.memory import ProductMemory, product_memory
@@ -51,4 +51,5 @@ __all__ = [
     "squared_error",
     "stable_decision",
     "variance_reduction",
+    "weighted",
 ]

@@ -18,7 +18,18 @@ from jax.sharding import Mesh
 from ehap_jax.curvature.chunk_memory import bytes_per_example, examples_together
 from ehap_jax.curvature.devices import DATA, EXAMPLES, SAME, check_mesh, place, size_of
 from ehap_jax.curvature.estimate import Moments, TraceEstimate, estimate_of, exact_state
-from ehap_jax.curvature.heads import Head, forms_root, inputs_and_targets, root_of, root_times, softmax_cross_entropy
+from ehap_jax.curvature.heads import (
+    Head,
+    curvature_shares,
+    forms_root,
+    inputs_and_targets,
+    root_of,
+    root_times,
+    shares_of,
+    softmax_cross_entropy,
+    square_shares,
+    weighted,
+)
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
 from ehap_jax.curvature.problem import Axes, Layout, batch_size, kernels_of, layout_of, require_finite
@@ -43,7 +54,7 @@ def gauss_newton_trace(
     params: PyTree,
     batch: PyTree,
     *,
-    head: Head = softmax_cross_entropy,
+    head: Head | weighted = softmax_cross_entropy,
     classes: Literal["all"] | int = "all",
     draw: Literal["signs", "labels"] = "signs",
     key: jax.Array | None = None,
@@ -74,10 +85,10 @@ def gauss_newton_trace(
       model: ``model(params, x) -> logits``, with the examples on the first axis of both.
       params: pytree of arrays; may hold constants such as running statistics beside the weights.
       batch: x itself, or a tuple or list ``(x, *targets)``, or a dict with ``"image"`` or ``"x"``, and perhaps
-        ``"label"``, or `Batches` of any of them. Targets are handed to the head.
+        ``"label"`` and ``"weight"``, or `Batches` of any of them. Targets are handed to the head.
       head: ``head(logits, *targets) -> S`` of one example, S of shape ``(*logits.shape, R)``, or ``(S, signs)`` with
         one sign per column; the loss is the mean over examples. `softmax_cross_entropy`, `squared_error`,
-        ``second_derivative(loss)``, or your own.
+        ``second_derivative(loss)``, or your own; ``weighted(head)`` for a weighted mean.
       classes: ``"all"`` for every column of S: exact. K for K random combinations of the columns: unbiased, and the
         standard error over the K is reported.
       draw: with K, ``"signs"`` combines the columns with random ±1; ``"labels"`` draws K labels from the model's own
@@ -103,9 +114,10 @@ def gauss_newton_trace(
 
     Raises:
       ValueError: a selected kernel is not proven, with the reason; the examples are not independent (BatchNorm in
-        training mode); the head does not fit the logits or the batch's targets, or is indefinite and ``classes`` is
-        not ``"all"``; NaN or infinity in ``params`` or ``batch``, named by path; nothing is selected; leaves of the
-        batch differ in length; ``memory_budget`` is too small; ``save_to`` is of something else; options out of range.
+        training mode); labels out of range; the head does not fit the logits or the batch's targets, or is indefinite
+        and ``classes`` is not ``"all"``; NaN or infinity in ``params`` or ``batch``, named by path; nothing is
+        selected; the graph is of another network; leaves of the batch differ in length; ``memory_budget`` is too
+        small; ``save_to`` is of something else; options out of range.
       TypeError: the model does not return one floating-point array; a selected parameter is an integer.
       FileNotFoundError: the folder of ``save_to`` does not exist.
       FloatingPointError: a trace is not finite, in float16 at the smallest scale; names the first such leaf.
@@ -122,7 +134,7 @@ def gauss_newton_trace(
         raise ValueError("an exact trace is computed by the devices of one process; channel_trace takes several")
     if on_unproven not in ("error", "gauss_newton"):
         raise ValueError(f'on_unproven must be "error" or "gauss_newton"; got {on_unproven!r}')
-    draws = _draws(classes, draw, key, head)
+    draws = _draws(classes, draw, key, head.head if isinstance(head, weighted) else head)
     select, channel_axis = kernels_of(graph, params, select, channel_axis)
     layout = layout_of(params, policy, select, channel_axis)
     size = batch_size(batch)
@@ -133,18 +145,20 @@ def gauss_newton_trace(
     require_finite(params, "params")
     require_finite(batch, "batch")
     x, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
+    inner, targets, _ = shares_of(head, targets, size, policy.sums)
     x, cast = policy.cast(x), policy.cast(params)
     require_finite(cast, "params", policy.compute)
     require_finite(x, "batch", policy.compute)
     taps, leaves = tapped_model(model, cast, x, layout.paths), jax.tree.leaves(cast)
     if on_unproven == "error":
         require_proven(taps)
-    root_columns = _count_columns(taps, head, targets, policy, bool(draws))
+    shares = square_shares(head, batch, math.prod(taps.body.outputs[0].shape[1:]), policy.sums)
+    root_columns = _count_columns(taps, inner, targets, policy, bool(draws))
     columns = draws or root_columns
     plan = _Plan(
         model=model,
         taps=taps,
-        head=head,
+        head=inner,
         layout=layout,
         draws=draws,
         draw=draw,
@@ -152,7 +166,7 @@ def gauss_newton_trace(
         columns=math.ceil(columns / math.ceil(columns / COLUMNS_PER_PASS)),
     )
     devices = size_of(mesh, DATA)
-    each = bytes_per_example(taps, plan.columns, root_columns if forms_root(head) else 0, policy)
+    each = bytes_per_example(taps, plan.columns, root_columns if forms_root(inner) else 0, policy)
     together = devices * examples_together(each, microbatch, memory_budget, _on_cpu(leaves))
     chunk = math.ceil(size / math.ceil(size / together) / devices) * devices
     key = jax.random.key(0) if key is None else key
@@ -172,7 +186,8 @@ def gauss_newton_trace(
     file.resume(sums)
     leaves = place(mesh, leaves, SAME)
     for first in range(sums.next, size, chunk):
-        _add_chunk(plan, leaves, x, targets, key, policy, size, range(first, first + chunk), columns, sums, mesh)
+        examples = range(first, first + chunk)
+        _add_chunk(plan, leaves, x, targets, shares, key, policy, examples, columns, sums, mesh)
         sums.next = min(first + chunk, size)
         file.save(sums, now=sums.next == size)
         if progress is not None:
@@ -332,19 +347,32 @@ def _added_squares(plan: _Plan, sites: tuple[int, ...], leaves, read, deltas, ow
     return found
 
 
-def _roots(model, head: Head, policy: Policy, params, batch):
+def _roots(model, head: Head | weighted, policy: Policy, params, batch):
     """What the trace is made of besides the gradients, for the fingerprint: the head's columns for every example."""
     x, targets = inputs_and_targets(batch)
     logits = model(policy.cast(params), policy.cast(x)).astype(policy.sums)
-    return jax.vmap(lambda *example: root_of(head, example[0], example[1:])[0])(logits, *targets)
+    head, targets, shares = shares_of(head, targets, logits.shape[0], policy.sums)
+    roots = jax.vmap(lambda *example: root_of(head, example[0], example[1:])[0])(logits, *targets)
+    return roots, curvature_shares(head, targets, shares)
 
 
 def _add_chunk(
-    plan: _Plan, leaves, x, targets, key, policy: Policy, size: int, chunk: range, columns: int, sums: PartialSums, mesh
+    plan: _Plan,
+    leaves,
+    x,
+    targets,
+    shares: np.ndarray,
+    key,
+    policy: Policy,
+    chunk: range,
+    columns: int,
+    sums: PartialSums,
+    mesh,
 ) -> None:
-    """Add a chunk's share of the mean of squares; what lies beyond the last example weighs nothing."""
+    """Add a chunk's share of the sum of squares; what lies beyond the last example weighs nothing."""
+    size = len(shares)
     examples = np.minimum(np.asarray(chunk), size - 1).astype(np.int32)
-    weights = (np.asarray(chunk) < size).astype(plan.layout.policy.sums) / np.asarray(size, plan.layout.policy.sums)
+    weights = np.where(np.asarray(chunk) < size, shares[examples], np.zeros((), shares.dtype))
     inputs, outputs = jax.tree.map(lambda leaf: leaf[examples], (x, targets))
     chunk_of = _chunk_function(leaves)
     here = place(mesh, (inputs, outputs, jnp.asarray(examples), jnp.asarray(weights)), EXAMPLES)
