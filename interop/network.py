@@ -128,7 +128,7 @@ def _residual(form: Form, spec: ResidualSpec, indices: Mapping[str, np.ndarray])
         if form.has("stem_bn"):
             x = jax.nn.relu(layers.norm("stem_bn", x))
         if spec.stem_size == 7:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         for number, stage in enumerate(spec.blocks, start=1):
             for position, block in enumerate(stage):
                 x = run_block(layers, block, x, (number, position))

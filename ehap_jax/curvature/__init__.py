@@ -12,6 +12,7 @@ from ehap_jax.curvature.heads import (
     softened_softmax,
     softmax_cross_entropy,
     squared_error,
+    weighted,
 )
 from ehap_jax.curvature.hvp import hvp, linearized_hvp
 from ehap_jax.curvature.linear_operator import as_linear_operator
@@ -62,4 +63,5 @@ __all__ = [
     "squared_error",
     "stable_decision",
     "variance_reduction",
+    "weighted",
 ]

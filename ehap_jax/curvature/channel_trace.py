@@ -179,8 +179,7 @@ def channel_trace(
         state = saved.state
     probed, known = "hutchinson", {}
     if method != "hutchinson":
-        probed = "control_variate"
-        loss, left, known = split_curvature(
+        loss, left, known, probed = split_curvature(
             loss,
             params,
             batch,
@@ -283,7 +282,7 @@ def probe_channel_products(
         select=select,
         channel_axis=channel_axis,
         microbatch=microbatch,
-        check_loss=False,
+        check_loss=microbatch is not None,
     )
     layout = problem.layout
     require_same_shapes(params, v)

@@ -22,6 +22,7 @@ from ehap_jax.curvature.chunk_memory import examples_together
 from ehap_jax.curvature.devices import DATA, EXAMPLES, SAME, check_mesh, place, size_of
 from ehap_jax.curvature.heads import (
     Head,
+    curvature_shares,
     forms_root,
     has_gradient,
     inputs_and_targets,
@@ -29,7 +30,9 @@ from ehap_jax.curvature.heads import (
     require_targets,
     root_of,
     root_times,
+    shares_of,
     softmax_cross_entropy,
+    weighted,
 )
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
@@ -46,7 +49,7 @@ FIRST_FLOAT16_SCALE = 2.0**10
 """Cotangents are scaled to about this in float16, less where that overflows."""
 
 
-def count_draws(classes: Literal["all"] | int, draw: str, key: jax.Array | None, head: Head) -> int:
+def count_draws(classes: Literal["all"] | int, draw: str, key: jax.Array | None, head: Head | weighted) -> int:
     """The number of random combinations that ``classes`` asks for, 0 for every column.
 
     Raises:
@@ -61,7 +64,7 @@ def count_draws(classes: Literal["all"] | int, draw: str, key: jax.Array | None,
         raise ValueError(f'classes must be "all" or a positive number of random combinations; got {classes!r}')
     if key is None:
         raise ValueError("random combinations need a key, for example key=jax.random.key(0)")
-    if draw == "labels" and head is not softmax_cross_entropy:
+    if draw == "labels" and (head.head if isinstance(head, weighted) else head) is not softmax_cross_entropy:
         raise ValueError('draw="labels" draws from the softmax: it needs head=softmax_cross_entropy')
     return draws
 
@@ -70,21 +73,26 @@ class Examples(NamedTuple):
     """A checked batch and the variables, in the compute dtype.
 
     Attributes:
-      params: the variables. x: what the model reads. targets: what the head is handed besides the logits.
+      params: the variables. x: what the model reads.
+      head: of one example. targets: what it is handed besides the logits.
+      shares: of each example's loss in that of the batch, (n,).
       size: the number of examples.
     """
 
     params: PyTree
     x: PyTree
+    head: Head
     targets: tuple
+    shares: jax.Array
     size: int
 
 
-def read_examples(params: PyTree, batch: PyTree, policy: Policy, mesh: Mesh | None) -> Examples:
+def read_examples(params: PyTree, batch: PyTree, policy: Policy, mesh: Mesh | None, head: Head | weighted) -> Examples:
     """Check and cast variables and batch.
 
     Raises:
-      ValueError: NaN or infinity, named by path; leaves of the batch that differ in length; several processes.
+      ValueError: the head takes other targets, or no weights; NaN or infinity, named by path; leaves of the batch that
+        differ in length; several processes.
     """
     policy.require_available()
     check_mesh(mesh)
@@ -94,10 +102,11 @@ def read_examples(params: PyTree, batch: PyTree, policy: Policy, mesh: Mesh | No
     require_finite(params, "params")
     require_finite(batch, "batch")
     x, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
+    inner, targets, shares = shares_of(head, targets, size, policy.sums)
     x, cast = policy.cast(x), policy.cast(params)
     require_finite(cast, "params", policy.compute)
     require_finite(x, "batch", policy.compute)
-    return Examples(cast, x, targets, size)
+    return Examples(cast, x, inner, targets, shares, size)
 
 
 @dataclass(frozen=True)
@@ -183,15 +192,17 @@ class Columns:
 
 
 def columns_of(
-    head: Head, targets: tuple, shape: tuple[int, ...], policy: Policy, draws: int, draw: str, *, gradient: bool
+    examples: Examples, shape: tuple[int, ...], policy: Policy, draws: int, draw: str, *, gradient: bool
 ) -> Columns:
     """The columns for logits of one example of ``shape``; with ``gradient`` that of the loss, where the head has one.
 
     Raises:
-      ValueError: the head does not fit the logits or the batch's targets; labels are out of range; it is indefinite,
-        and random combinations are wanted.
+      ValueError: the head does not fit the logits or the batch's targets; it is indefinite, and random combinations
+        are wanted.
     """
-    require_targets(head, targets, shape, gradient=gradient)
+    head, targets = examples.head, examples.targets
+    if gradient:
+        require_targets(head, targets, shape)
     logits = jax.ShapeDtypeStruct(shape, policy.sums)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), targets)
     root = jax.eval_shape(lambda z, t: root_of(head, z, t, bool(draws))[0], logits, one)
@@ -203,11 +214,13 @@ def first_scale(policy: Policy) -> float:
     return policy.loss_scale or (FIRST_FLOAT16_SCALE if policy.backs_off else 1.0)
 
 
-def head_roots(model, head: Head, policy: Policy, params: PyTree, batch: PyTree):
+def head_roots(model, head: Head | weighted, policy: Policy, params: PyTree, batch: PyTree) -> Any:
     """The head's columns for every example: what a result is made of besides gradients, for its fingerprint."""
     x, targets = inputs_and_targets(batch)
     logits = model(policy.cast(params), policy.cast(x)).astype(policy.sums)
-    return jax.vmap(lambda *example: root_of(head, example[0], example[1:])[0])(logits, *targets)
+    head, targets, shares = shares_of(head, targets, logits.shape[0], policy.sums)
+    roots = jax.vmap(lambda *example: root_of(head, example[0], example[1:])[0])(logits, *targets)
+    return roots, curvature_shares(head, targets, shares)
 
 
 def add_up(
@@ -218,6 +231,7 @@ def add_up(
     columns: Columns,
     sums: PartialSums,
     *,
+    shares: np.ndarray,
     what: str,
     each: int,
     key: jax.Array,
@@ -233,10 +247,10 @@ def add_up(
     Args:
       model: ``model(params, x) -> logits``.
       chunk_of: ``chunk_of(leaves, x, targets, examples, weights, key, start, scale) -> ({name: array}, logits)`` for
-        the columns from ``start`` on; ``weights`` (n,) are 1 over the number of examples, 0 for those that fill up a
-        chunk.
+        the columns from ``start`` on; ``weights`` (n,) are the examples' ``shares``, 0 for those that fill up a chunk.
       add: ``add(which examples, start, arrays)``, in float64, puts a chunk's arrays into ``sums``.
       sums: where they are, and where the run stands.
+      shares: with what share the square of each example counts, (n,).
       what: is computed, for errors, such as "the trace".
       each: bytes that one example takes.
 
@@ -259,7 +273,7 @@ def add_up(
         numbers = np.arange(first, first + chunk)
         inside = numbers < size
         which = np.minimum(numbers, size - 1).astype(np.int32)
-        weights = inside.astype(policy.sums) / np.asarray(size, policy.sums)
+        weights = np.where(inside, shares[which], np.zeros((), shares.dtype))
         inputs, outputs = jax.tree.map(lambda leaf, i=which: leaf[i], (examples.x, examples.targets))
         here = place(mesh, (inputs, outputs, jnp.asarray(which), jnp.asarray(weights)), EXAMPLES)
         real = range(first, min(first + chunk, size))

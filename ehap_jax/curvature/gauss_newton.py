@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,7 @@ from ehap_jax.curvature.example_columns import (
     on_cpu,
     read_examples,
 )
-from ehap_jax.curvature.heads import Head, softmax_cross_entropy
+from ehap_jax.curvature.heads import Head, softmax_cross_entropy, square_shares, weighted
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.problem import Axes, Layout, kernels_of, layout_of
@@ -45,7 +46,7 @@ def gauss_newton_trace(
     params: PyTree,
     batch: PyTree,
     *,
-    head: Head = softmax_cross_entropy,
+    head: Head | weighted = softmax_cross_entropy,
     classes: Literal["all"] | int = "all",
     draw: Literal["signs", "labels"] = "signs",
     key: jax.Array | None = None,
@@ -76,10 +77,10 @@ def gauss_newton_trace(
       model: ``model(params, x) -> logits``, with the examples on the first axis of both.
       params: pytree of arrays; may hold constants such as running statistics beside the weights.
       batch: x itself, or a tuple or list ``(x, *targets)``, or a dict with ``"image"`` or ``"x"``, and perhaps
-        ``"label"``, or `Batches` of any of them. Targets are handed to the head.
+        ``"label"`` and ``"weight"``, or `Batches` of any of them. Targets are handed to the head.
       head: ``head(logits, *targets) -> S`` of one example, S of shape ``(*logits.shape, R)``, or ``(S, signs)`` with
         one sign per column; the loss is the mean over examples. `softmax_cross_entropy`, `squared_error`,
-        ``second_derivative(loss)``, or your own.
+        ``second_derivative(loss)``, or your own; ``weighted(head)`` for a weighted mean.
       classes: ``"all"`` for every column of S: exact. K for K random combinations of the columns: unbiased, and the
         standard error over the K is reported.
       draw: with K, ``"signs"`` combines the columns with random ±1; ``"labels"`` draws K labels from the model's own
@@ -105,9 +106,10 @@ def gauss_newton_trace(
 
     Raises:
       ValueError: a selected kernel is not proven, with the reason; the examples are not independent (BatchNorm in
-        training mode); the head does not fit the logits or the batch's targets, or is indefinite and ``classes`` is
-        not ``"all"``; NaN or infinity in ``params`` or ``batch``, named by path; nothing is selected; leaves of the
-        batch differ in length; ``memory_budget`` is too small; ``save_to`` is of something else; options out of range.
+        training mode); labels out of range; the head does not fit the logits or the batch's targets, or is indefinite
+        and ``classes`` is not ``"all"``; NaN or infinity in ``params`` or ``batch``, named by path; nothing is
+        selected; the graph is of another network; leaves of the batch differ in length; ``memory_budget`` is too
+        small; ``save_to`` is of something else; options out of range.
       TypeError: the model does not return one floating-point array; a selected parameter is an integer.
       FileNotFoundError: the folder of ``save_to`` does not exist.
       FloatingPointError: a trace is not finite, in float16 at the smallest scale; names the first such leaf.
@@ -124,11 +126,12 @@ def gauss_newton_trace(
     draws = count_draws(classes, draw, key, head)
     select, channel_axis = kernels_of(graph, params, select, channel_axis)
     layout = layout_of(params, policy, select, channel_axis)
-    examples = read_examples(params, batch, policy, mesh)
+    examples = read_examples(params, batch, policy, mesh, head)
     taps, leaves = tapped_model(model, examples.params, examples.x, layout.paths), jax.tree.leaves(examples.params)
     if on_unproven == "error":
         require_proven(taps)
-    columns = columns_of(head, examples.targets, taps.logits_shape, policy, draws, draw, gradient=False)
+    shares = square_shares(head, batch, math.prod(taps.logits_shape), policy.sums)
+    columns = columns_of(examples, taps.logits_shape, policy, draws, draw, gradient=False)
     plan = _Plan(taps, layout, columns)
     key = jax.random.key(0) if key is None else key
     made_from = None
@@ -155,6 +158,7 @@ def gauss_newton_trace(
         examples,
         columns,
         sums,
+        shares=shares,
         what="the trace",
         each=bytes_of_traces(taps, columns.together, columns.formed, policy),
         key=key,

@@ -6,16 +6,18 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ehap_jax.curvature.problem import Batches
+from ehap_jax.curvature.problem import Batches, batch_size
 
 __all__ = [
     "Head",
     "centred_logits",
+    "curvature_shares",
     "forms_root",
     "has_gradient",
     "inputs_and_targets",
@@ -24,9 +26,12 @@ __all__ = [
     "root_of",
     "root_times",
     "second_derivative",
+    "shares_of",
     "softened_softmax",
     "softmax_cross_entropy",
+    "square_shares",
     "squared_error",
+    "weighted",
 ]
 
 PyTree = Any
@@ -43,7 +48,7 @@ def softmax_cross_entropy(logits: jax.Array, *targets: Any) -> jax.Array:
 
     Args:
       logits: of one example, (C,).
-      targets: not used.
+      targets: none, or the label: an integer, or a probability for each class, (C,), as in label smoothing and mixup.
 
     Returns:
       S.
@@ -198,28 +203,110 @@ def loss_gradient(head: Head, logits: jax.Array, targets: tuple) -> jax.Array:
     return jax.nn.softmax(logits) * target.sum() - target
 
 
-def require_targets(head: Head, targets: tuple, shape: tuple[int, ...], *, gradient: bool) -> None:
-    """Check labels and, where the ``gradient`` of the loss is wanted, the shape of other targets.
+def require_targets(head: Head, targets: tuple, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError where the targets of `squared_error` do not have the ``shape`` of one example's logits."""
+    if head is squared_error and len(targets) == 1 and math.prod(targets[0].shape[1:]) != math.prod(shape):
+        raise ValueError(
+            f"targets must have the shape of the logits, {shape} for one example; got {targets[0].shape[1:]}"
+        )
+
+
+@dataclass(frozen=True)
+class weighted:
+    """The head of a weighted mean: the last target of a batch is the weight of each example, 0 for padding.
+
+    ``sum_i w_i l_i / sum_i w_i``, or ``/ n``. Class weights are weights of examples, ``class_weights[label]``.
 
     Args:
-      targets: of the whole batch. shape: of one example's logits.
+      head: of the loss l of one example.
+      mean: what the sum is divided by: ``"weights"``, their sum over the batch (of several `Batches`, over each); or
+        ``"examples"``, their number.
+
+    >>> weighted(softmax_cross_entropy).mean
+    'weights'
+    """
+
+    head: Head
+    mean: Literal["weights", "examples"] = "weights"
+
+    def __post_init__(self) -> None:
+        if self.mean not in ("weights", "examples"):
+            raise ValueError(f'mean must be "weights" or "examples"; got {self.mean!r}')
+
+
+def shares_of(head: Head | weighted, targets: tuple, size: int, dtype) -> tuple[Head, tuple, jax.Array]:
+    """The head of one example, its targets, and the share of each example's loss in that of the batch, (n,).
 
     Raises:
-      ValueError: labels are out of range or several per example; targets do not have the shape of the logits.
+      ValueError: no weights for `weighted`, or targets that the head would ignore.
     """
-    if not has_gradient(head, targets) or isinstance(head, second_derivative):
-        return
-    (target,) = targets
-    each = math.prod(target.shape[1:])
-    if head is softmax_cross_entropy and jnp.issubdtype(target.dtype, jnp.integer) and each == 1:
-        low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= shape[0]:
+    if isinstance(head, weighted):
+        if not targets or jnp.shape(targets[-1]) != (size,) or jnp.issubdtype(targets[-1].dtype, jnp.integer):
             raise ValueError(
-                f"labels must be between 0 and {shape[0] - 1}, as there are {shape[0]} logits; the batch has "
-                f"{low if low < 0 else high}. Leave out examples without a label"
+                "weighted(head) takes the last target of the batch for weights, one floating-point number per example, "
+                '(x, *targets, weights) or "weight" in a dict; '
+                f"the targets are {[f'{t.dtype}{list(t.shape)}' for t in targets]}"
             )
-    elif gradient and each != math.prod(shape):
-        raise ValueError(f"targets must have the shape of the logits, {shape} for one example; got {target.shape[1:]}")
+        *others, weights = targets
+        weights = jnp.asarray(weights).astype(dtype)
+        shares = weights / (weights.sum() if head.mean == "weights" else size)
+        head, targets = head.head, tuple(others)
+    else:
+        shares = jnp.full(size, 1 / size, dtype)
+    if head in (softmax_cross_entropy, squared_error) and len(targets) > 1:
+        raise ValueError(
+            f"{getattr(head, '__name__', head)} takes one target, but the batch has {len(targets)} after x. "
+            f"If the last are weights of the examples, use head=weighted({getattr(head, '__name__', head)})"
+        )
+    return head, targets, shares
+
+
+def curvature_shares(head: Head, targets: tuple, shares: jax.Array) -> jax.Array:
+    """``shares`` times what the head's root leaves out: soft labels of sum s have s times the Hessian of a label."""
+    if head is softmax_cross_entropy and targets and jnp.ndim(targets[0]) == 2:
+        return shares * targets[0].astype(shares.dtype).sum(1)
+    return shares
+
+
+def square_shares(head: Head | weighted, batch: PyTree, classes: int, dtype) -> np.ndarray:
+    """With what share the square of each example counts, (n,); of several batches, in each by itself.
+
+    Raises:
+      ValueError: targets that do not fit the head and ``classes``, the logits of an example; a share is not finite.
+    """
+    parts, size = batch if isinstance(batch, Batches) else [batch], batch_size(batch)
+    found, start = [], 0
+    for part in parts:
+        count, targets = batch_size(part), jax.tree.map(jnp.asarray, inputs_and_targets(part)[1])
+        inner, targets, shares = shares_of(head, targets, count, dtype)
+        _require_labels(inner, targets, shares, classes, start)
+        found.append(np.asarray(curvature_shares(inner, targets, shares)) * (count / size))
+        start += count
+    shares = np.concatenate(found).astype(dtype)
+    if not np.isfinite(shares).all():
+        raise ValueError("the weights of the examples are not finite, or their sum is 0")
+    return shares
+
+
+def _require_labels(head: Head, targets: tuple, shares: jax.Array, classes: int, start: int) -> None:
+    """Raise a ValueError unless the targets of softmax cross-entropy are labels or probabilities of the classes."""
+    if head is not softmax_cross_entropy or not targets:
+        return
+    (labels,) = (np.asarray(target) for target in targets)
+    if labels.shape[1:] == (classes,):
+        return
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            "labels of softmax_cross_entropy are integers, one per example, or probabilities of the "
+            f"{classes} classes; got shape {labels.shape}, dtype {labels.dtype}"
+        )
+    outside = np.flatnonzero(((labels < 0) | (labels >= classes)) & (np.asarray(shares) != 0))
+    if outside.size:
+        first = outside[0]
+        raise ValueError(
+            f"the label of example {start + first} is {labels[first]}, but there are {classes} classes. If it marks an "
+            "example that does not count, give it the weight 0 with head=weighted(softmax_cross_entropy)"
+        )
 
 
 def inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
@@ -232,7 +319,7 @@ def inputs_and_targets(batch: PyTree) -> tuple[PyTree, tuple]:
         names = [name for name in ("image", "x") if name in batch]
         if len(names) != 1:
             raise ValueError(f'a batch that is a dict needs "image" or "x"; it has {sorted(batch)}')
-        return batch[names[0]], (batch["label"],) if "label" in batch else ()
+        return batch[names[0]], tuple(batch[name] for name in ("label", "weight") if name in batch)
     return batch, ()
 
 

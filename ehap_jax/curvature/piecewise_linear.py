@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
+from ehap_jax.curvature.derivative_rules import is_own_derivative
 from ehap_jax.graph import Graph, Node
 from ehap_jax.graph.trace import CUSTOM_RULE, REMAT, Body, Constant, Operand, Value
 
@@ -26,7 +27,8 @@ def piecewise_linear_kernels(graph: Graph, paths: Iterable[str] | None = None) -
     clipping, pooling, sorting and selection keep it piecewise linear; comparisons, rounding and indices cut it. A
     product of two values that depend on the same kernel, a division by a dependent value, whatever is done to complex
     values and every other operation are not proven, and neither is a primitive that is not known. A function with its
-    own derivative must pass on two counts: its body and the derivative rule.
+    own derivative must pass on three counts: its body, the derivative rule, and that the rule is the body's derivative,
+    as far as automatic differentiation tells them apart (see `is_own_derivative`).
 
     Args:
       graph: of ``trace_graph(apply)(variables, x)``; the outputs are taken to be the logits.
@@ -236,7 +238,7 @@ class _Walk:
         return [_joined(operands, every, f"{name} is not known to be piecewise linear {where}")] * count
 
     def custom(self, node: Node, operands: list[_State], outputs: list[_State], where: str) -> list[_State]:
-        """A call with its own derivative: proven if its body is and the derivative does not vary with the inputs.
+        """A call with its own derivative: proven if its body is, and the rule is its derivative and does not vary.
 
         The outputs depend on all that goes in, even where the body cuts it (straight-through rounding).
         """
@@ -244,9 +246,9 @@ class _Walk:
         varying = tuple(bool(state.depends) for state in operands)
         kind = (varying, *sorted((name, id(value)) for name, value in node.params.items()))
         if kind not in self.rules:
-            self.rules[kind] = self.constant_rule(node, varying)
+            self.rules[kind] = self.constant_rule(node, varying) and is_own_derivative(node)
         name = node.params.get("name", node.name)
-        why = f"{name} has a derivative rule that is not piecewise constant {where}"
+        why = f"{name} has a derivative rule that is not piecewise constant, or not its derivative, {where}"
         joined = _joined([*outputs, *operands], 0 if self.rules[kind] else every, why)
         return [joined] * len(node.outputs)
 

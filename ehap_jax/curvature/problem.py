@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -130,8 +131,7 @@ def prepare(
     parts = list(batch) if isinstance(batch, Batches) else [batch]
     step = size if microbatch is None else microbatch * shards
     if check_loss:
-        first, chunked = parts[0], step < size or len(parts) > 1 or shards > 1
-        _require_usable_loss(loss, params, first, min(-(-step // shards), batch_size(first)), chunked)
+        _require_usable_loss(loss, params, parts, step, shards)
     cast = jax.tree.leaves(policy.cast(params))
     require_finite(jax.tree.unflatten(layout.structure, cast), "params", policy.compute)
     chunks = []
@@ -267,54 +267,76 @@ def require_finite(tree: PyTree, what: str, compute: str | None = None) -> None:
             raise ValueError(f"{leaf} holds NaN or infinity" + (f" in {compute}" if compute else ""))
 
 
+def _checked_value(loss, params, examples):
+    value = loss(params, examples)
+    if not isinstance(value, jax.Array | np.ndarray | float):
+        raise TypeError(
+            f"loss(params, batch) must return one scalar array; it returned a {type(value).__name__}. "
+            "A loss with auxiliary outputs needs a wrapper: lambda p, b: loss(p, b)[0]"
+        )
+    value = jnp.asarray(value)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            "loss(params, batch) must return a floating-point scalar, the mean over the batch; "
+            f"it returned shape {value.shape}, dtype {value.dtype}"
+        )
+    return value.astype(jnp.float32)
+
+
+_loss = jax.jit(_checked_value, static_argnames="loss")
+
+
 @partial(jax.jit, static_argnames="loss")
-def _losses(loss, params, whole, parts):
-    """The loss traced and evaluated twice on ``whole``, then on each of ``parts``."""
-    values = []
-    for examples in (whole, whole, *parts):
-        value = loss(params, examples)
-        if not isinstance(value, jax.Array | np.ndarray | float):
-            raise TypeError(
-                f"loss(params, batch) must return one scalar array; it returned a {type(value).__name__}. "
-                "A loss with auxiliary outputs needs a wrapper: lambda p, b: loss(p, b)[0]"
-            )
-        value = jnp.asarray(value)
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(
-                "loss(params, batch) must return a floating-point scalar, the mean over the batch; "
-                f"it returned shape {value.shape}, dtype {value.dtype}"
-            )
-        values.append(value.astype(jnp.float32))
-    return jnp.stack(values)
+def _loss_twice(loss, params, examples):
+    """The loss traced and evaluated twice."""
+    return jnp.stack([_checked_value(loss, params, examples) for _ in range(2)])
 
 
-def _require_usable_loss(loss, params, batch, examples: int, chunked: bool) -> None:
-    """Trace the loss twice and run it twice; where chunked, check that it is a mean over examples.
+def _require_usable_loss(loss, params, parts: list[PyTree], step: int, shards: int) -> None:
+    """Trace the loss twice and run it twice; where a batch is cut, check that it is a mean over the pieces.
 
-    Only the first ``examples`` of the batch are used, so that a loss that needs to be chunked fits in memory.
+    A piece and the next one together must have the mean of their losses. Two at a time, so that a loss which has to be
+    cut fits into memory; all of them, for padding lies in the last ones.
     """
-    size = min(max(examples, 2), batch_size(batch)) if chunked else batch_size(batch)
-    chunked = chunked and size > 1
-
-    def cut(start, stop):
-        return jax.tree.map(lambda x: x[start:stop], batch)
-
-    half = size // 2
-    parts = (cut(0, half), cut(half, size)) if chunked else ()
-    runs = np.asarray([_losses(loss, params, cut(0, size), parts) for _ in range(2)], np.float64)
-    first, repeats = runs[0, 0], runs[:, :2].ravel()
-    if not np.isfinite(repeats).all():
-        raise ValueError(f"the loss is {first} on finite parameters and a finite batch")
-    if np.abs(repeats - first).max() > 1e-5 * max(abs(first), 1e-30):
+    pieces = [_pieces(part, step, shards) for part in parts]
+    first = pieces[0][0]
+    values = np.asarray([_loss_twice(loss, params, first) for _ in range(2)], np.float64).ravel()
+    if not np.isfinite(values).all():
+        raise ValueError(f"the loss is {values[0]} on finite parameters and a finite batch")
+    if np.abs(values - values[0]).max() > 1e-5 * max(abs(values[0]), 1e-30):
         raise ValueError(
-            f"the loss is not deterministic: the same parameters and batch gave {sorted(set(repeats.tolist()))}. "
+            f"the loss is not deterministic: the same parameters and batch gave {sorted(set(values.tolist()))}. "
             "Fix its random key, or switch off dropout and augmentation"
         )
-    if chunked:
-        mean = (half * runs[0, 2] + (size - half) * runs[0, 3]) / size
-        if abs(mean - first) > 1e-4 * max(abs(first), abs(mean), 1e-6):
+    for of_part in pieces:
+        if len(of_part) > 1:
+            _require_mean(loss, params, of_part)
+
+
+def _require_mean(loss, params, pieces: list[PyTree]) -> None:
+    values = [float(_loss(loss, params, piece)) for piece in pieces]
+    start = 0
+    for i, (a, b) in enumerate(itertools.pairwise(pieces)):
+        m, n = batch_size(a), batch_size(b)
+        both = float(_loss(loss, params, jax.tree.map(lambda *x: jnp.concatenate(x), a, b)))
+        mean = (m * values[i] + n * values[i + 1]) / (m + n)
+        if not abs(mean - both) <= 1e-4 * max(abs(both), abs(mean), 1e-6):
             raise ValueError(
-                f"the loss of {size} examples is {first:.6g} but the mean of its two halves is {mean:.6g}, so it "
-                "is not a mean over independent examples and cutting the batch would change the result. Use "
-                "normalisation with running statistics (eval mode) and a mean rather than a sum"
+                f"the loss of examples {start} to {start + m + n - 1} is {both:.6g} but the mean of its two pieces, "
+                f"of {m} and {n}, is {mean:.6g}, so it is not a mean over independent examples and cutting the batch "
+                "would change the result. Use normalisation with running statistics (eval mode) and a mean rather "
+                "than a sum; a mean over valid examples alone must be cut into pieces with equally many of them, or "
+                "not at all"
             )
+        start += m
+
+
+def _pieces(part: PyTree, step: int, shards: int) -> list[PyTree]:
+    """What the loss is called with: the chunks of a batch, each divided over ``shards`` (see `devices.divide`)."""
+    found = []
+    for chunk in _cut(part, step):
+        each = batch_size(chunk) // shards
+        whole = each * shards
+        found += [jax.tree.map(lambda x, s=s, n=each: x[s : s + n], chunk) for s in range(0, whole, max(each, 1))]
+        found += [jax.tree.map(lambda x, s=s: x[s : s + 1], chunk) for s in range(whole, batch_size(chunk))]
+    return found

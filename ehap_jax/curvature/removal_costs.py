@@ -25,7 +25,7 @@ from ehap_jax.curvature.example_columns import (
     head_roots,
     read_examples,
 )
-from ehap_jax.curvature.heads import Head, softmax_cross_entropy
+from ehap_jax.curvature.heads import Head, softmax_cross_entropy, square_shares, weighted
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.saved_trace import fingerprint
@@ -115,7 +115,7 @@ def removal_costs(
     variables: PyTree,
     batch: PyTree,
     *,
-    head: Head = softmax_cross_entropy,
+    head: Head | weighted = softmax_cross_entropy,
     classes: Literal["all"] | int = "all",
     key: jax.Array | None = None,
     policy: Policy = Policy(),  # noqa: B008 (frozen)
@@ -142,7 +142,7 @@ def removal_costs(
       batch: x itself, or ``(x, *targets)``, or a dict with ``"image"`` or ``"x"``, and perhaps ``"label"``. Training
         images, not augmented. Targets are needed for the first order only.
       head: as in `gauss_newton_trace`: `softmax_cross_entropy`, `softened_softmax(T)`, `centred_logits`,
-        `squared_error`, ``second_derivative(loss)``, or your own.
+        `squared_error`, ``second_derivative(loss)``, ``weighted(head)``, or your own.
       classes: ``"all"`` for every column of the head's root: exact. K for K random ±1 combinations of them per example:
         unbiased, and as fast as K classes.
       key: with K, the random key.
@@ -178,7 +178,7 @@ def removal_costs(
     """
     key = None if key is None else random_key(key)
     draws = count_draws(classes, "signs", key, head)
-    examples = read_examples(variables, batch, policy, mesh)
+    examples = read_examples(variables, batch, policy, mesh, head)
     graph = example_graph(model, examples.params, examples.x, on_unknown)
     groups = channel_groups(graph, coupling=coupling)
     if not groups:
@@ -186,7 +186,8 @@ def removal_costs(
             f'no channel group of this network can be removed under coupling="{coupling}"; explain(graph) says why'
         )
     shape = graph.body.outputs[0].shape[1:]
-    columns = columns_of(head, examples.targets, shape, policy, draws, "signs", gradient=True)
+    shares = square_shares(head, batch, math.prod(shape), policy.sums)
+    columns = columns_of(examples, shape, policy, draws, "signs", gradient=True)
     size, count = examples.size, len(groups)
     by_rows = size * columns.squared < count
     _require_budget(min(size * columns.squared, count), count, memory_budget)
@@ -196,17 +197,18 @@ def removal_costs(
             "rows": (size * columns.squared, count) if by_rows else (count, count),
             "signs": (size * columns.squared if by_rows else 0,),
             "second": (2, count),
-            "first": (2, count),
+            "first": (3, count),
         },
         first_scale(policy),
     )
     add_up(
         model,
         partial(_chunk, _Plan(graph, coupling, columns, count)),
-        _Adder(sums, columns, size, by_rows),
+        _Adder(sums, columns, by_rows, size * np.asarray(shares), size * np.asarray(examples.shares)),
         examples,
         columns,
         sums,
+        shares=shares,
         what="the removal cost",
         each=_bytes_per_example(graph, columns, count, policy),
         key=key,
@@ -222,7 +224,7 @@ def removal_costs(
         progress=progress,
     )
     second, second_sem = _mean_and_sem(sums.by_path["second"], size)
-    first, first_sem = _mean_and_sem(sums.by_path["first"], size)
+    first, first_sem = _mean_and_sem(sums.by_path["first"][:2], size)
     name = getattr(head, "__name__", str(head))
     return RemovalCosts(
         groups=groups,
@@ -231,7 +233,7 @@ def removal_costs(
         second_order_sem=second_sem,
         first_order=first if columns.gradient else None,
         first_order_sem=first_sem if columns.gradient else None,
-        first_order_squares=sums.by_path["first"][1] / size if columns.gradient else None,
+        first_order_squares=sums.by_path["first"][2] / size if columns.gradient else None,
         rows=sums.by_path["rows"] / (math.sqrt(size) if by_rows else size),
         signs=sums.by_path["signs"] if by_rows else None,
         examples=size,
@@ -279,8 +281,12 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
 class _Adder:
     """Puts the columns of a chunk's examples together and adds them to the sums."""
 
-    def __init__(self, sums: PartialSums, columns: Columns, size: int, by_rows: bool) -> None:
-        self.sums, self.columns, self.size, self.by_rows = sums.by_path, columns, size, by_rows
+    def __init__(
+        self, sums: PartialSums, columns: Columns, by_rows: bool, square_weights: np.ndarray, weights: np.ndarray
+    ) -> None:
+        """The weights of the examples are 1 in a plain mean: those of the root's squares, and those of gradients."""
+        self.sums, self.columns, self.by_rows = sums.by_path, columns, by_rows
+        self.square_weights, self.weights = square_weights.astype(np.float64), weights.astype(np.float64)
         self.parts: list[Mapping[str, np.ndarray]] = []
 
     def __call__(self, examples: range, start: int, found: Mapping[str, np.ndarray]) -> None:
@@ -291,19 +297,26 @@ class _Adder:
         self.parts = []
         squared = self.columns.squared
         if self.columns.gradient:
-            gradient = rows[:, squared]
-            self.sums["first"] += np.stack([gradient.sum(0), np.square(gradient).sum(0)])
+            weights, gradient = self.weights[examples.start : examples.stop, None], rows[:, squared]
+            self.sums["first"] += np.stack(
+                [
+                    (weights * gradient).sum(0),
+                    np.square(weights * gradient).sum(0),
+                    (weights * np.square(gradient)).sum(0),
+                ]
+            )
         rows, signs = rows[:, :squared], signs[:, :squared]
+        rows = rows * np.sqrt(self.square_weights[examples.start : examples.stop, None, None])
         if self.columns.draws:  # a mean over combinations
             rows = rows / math.sqrt(squared)
         own = np.einsum("nrk,nr->nk", np.square(rows), signs)
         self.sums["second"] += np.stack([own.sum(0), np.square(own).sum(0)])
-        flat, weights = rows.reshape(-1, rows.shape[-1]), signs.reshape(-1)
+        flat, flat_signs = rows.reshape(-1, rows.shape[-1]), signs.reshape(-1)
         if self.by_rows:
             place = slice(examples.start * squared, examples.stop * squared)
-            self.sums["rows"][place], self.sums["signs"][place] = flat, weights
+            self.sums["rows"][place], self.sums["signs"][place] = flat, flat_signs
         else:
-            self.sums["rows"] += (flat * weights[:, None]).T @ flat
+            self.sums["rows"] += (flat * flat_signs[:, None]).T @ flat
 
 
 def _mean_and_sem(sums: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -329,6 +342,6 @@ def _bytes_per_example(graph: Graph, columns: Columns, groups: int, policy: Poli
     return bytes_of_passes(graph.body, columns.together, columns.formed, policy) + 2 * rows
 
 
-def _made_from(model, head: Head, variables, batch, key, policy: Policy, draws: int, coupling: Coupling):
+def _made_from(model, head: Head | weighted, variables, batch, key, policy: Policy, draws: int, coupling: Coupling):
     roots = fingerprint(partial(head_roots, model, head, policy), variables, batch, key=key, policy=policy)
     return replace(roots, probes=f"removal costs {draws or 'all'} {coupling}")

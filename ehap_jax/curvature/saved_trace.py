@@ -271,7 +271,9 @@ def _key_text(key: jax.Array) -> str:
 def _digest(tree: PyTree) -> str:
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        found.update(f"{path_name(path)}|{array.shape}|{array.dtype}|".encode())
+        is_key = jnp.issubdtype(getattr(leaf, "dtype", None) or np.asarray(leaf).dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+        kind = jax.random.key_impl(leaf) if is_key else array.dtype
+        found.update(f"{path_name(path)}|{array.shape}|{kind}|".encode())
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()[:32]

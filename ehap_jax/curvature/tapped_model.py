@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ PyTree = Any
 def tapped_model(model: Callable, params: PyTree, x: PyTree, paths: tuple[str, ...]) -> Taps:
     """The taps of ``model`` on one example; the same object for the same function and shapes."""
     leaves, structure = jax.tree.flatten((params, x))
-    return _taps(model, structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves), paths)
+    return _taps(model, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), paths)
 
 
 @lru_cache(maxsize=16)
@@ -49,19 +49,30 @@ def _graph(model, structure, described, on_unknown) -> Graph:
     params, x = jax.tree.unflatten(structure, structs)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
     graph = trace_graph(model, on_unknown=on_unknown)(params, one)
-    outputs = [(out.shape, out.dtype) for out in graph.body.outputs]
-    if (
-        len(outputs) != 1
-        or not outputs[0][0]
-        or outputs[0][0][0] != 1
-        or not jnp.issubdtype(outputs[0][1], jnp.floating)
-    ):
-        raise TypeError(
-            "model(params, x) must return one floating-point array, the logits, with the examples on its first axis; "
-            f"for one example it returned {outputs}. A model with more outputs needs a wrapper: "
-            "lambda p, x: model(p, x)[0]"
-        )
+    outputs = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in graph.body.outputs]
+    _require_logits(jax.tree.unflatten(graph.output_tree, outputs))
     return graph
+
+
+def require_logits(model: Callable, params: PyTree, batch: PyTree) -> jax.ShapeDtypeStruct:
+    """The logits of one example; a TypeError unless they are one array, of floating point, with examples first."""
+    x = jax.tree.map(lambda leaf: leaf[:1], jax.tree.map(jnp.asarray, inputs_and_targets(batch)[0]))
+    found = jax.eval_shape(model, params, x)
+    _require_logits(found)
+    return found
+
+
+def _require_logits(found: PyTree) -> None:
+    """Of one example."""
+    one = isinstance(found, jax.ShapeDtypeStruct)
+    if one and found.shape[:1] == (1,) and jnp.issubdtype(found.dtype, jnp.floating):
+        return
+    wrapper = 'lambda p, x: model(p, x)["logits"]' if isinstance(found, Mapping) else "lambda p, x: model(p, x)[0]"
+    described = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), found)
+    raise TypeError(
+        "model(params, x) must return one floating-point array, the logits, with the examples on its first axis; "
+        f"for one example it returned {described}. A model with more outputs needs a wrapper: {wrapper}"
+    )
 
 
 def unproven_kernels(

@@ -19,26 +19,14 @@ import numpy as np
 
 from ehap_jax import _compat
 from ehap_jax.graph import Graph, Node, Value, evaluate
+from ehap_jax.graph.layers import Layer, kernel_axes, layers_in
 from ehap_jax.graph.trace import REMAT, Body, Constant, Operand
 
 __all__ = ["Site", "Taps", "find_taps"]
 
 
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One use of a kernel: a convolution or product of a value that depends on the example with one that does not.
-
-    Attributes:
-      node: the operation.
-      kernel: which of its two inputs is made of kernels.
-      reads: the paths of the kernels it is made of.
-      direct: whether it is a kernel itself, a cast at most in between.
-    """
-
-    node: Node
-    kernel: int
-    reads: frozenset[str]
-    direct: bool
+class Site(Layer):
+    """One use of a kernel whose gradients can be had from what it reads and the cotangents of what it writes."""
 
     @property
     def operation(self) -> tuple[Hashable, ...]:
@@ -46,10 +34,6 @@ class Site:
         node = self.node
         shapes = tuple(value.shape for value in (*node.inputs, *node.outputs))
         return node.name, self.kernel, shapes, tuple(sorted(node.params.items()))
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        return self.node.inputs[self.kernel].shape
 
     @cached_property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -60,8 +44,8 @@ class Site:
             channels = shape[dims.rhs_spec[0]]
             read = prod(shape) // max(channels, 1)
             return prod(out) // max(channels, 1), groups, read, channels // groups
-        batch, contract, free = self._axes(self.kernel)
-        groups, read, channels = (prod(shape[a] for a in axes) for axes in (batch, contract, free))
+        axes = self.axes
+        groups, read, channels = (prod(shape[a] for a in part) for part in (axes.batch, axes.inputs, axes.outputs))
         return prod(out) // max(groups * channels, 1), groups, read, channels
 
     @property
@@ -70,18 +54,12 @@ class Site:
         positions, _, read, _ = self.sizes
         return 2 * positions <= read
 
-    def _axes(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Batch, contracting and free axes of one side of a matrix product."""
-        contract, batch = (tuple(axes[side]) for axes in self.node.params["dimension_numbers"])
-        rank = len(self.node.inputs[side].shape)
-        return batch, contract, tuple(a for a in range(rank) if a not in batch and a not in contract)
-
     def inputs(self, x: jax.Array) -> jax.Array:
         """What the kernel reads: (n, *input shape) to (n, positions, groups, read)."""
         n = x.shape[0]
         positions, groups, read, _ = self.sizes
         if self.node.name != "conv_general_dilated":
-            batch, contract, free = self._axes(1 - self.kernel)
+            free, contract, _, batch = kernel_axes(self.node, 1 - self.kernel)
             x = jnp.transpose(x, (0, *(1 + a for a in (*free, *batch, *contract))))
             return x.reshape(n, positions, groups, read)
         return _patches(self.node, x, self.kernel_shape).reshape(n, positions, groups, read)
@@ -94,7 +72,7 @@ class Site:
             spec = self.node.params["dimension_numbers"].out_spec
             order: Sequence[int] = (spec[0], *spec[2:], spec[1])
         else:
-            batch, _, free = self._axes(0)
+            free, _, _, batch = kernel_axes(self.node, 0)
             b, f = len(batch), len(free)
             rank = d.ndim - 2
             lhs, rhs = range(b, b + f), range(b + f, rank)
@@ -116,7 +94,7 @@ class Site:
             g = jnp.moveaxis(g, 2, -2).reshape(r, n, *window, shape[spec[1]], groups * channels)
             have = (*spec[2:], spec[1], spec[0])
         else:
-            have = tuple(a for axes in self._axes(self.kernel) for a in axes)
+            have = (*self.axes.batch, *self.axes.inputs, *self.axes.outputs)
             g = g.reshape(r, n, *(shape[a] for a in have))
         return jnp.transpose(g, (0, 1, *(2 + int(a) for a in np.argsort(have))))
 
@@ -125,21 +103,9 @@ class Site:
         inputs = [x, kernel] if self.kernel == 1 else [kernel, x]
         return _compat.bind(self.node.primitive, inputs, self.node.params)[0]
 
-    def output_axis(self, axis: int) -> int:
-        """Where an axis of the kernel for which `sums_to` is true lies in the output."""
-        if self.node.name == "conv_general_dilated":
-            return self.node.params["dimension_numbers"].out_spec[1]
-        batch, _, free = self._axes(self.kernel)
-        if axis in batch:
-            return batch.index(axis)
-        before = len(self._axes(0)[2]) if self.kernel == 1 else 0
-        return len(batch) + before + free.index(axis)
-
     def sums_to(self, axis: int) -> bool:
         """Whether `squares` can give one number per index of this axis of the kernel."""
-        if self.node.name == "conv_general_dilated":
-            return axis == self.node.params["dimension_numbers"].rhs_spec[0]
-        return axis not in self._axes(self.kernel)[1]
+        return axis in (*self.axes.outputs, *self.axes.batch)
 
     def squares(self, x: jax.Array, d: jax.Array, axes: tuple[int, ...], sums) -> jax.Array:
         """The squared gradients summed over all of the kernel but ``axes``, ascending: (r, n, *their sizes)."""
@@ -154,8 +120,7 @@ class Site:
         r, n, groups, channels = found.shape
         if self.node.name == "conv_general_dilated":
             return found.reshape(r, n, groups * channels)
-        batch, _, free = self._axes(self.kernel)
-        kept = (*batch, *free)
+        kept = (*self.axes.batch, *self.axes.outputs)
         found = found.reshape(r, n, *(self.kernel_shape[a] for a in kept))
         found = found.sum(tuple(2 + i for i, a in enumerate(kept) if a not in axes))
         left = [a for a in kept if a in axes]
@@ -284,39 +249,31 @@ class Taps:
 def find_taps(graph: Graph, paths: Sequence[str]) -> Taps:
     """Where the kernels ``paths`` are used in ``graph``, which is of one example."""
     body = _written_out(graph.body)
-    kernels: dict[Operand, frozenset[str]] = {graph.leaves[path]: frozenset({path}) for path in paths}
-    direct: set[Operand] = set(kernels)
-    varies: set[Operand] = set(graph.arguments)
+    kernels = {path: graph.leaves[path] for path in paths}
+    layers = layers_in(body, kernels, tuple(value for path, value in graph.leaves.items() if path not in kernels))
     sites, uses, untapped, fixed = [], [], set(), []
     for node in body.nodes:
-        made_of = [kernels.get(operand, frozenset()) for operand in node.inputs]
-        if not any(operand in varies for operand in node.inputs):
+        if layers.is_fixed(node):
             fixed.append(node)
-            for value in node.outputs:
-                kernels[value] = frozenset().union(*made_of)
-                if node.name in ("convert_element_type", "copy") and node.inputs[0] in direct:
-                    direct.add(value)
             continue
-        varies.update(node.outputs)
-        side = next((i for i, found in enumerate(made_of) if found), None)
-        if side is None:
+        reads = frozenset().union(*(layers.made_of(operand) or () for operand in node.inputs))
+        if not reads:
             continue
-        uses.append((node, frozenset().union(*made_of)))
-        if _is_tappable(node, side):
-            operand = node.inputs[side]
-            sites.append(Site(node, side, made_of[side], operand in direct))
+        uses.append((node, reads))
+        layer = layers.by_node.get(node)
+        if layer is not None and _is_tappable(node):
+            sites.append(Site(node, layer.kernel, layer.reads, layer.path, layer.direct, layer.calls))
         else:
-            untapped.update(*made_of)
+            untapped.update(reads)
     for operand in body.outputs:
-        if operand not in varies:
-            untapped.update(kernels.get(operand, ()))
+        untapped.update(layers.made_of(operand) or ())
     kept = tuple(site for site in sites if not site.reads <= untapped)
     return Taps(graph, body, tuple(paths), kept, frozenset(untapped), replace(body, nodes=tuple(fixed)), tuple(uses))
 
 
-def _is_tappable(node: Node, side: int) -> bool:
+def _is_tappable(node: Node) -> bool:
     if node.name == "conv_general_dilated":
-        return side == 1 and node.params["batch_group_count"] == 1
+        return node.params["batch_group_count"] == 1
     return node.name == "dot_general"
 
 

@@ -95,7 +95,7 @@ class Structure:
 
     def program(self, x) -> Program:
         """The steps for inputs of the shape of ``x``."""
-        shapes = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(x))
+        shapes = tuple((tuple(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(x))
         return _program(self, jax.tree.structure(x), shapes)
 
 
@@ -284,7 +284,7 @@ def integer_weights(
         zeros = jnp.zeros(channels[name], jnp.int32)
         scale = jnp.broadcast_to(found.scale.reshape(-1), (channels[name],))
         layers[name] = LayerWeights(found.integers, zeros if found.bias is None else found.bias, scale)
-    leaves = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(variables))
+    leaves = tuple((tuple(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(variables))
     tree = jax.tree.structure(variables)
     return Structure(quantized.function, quantized.rules, tuple(grids.items()), tree, leaves), layers
 

@@ -16,6 +16,7 @@ from ehap_jax.curvature import (
     softened_softmax,
     softmax_cross_entropy,
     squared_error,
+    weighted,
 )
 from ehap_jax.curvature.problem import path_name
 from ehap_jax.graph import channel_structure, trace_graph
@@ -181,6 +182,20 @@ def test_random_combinations_are_unbiased(two_layers):
     assert (np.abs(one.gram() - exact.gram()) > 0).any()
 
 
+def test_weights_of_examples(two_layers):
+    """A weight of 2 is an example twice, a weight of 0 one that is not there."""
+    params, x, labels, _ = two_layers
+    which = np.array([0, 0, 1, 3])
+    weights = jnp.array([2.0, 1.0, 0.0, 1.0])
+    with enable_x64():
+        batch = (x[:4], labels[:4].at[2].set(-1), weights.astype(x.dtype))
+        found = removal_costs(small, params, batch, head=weighted(softmax_cross_entropy), policy=DOUBLE)
+        twice = removal_costs(small, params, (x[which], labels[which]), policy=DOUBLE)
+    np.testing.assert_allclose(found.gram(), twice.gram(), rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(found.first_order, twice.first_order, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(found.first_order_squares, twice.first_order_squares, rtol=1e-10, atol=1e-14)
+
+
 def test_dead_groups_cost_nothing():
     params = {"w": jnp.array([[1.0, -1.0]]), "out": jnp.ones((2, 2))}
     costs = removal_costs(lambda p, x: jax.nn.relu(x @ p["w"]) @ p["out"], params, jnp.array([[1.0], [2.0]]),
@@ -255,8 +270,8 @@ def test_bad_input_is_named_before_any_work():
         with pytest.raises(error, match=match):
             removal_costs(model, params, batch, **options)
 
-    refused("labels must be between 0 and 1.*the batch has -1", batch=(x, jnp.array([0, -1], jnp.int32)))
-    refused("labels must be between 0 and 1.*the batch has 2", batch=(x, jnp.array([0, 2], jnp.int32)))
+    refused("the label of example 1 is -1, but there are 2 classes", batch=(x, jnp.array([0, -1], jnp.int32)))
+    refused("the label of example 1 is 2, but there are 2 classes", batch=(x, jnp.array([0, 2], jnp.int32)))
     refused("targets must have the shape of the logits", head=squared_error, batch=(x, jnp.ones((2, 5))))
     refused("no channel group of this network can be removed", model=lambda p, x: x @ p["w"])
     refused("the examples are not independent", model=lambda p, x: model(p, x - x.mean(0, keepdims=True)))
