@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 from jax.flatten_util import ravel_pytree
 
-from ehap_jax._compat import Primitive
+from ehap_jax import _compat
 from ehap_jax._untrusted_files import read_arrays
 from ehap_jax._whole_files import write_arrays
 from ehap_jax.curvature import gnvp, linearized_hvp
@@ -186,7 +186,7 @@ def tridiagonal(config: Config, steps: int) -> Callable:
 
 def _opaque(product: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
     """``product`` as a primitive: matfree traces what it is given, and would run its operations one by one."""
-    primitive = Primitive("matrix_vector_product")
+    primitive = _compat.Primitive("matrix_vector_product")
     primitive.def_abstract_eval(lambda v: v)
 
     @primitive.def_impl

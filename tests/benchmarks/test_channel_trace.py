@@ -50,6 +50,7 @@ def start():
     return loss_and_start(ROW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["linearize", "jvp"])
 def test_our_products_have_as_many_passes_as_are_counted(way, start):
     """What is left after the compiler has dropped what is computed twice; it keeps one product with zeros."""
@@ -72,6 +73,7 @@ def test_our_products_have_as_many_passes_as_are_counted(way, start):
     assert len(re.findall(r" (?:convolution|dot)\(", text)) - expected in (0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["torch-published", "torch-vectorised", "torch-affine", "torch-func"])
 def test_pytorchs_products_have_as_many_operations_as_are_counted(variant, start):
     """To 3 %: PyTorch computes weight gradients of strided convolutions on a larger window, and cuts it."""
@@ -245,6 +247,7 @@ def test_a_first_row_that_takes_all_the_time_is_written_as_that(tmp_path, monkey
     assert len(read_results(tmp_path / "a.json")["rows"]) == 1 and not left
 
 
+@pytest.mark.slow
 def test_a_row_runs_in_a_process_of_its_own(tmp_path):
     out = tmp_path / "trace.json"
     line = ["--variants", "ehap-devices", "--precisions", "float32", "--probes", "2", "--seconds", "0.5"]

@@ -20,6 +20,7 @@ def tiny(two_layers):
     return exact_trace.Subject(apply, params, batch, mean_loss(apply))
 
 
+@pytest.mark.slow
 def test_runs_stops_and_goes_on(tiny, monkeypatch, tmp_path, capsys):
     pytest.importorskip("torch", reason="the published weights of probes are in the PyTorch reference")
     pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'ehap-jax[report]'")

@@ -22,6 +22,7 @@ def run(monkeypatch, out, *more):
     return zscores.main()
 
 
+@pytest.mark.slow
 def test_they_are_those_of_all_probes_and_a_stopped_run_goes_on(two_layers, monkeypatch, tmp_path):
     apply, params, batch = two_layers
     monkeypatch.setattr(zscores, "load", lambda *_: two_layers)

@@ -32,7 +32,7 @@ def command(*arguments, devices, module="on_devices"):
     )
 
 
-def finished(child, timeout=300):
+def finished(child, timeout=1800):
     try:
         said, _ = child.communicate(timeout=timeout)
     finally:

@@ -1,12 +1,23 @@
 """How recipes are tested: under the rules a user has them, on runs of seconds."""
 
 import contextlib
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from tests.recipes.tiny import MODEL, phase
+
+RUNS = {"pruned", "swept", "stopped", "finished", "quantized"}
+"""Fixtures that are whole runs of a recipe."""
+
+
+def pytest_collection_modifyitems(items):
+    """What looks at a whole run is slow."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and RUNS & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 @contextlib.contextmanager

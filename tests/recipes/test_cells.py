@@ -43,6 +43,7 @@ def test_criteria_stop_at_the_limit_and_resume(stopped):
     assert "Accuracy against MACs" in (output / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_cells_that_prune_step_by_step_do_not_share_what_they_trained(dense, tmp_path):
     given = ["short", str(dense), "--data", "digits", "--cells.criteria", "magnitude", "random", "--cells.keeps", "0.4"]
     given += ["--cells.prune.steps", "2", *phase("cells.prune.between"), *phase("cells.finetune")]

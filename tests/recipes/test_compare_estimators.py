@@ -16,6 +16,7 @@ from recipes import compare_estimators, pretrain
 PHASE = ["--finetune.epochs", "1", "--finetune.batch-size", "256"]
 
 
+@pytest.mark.slow
 def test_compares_stops_and_resumes(tmp_path):
     dense = tmp_path / "dense"
     small = ["--data", "digits", "--widths", "4", "4", "8", "--phase.epochs", "1", "--phase.batch-size", "256"]

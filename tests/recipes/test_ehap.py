@@ -14,6 +14,7 @@ from recipes.network import load_network
 from tests.recipes.tiny import phase, read
 
 
+@pytest.mark.slow
 def test_ehap_from_a_trained_network(dense, tmp_path):
     given = ["digits", "--dense", str(dense), "--seeds", "1", "--train-images", "256", *phase("finetune")]
     given += ["--prune.scores.estimator", "exact", "--prune.scores.compute", "float32", "--prune.scores.examples", "16"]

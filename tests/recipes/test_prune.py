@@ -27,6 +27,7 @@ def test_prune_writes_a_smaller_network_that_loads(dense, pruned):
     assert np.isfinite(network.apply(network.variables, np.zeros((2, 8, 8, 1), np.float32))).all()
 
 
+@pytest.mark.slow
 def test_pruning_step_by_step_meets_the_budget(dense, tmp_path):
     given = ["short", str(dense), "--data", "digits", "--train-images", "512", "--prune.criterion", "random"]
     given += ["--prune.steps", "2", "--prune.keep", "0.4", "--prune.budget", "macs", "--prune.coupling", "group"]

@@ -21,6 +21,7 @@ from recipes import (
 from tests.recipes.tiny import CELLS, read
 
 
+@pytest.mark.slow
 def test_reproduce_and_the_table_of_claims(dense, tmp_path, monkeypatch):
     given = ["cpu", str(dense), "--data", "digits", "--train-images", "256", "--output", str(tmp_path / "run")]
     given += [

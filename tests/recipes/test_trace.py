@@ -39,6 +39,7 @@ def test_trace_of_a_pruned_network(pruned, tmp_path):
         np.testing.assert_array_equal(scores["convergence|probes"], [16, 17])
 
 
+@pytest.mark.slow
 def test_probes_are_for_what_is_not_proven(tmp_path):
     """One smooth activation: the kernel before it needs probes, the one behind it does not."""
     rng = np.random.default_rng(0)
