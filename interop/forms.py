@@ -35,7 +35,7 @@ class Part(NamedTuple):
     leaf: str
 
 
-Kind = Literal["conv", "norm", "dense", "add", "unread"]
+Kind = Literal["conv", "norm", "layer_norm", "tokens", "dense", "add", "unread"]
 
 INDEX_BUFFERS = ("branch_index", "residual_index")
 """Where the channels of each operand lie in a sum by index."""
@@ -46,6 +46,8 @@ KEPT_INDICES = ("in_indices", "out_indices")
 LEAVES: Mapping[Kind, tuple[str, ...]] = {
     "conv": ("weight",),
     "norm": ("weight", "bias", "running_mean", "running_var"),
+    "layer_norm": ("weight", "bias"),
+    "tokens": ("cls_token", "pos_embed"),
     "dense": ("weight", "bias"),
     "add": INDEX_BUFFERS,
     "unread": (),
@@ -55,6 +57,8 @@ LEAVES: Mapping[Kind, tuple[str, ...]] = {
 OTHER_LEAVES: Mapping[Kind, tuple[str, ...]] = {
     "conv": ("bias",),
     "norm": ("num_batches_tracked",),
+    "layer_norm": (),
+    "tokens": (),
     "dense": (),
     "add": (),
     "unread": ("indexes",),
@@ -71,6 +75,8 @@ FLAX_LEAVES: Mapping[Kind, Mapping[tuple[str, str], str]] = {
         ("batch_stats", "mean"): "running_mean",
         ("batch_stats", "var"): "running_var",
     },
+    "layer_norm": {("params", "scale"): "weight", ("params", "bias"): "bias"},
+    "tokens": {("params", "cls_token"): "cls_token", ("params", "pos_embed"): "pos_embed"},
     "dense": {("params", "kernel"): "weight", ("params", "bias"): "bias"},
     "add": {},
     "unread": {},
@@ -81,6 +87,10 @@ def kind_of(role: str) -> Kind:
     """What a role is: "bn1" is a norm, "projection" a convolution, "fc1" a dense layer."""
     if role == "add" or "select" in role:
         return "add" if role == "add" else "unread"
+    if role == "tokens":
+        return "tokens"
+    if role.endswith("_ln"):
+        return "layer_norm"
     if "bn" in role or role == "final_affine":
         return "norm"
     return "conv" if "conv" in role or role == "projection" else "dense"
@@ -168,7 +178,7 @@ class Form:
 
     names: what `to_torch` calls the parts; its order is the order of the modules.
     flax: module paths in Flax variables; those of `ehap_jax.models` where it has such a network.
-    kind: residual, vgg or inverted (sums of narrow tensors, MobileNetV2).
+    kind: residual, vgg, inverted (sums of narrow tensors, MobileNetV2) or vit.
     preactivation: norm and ReLU before each convolution of a block, not after.
     kernels: sizes of a block's convolutions. strided: which of them has the block's stride.
     grouped: which of them may be grouped. stems: sizes of the first convolution; one of 7×7 has stride 2 and is
@@ -181,7 +191,7 @@ class Form:
     name: str
     names: Names
     flax: Names
-    kind: Literal["residual", "vgg", "inverted"] = "residual"
+    kind: Literal["residual", "vgg", "inverted", "vit"] = "residual"
     preactivation: bool = False
     kernels: tuple[int, ...] = (3, 3)
     strided: int = 0
@@ -277,7 +287,7 @@ class Form:
         first_inside = min((i for i, role in enumerate(roles) if self.in_block(role)), default=0)
         role = roles.index(part.role)
         stage = part.stage if self.in_block(part.role) or role < first_inside else 1_000_000
-        leaves = ("weight", "bias", "running_mean", "running_var", *INDEX_BUFFERS, *KEPT_INDICES)
+        leaves = (*LEAVES["norm"], *LEAVES["tokens"], *INDEX_BUFFERS, *KEPT_INDICES)
         return (stage, part.block, role, leaves.index(part.leaf))
 
 
@@ -465,10 +475,29 @@ INVERTED_STAGES = ((2, 2), (3, 2), (4, 2), (3, 1), (3, 2), (1, 1))
 INVERTED_BLOCKS = tuple((stride if i == 0 else 1, i > 0) for count, stride in INVERTED_STAGES for i in range(count))
 """(stride, whether the input is added to the output) of each of those blocks."""
 
+_VIT_BLOCK = ("attention_ln", "qkv", "attention_out", "mlp_ln", "fc1", "fc2")
+_TIMM_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+VIT = Form(
+    name="vit",
+    names=Names(
+        {"tokens": "", "patch_conv": "patch_embed.proj"}
+        | {role: f"blocks.{{b}}.{name}" for role, name in zip(_VIT_BLOCK, _TIMM_BLOCK, strict=True)}
+        | {"final_ln": "norm", "linear": "head"}
+    ),
+    flax=Names(
+        {role: role for role in ("tokens", "patch_conv", "final_ln", "linear")}
+        | {role: f"block{{b}}/{role}" for role in _VIT_BLOCK}
+    ),
+    kind="vit",
+    extra_depth=0,
+)
+"""Vision transformers (arXiv 2010.11929) with a class token and heads of 64 channels, named as in timm and DeiT."""
+
 _RESIDUAL = (RESNET, BOTTLENECK, WIDE, PRERESNET, PREACT, WIDE_AFFINE)
 _VGGS = (VGGS, MEAN_VGGS, PLAIN_VGGS, PLAIN_MEAN_VGGS)
 FORMS: Mapping[str, Form] = {
-    f.name: f for f in (*_RESIDUAL, MOBILENET, *(form for forms in _VGGS for form in forms.values()))
+    f.name: f for f in (*_RESIDUAL, MOBILENET, VIT, *(form for forms in _VGGS for form in forms.values()))
 }
 """Every form by name."""
 

@@ -28,7 +28,7 @@ from interop.forms import (
 from interop.layouts import Layout, recognise
 from interop.network import network_function
 from interop.read import read_checkpoint
-from interop.spec import InvertedSpec, ResidualSpec, Spec, VGGSpec, read_spec, sums
+from interop.spec import InvertedSpec, ResidualSpec, Spec, VGGSpec, ViTSpec, read_spec, sums
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _shortcut(spec: Spec) -> str:
 
 def linen_model(spec: Spec) -> Any:
     """The `ehap_jax.models` network with these widths, or None where it has a form of its own."""
-    if isinstance(spec, InvertedSpec):
+    if isinstance(spec, InvertedSpec | ViTSpec):
         return None
     return _vgg_model(spec) if isinstance(spec, VGGSpec) else _residual_model(spec)
 

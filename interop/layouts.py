@@ -22,6 +22,7 @@ from interop.forms import (
     PRERESNET,
     RESNET,
     VGGS,
+    VIT,
     WIDE,
     WIDE_AFFINE,
     CheckpointError,
@@ -126,6 +127,7 @@ _TABLES = (
         for form in (RESNET, BOTTLENECK)
     ),
     Layout("torchvision", MOBILENET, MOBILENET.names, *_TORCHVISION, large=True),
+    Layout("timm", VIT, VIT.names, "github.com/huggingface/pytorch-image-models, and DeiT", *_IMAGENET, large=True),
     Layout(
         "torchvision", WIDE, _renamed(WIDE, {"projection": "layer{s}.{b}.downsample.0", "linear": "fc"}), *_TORCHVISION
     ),
@@ -369,10 +371,10 @@ def _is_large(found: Match, tensors: Mapping[str, Any]) -> bool:
     """Whether a network is for large images: its stem is 7×7, or its first dense layer reads more than one pixel."""
     weights = {part.role: tensors[key].shape for key, part in found.parts.items() if part.leaf == "weight"}
     if found.layout.form.kind != "vgg":
-        return weights["stem_conv"][-1:] == (7,)
+        return weights.get("stem_conv", ())[-1:] == (7,)
     last = weights[f"conv{sum(found.layout.form.stages)}"]
     first = next((weights[role] for role in ("fc1", "fc2", "linear") if role in weights), ())
-    return len(first) == 2 and first[1] > last[0]
+    return len(first) == 2 and len(last) == 4 and first[1] > last[0]
 
 
 def _explain(found: Match, missing: list[Part], headline: str) -> str:

@@ -8,6 +8,7 @@ is a spec and a few index arrays, and its function is written here once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isqrt
 from typing import Any
 
 import jax
@@ -17,10 +18,13 @@ from flax import linen as nn
 from jax import lax
 
 from interop.forms import FORMS, INDEX_BUFFERS, Form, Part
-from interop.spec import BlockSpec, InvertedSpec, ResidualSpec, Spec, VGGSpec, sums
+from interop.spec import HEAD_WIDTH, BlockSpec, InvertedSpec, ResidualSpec, Spec, VGGSpec, ViTSpec, sums
 
 EPSILON = 1e-5
 """PyTorch's default in BatchNorm, which every supported family uses."""
+
+LAYER_NORM_EPSILON = 1e-6
+"""What timm's and DeiT's transformers use."""
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 
@@ -42,6 +46,8 @@ def network_function(spec: Spec, indices: Mapping[str, np.ndarray] | None = None
     """
     if isinstance(spec, VGGSpec):
         return _vgg(spec)
+    if isinstance(spec, ViTSpec):
+        return _vit(spec)
     form, indices = FORMS[spec.form], dict(indices or {})
     for place, block in sums(spec):
         for buffer in INDEX_BUFFERS:
@@ -67,9 +73,16 @@ class _Layers:
         path = self.form.flax.module(role, *place)
         return batch_norm(x, _get(self.params, path), _get(self.stats, path))
 
-    def dense(self, role: str, x: jax.Array) -> jax.Array:
-        layer = _get(self.params, self.form.flax.module(role))
-        return x @ layer["kernel"] + layer["bias"][None, :]
+    def dense(self, role: str, x: jax.Array, block: int = 0) -> jax.Array:
+        layer = _get(self.params, self.form.flax.module(role, 0, block))
+        return x @ layer["kernel"] + layer["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+
+    def layer_norm(self, role: str, x: jax.Array, block: int = 0) -> jax.Array:
+        layer = _get(self.params, self.form.flax.module(role, 0, block))
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        normal = centred * lax.rsqrt(variance + jnp.asarray(LAYER_NORM_EPSILON, x.dtype))
+        return normal * layer["scale"][None, None, :] + layer["bias"][None, None, :]
 
 
 def _vgg(spec: VGGSpec) -> Apply:
@@ -161,6 +174,36 @@ def _inverted(form: Form, spec: InvertedSpec, indices: Mapping[str, np.ndarray])
             x = branch + x if block.residual else branch
         x = jax.nn.relu6(layer("last", x))
         return layers.dense("linear", jnp.mean(x, axis=(1, 2)))
+
+    return apply
+
+
+def _vit(spec: ViTSpec) -> Apply:
+    form, side = FORMS[spec.form], isqrt(spec.tokens - 1)
+
+    def attend(layers: _Layers, x: jax.Array, block: int) -> jax.Array:
+        fused = layers.dense("qkv", x, block)
+        q, k, v = jnp.moveaxis(fused.reshape(*x.shape[:2], 3, spec.heads[block], HEAD_WIDTH), 2, 0)
+        weights = jax.nn.softmax(jnp.einsum("nqhd,nkhd->nhqk", q * HEAD_WIDTH**-0.5, k), axis=-1)
+        mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, v)
+        return layers.dense("attention_out", mixed.reshape(*x.shape[:2], -1), block)
+
+    def apply(variables: Any, x: jax.Array) -> jax.Array:
+        if x.shape[1:3] != (side * spec.patch,) * 2:
+            raise ValueError(f"the transformer is for images of {side * spec.patch} pixels, got {x.shape[1:3]}")
+        layers = _Layers(form, variables)
+        params = layers.params
+        patches = lax.conv_general_dilated(
+            x, params["patch_conv"]["kernel"], (spec.patch,) * 2, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = patches.reshape(x.shape[0], -1, spec.width) + params["patch_conv"]["bias"][None, None, :]
+        start = jnp.broadcast_to(params["tokens"]["cls_token"], (x.shape[0], 1, spec.width))
+        x = jnp.concatenate([start, x], axis=1) + params["tokens"]["pos_embed"]
+        for block in range(spec.depth):
+            x = x + attend(layers, layers.layer_norm("attention_ln", x, block), block)
+            hidden = layers.dense("fc1", layers.layer_norm("mlp_ln", x, block), block)
+            x = x + layers.dense("fc2", jax.nn.gelu(hidden, approximate=False), block)
+        return layers.dense("linear", layers.layer_norm("final_ln", x)[:, 0])
 
     return apply
 

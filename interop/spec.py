@@ -158,12 +158,47 @@ class InvertedSpec:
         return (self.first, *(self.blocks[end - 1].outputs for end in ends))
 
 
-Spec = ResidualSpec | VGGSpec | InvertedSpec
+HEAD_WIDTH = 64
+"""Channels of each attention head of the transformers that are read; it is in no shape of a state dict."""
+
+WIDEST = 1024
+"""The width of ViT-L. Published ones up to it (Ti, S, B, L) have heads of 64 channels, larger ones wider heads."""
+
+
+@dataclass(frozen=True)
+class ViTSpec:
+    """The widths of a vision transformer.
+
+    width: of the tokens. tokens: patches and the class token. heads: of 64 channels, in each block. hidden: channels
+    between the two dense layers of each block.
+    """
+
+    form: str
+    width: int
+    patch: int
+    tokens: int
+    heads: tuple[int, ...]
+    hidden: tuple[int, ...]
+    num_classes: int
+    image_channels: int = 3
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self.hidden)
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """The width of the tokens."""
+        return (self.width,)
+
+
+Spec = ResidualSpec | VGGSpec | InvertedSpec | ViTSpec
 
 
 def sums(spec: Spec) -> list[tuple[tuple[int, int], BlockSpec | InvertedBlock]]:
     """((stage, block), widths) of every block."""
-    if isinstance(spec, VGGSpec):
+    if isinstance(spec, VGGSpec | ViTSpec):
         return []
     if isinstance(spec, InvertedSpec):
         return [((0, number), block) for number, block in enumerate(spec.blocks)]
@@ -183,7 +218,8 @@ def read_spec(form: Form, shapes: Mapping[str, Shape], names: Mapping[str, str] 
             gives key, expected and found shape).
     """
     reader = _Reader(form, shapes, names or {})
-    return {"vgg": _read_vgg, "residual": _read_residual, "inverted": _read_inverted}[form.kind](reader)
+    readers = {"vgg": _read_vgg, "residual": _read_residual, "inverted": _read_inverted, "vit": _read_vit}
+    return readers[form.kind](reader)
 
 
 class _Reader:
@@ -235,11 +271,15 @@ class _Reader:
         for leaf in LEAVES["norm"]:
             self.check(Part(role, stage, block, leaf), (width,))
 
-    def dense(self, role: str, inputs: int) -> int:
+    def dense(self, role: str, inputs: int, outputs: int | None = None, block: int = 0) -> int:
         """Outputs of a dense layer."""
-        outputs, _ = self.check(Part(role, 0, 0, "weight"), (None, inputs))
-        self.check(Part(role, 0, 0, "bias"), (outputs,))
-        return outputs
+        found, _ = self.check(Part(role, 0, block, "weight"), (outputs, inputs))
+        self.check(Part(role, 0, block, "bias"), (found,))
+        return found
+
+    def layer_norm(self, role: str, width: int, block: int = 0) -> None:
+        for leaf in LEAVES["layer_norm"]:
+            self.check(Part(role, 0, block, leaf), (width,))
 
 
 def _read_vgg(reader: _Reader) -> VGGSpec:
@@ -269,8 +309,8 @@ def _read_vgg(reader: _Reader) -> VGGSpec:
 
 def _read_residual(reader: _Reader) -> ResidualSpec:
     form = reader.form
-    found_size = reader.shapes.get(form.names.key(Part("stem_conv", 0, 0, "weight")), (0,))[-1]
-    size = found_size if found_size in form.stems else form.stems[0]
+    found = reader.shapes.get(form.names.key(Part("stem_conv", 0, 0, "weight")), ())
+    size = next((size for size in form.stems if found[-1:] == (size,)), form.stems[0])
     stem, image_channels, *_ = reader.conv("stem_conv", 0, 0, None, size)
     if form.has("stem_bn"):
         reader.norm("stem_bn", 0, 0, stem)
@@ -283,16 +323,16 @@ def _read_residual(reader: _Reader) -> ResidualSpec:
     if not places:
         first = reader.name(Part("conv1", 1, 0, "weight"))
         raise CheckpointError(f"the state dict has no residual blocks ({first!r} is missing)")
-    found: dict[tuple[int, int], BlockSpec] = {}
+    specs: dict[tuple[int, int], BlockSpec] = {}
     width = stem
     for here, after in zip(places, [*places[1:], None], strict=True):
-        found[here] = _read_block(reader, here, after, width)
-        width = found[here].outputs
+        specs[here] = _read_block(reader, here, after, width)
+        width = specs[here].outputs
     for role in ("final_bn", "final_affine"):
         if form.has(role):
             reader.norm(role, 0, 0, width)
     classes = reader.dense("linear", width)
-    blocks = tuple(tuple(found[s, b] for b in range(count)) for s, count in enumerate(counts, start=1))
+    blocks = tuple(tuple(specs[s, b] for b in range(count)) for s, count in enumerate(counts, start=1))
     return ResidualSpec(form.name, stem, blocks, classes, image_channels, reader.conv_bias, size)
 
 
@@ -333,6 +373,36 @@ def _read_inverted(reader: _Reader) -> InvertedSpec:
     last = layer("last", width)[0]
     classes = reader.dense("linear", last)
     return InvertedSpec(reader.form.name, stem, first, tuple(blocks), last, classes, image_channels, reader.conv_bias)
+
+
+def _read_vit(reader: _Reader) -> ViTSpec:
+    kernel, positions = Part("patch_conv", 0, 0, "weight"), Part("tokens", 0, 0, "pos_embed")
+    width, image_channels, patch, _ = reader.check(kernel, (None, None, None, None))
+    reader.check(kernel, (width, image_channels, patch, patch))
+    reader.check(kernel._replace(leaf="bias"), (width,))
+    reader.check(positions._replace(leaf="cls_token"), (1, 1, width))
+    tokens = reader.check(positions, (1, None, width))[1]
+    if width % HEAD_WIDTH or width > WIDEST or isqrt(tokens - 1) ** 2 != tokens - 1:
+        raise CheckpointError(
+            f"{reader.name(positions)}: transformers are read of square images, and of a width that is a multiple of "
+            f"{HEAD_WIDTH} up to {WIDEST}, with heads of {HEAD_WIDTH} channels; found {tokens} tokens of width {width}"
+        )
+    heads, hidden = [], []
+    while reader.has("qkv", 0, len(hidden)):
+        block = len(hidden)
+        reader.layer_norm("attention_ln", width, block)
+        count, rest = divmod(reader.dense("qkv", width, None, block), 3 * HEAD_WIDTH)
+        if rest:
+            name = reader.name(Part("qkv", 0, block, "weight"))
+            raise CheckpointError(f"{name}: expected heads of {HEAD_WIDTH} queries, keys and values each")
+        reader.dense("attention_out", count * HEAD_WIDTH, width, block)
+        reader.layer_norm("mlp_ln", width, block)
+        hidden.append(reader.dense("fc1", width, None, block))
+        reader.dense("fc2", hidden[-1], width, block)
+        heads.append(count)
+    reader.layer_norm("final_ln", width)
+    classes = reader.dense("linear", width)
+    return ViTSpec(reader.form.name, width, patch, tokens, tuple(heads), tuple(hidden), classes, image_channels)
 
 
 def _read_block(reader: _Reader, here: tuple[int, int], after: tuple[int, int] | None, inputs: int) -> BlockSpec:

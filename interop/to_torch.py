@@ -20,7 +20,7 @@ from interop.forms import (
     to_torch_axes,
 )
 from interop.layouts import layout_for, written_layout
-from interop.spec import ResidualSpec, Spec, read_spec
+from interop.spec import HEAD_WIDTH, ResidualSpec, Spec, read_spec
 
 
 def to_torch(
@@ -145,7 +145,7 @@ def kept_indices(
     """
     form, kept = FORMS[spec.form], {}
     for part, value in arrays.items():
-        if part.leaf == "weight" and kind_of(part.role) != "norm":
+        if part.leaf == "weight" and kind_of(part.role) in ("conv", "dense"):
             for axis, leaf in ((0, "out_indices"), (1, "in_indices")):
                 kept[part._replace(leaf=leaf)] = np.arange(value.shape[axis], dtype=np.int32)
     for part, branch in sums.items():
@@ -200,10 +200,12 @@ def residual_indices(form: Form, arrays: Mapping[str, np.ndarray], plan: Any) ->
     """
     parts = [part for key in arrays if (part := form.names.part(key)) is not None]
     for part in parts:
-        if part.leaf == "weight" and kind_of(part.role) != "norm":
+        if part.leaf == "weight" and kind_of(part.role) in ("conv", "dense"):
             for axis in (0, 1):
                 _kept(form, arrays, plan, part, axis)
-    if form.kind == "vgg":
+    if form.kind == "vit":
+        _check_transformer(form, arrays, plan, parts)
+    if form.kind in ("vgg", "vit"):
         return {}
     inverted = form.kind == "inverted"
     first, final_role = ("expand_conv", "project_conv") if inverted else ("conv1", f"conv{len(form.kernels)}")
@@ -236,6 +238,20 @@ def residual_indices(form: Form, arrays: Mapping[str, np.ndarray], plan: Any) ->
             for buffer, (_, operand) in zip(INDEX_BUFFERS, operands, strict=True):
                 buffers[form.names.key(Part("add", *here, buffer))] = np.searchsorted(stream, operand)
     return buffers
+
+
+def _check_transformer(form: Form, arrays: Mapping[str, np.ndarray], plan: Any, parts: list[Part]) -> None:
+    """Refuse what the tensors of a transformer cannot say: parts of heads, and sums whose operands differ."""
+    for part in parts:
+        if part.leaf == "weight" and part.role in ("qkv", "attention_out", "fc2"):
+            kept, full = _kept(form, arrays, plan, part, 0), _full_width(form, arrays, plan, part)
+            each = np.bincount(kept // HEAD_WIDTH, minlength=full // HEAD_WIDTH)
+            if not np.isin(each, (0, HEAD_WIDTH)).all() or (part.role != "qkv" and kept.size < full):
+                raise CheckpointError(
+                    f"the plan keeps {kept.size} of {full} outputs of {form.path(part)}; a transformer's names have a "
+                    "place for whole heads, and for sums of equal operands (coupling group). Export the masked network "
+                    "instead: to_torch(mask_variables(variables, plan))"
+                )
 
 
 def _kept(form: Form, arrays: Mapping[str, np.ndarray], plan: Any, part: Part, torch_axis: int) -> np.ndarray:

@@ -28,7 +28,17 @@ from interop.forms import (
     Form,
 )
 from interop.layouts import recognise
-from interop.spec import BlockSpec, InvertedBlock, InvertedSpec, ResidualSpec, Spec, VGGSpec, read_spec
+from interop.spec import (
+    HEAD_WIDTH,
+    BlockSpec,
+    InvertedBlock,
+    InvertedSpec,
+    ResidualSpec,
+    Spec,
+    VGGSpec,
+    ViTSpec,
+    read_spec,
+)
 
 try:
     import torch
@@ -235,13 +245,63 @@ class VGG(nn.Module):
         return self.get_submodule(self.head)(x)
 
 
-Network = ResidualNetwork | MobileNetV2 | VGG
+class Attention(nn.Module):
+    """Self-attention over tokens, (N, T, width) to the same, with heads of 64 channels."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * heads * HEAD_WIDTH)
+        self.proj = nn.Linear(heads * HEAD_WIDTH, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, scale=HEAD_WIDTH**-0.5).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), nn.Module()
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp.get_submodule("fc2")(F.gelu(self.mlp.get_submodule("fc1")(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer with timm's names. Input: float images of one size, (N, channels, H, H). Output: logits."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, spec.tokens, spec.width))
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(spec.image_channels, spec.width, spec.patch, spec.patch)
+        blocks = [TransformerBlock(spec.width, *widths) for widths in zip(spec.heads, spec.hidden, strict=True)]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm, self.head = nn.LayerNorm(spec.width, eps=1e-6), nn.Linear(spec.width, spec.num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed.get_submodule("proj")(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+Network = ResidualNetwork | MobileNetV2 | VisionTransformer | VGG
 
 
 def build(spec: Spec) -> Network:
     """The network with these widths, initialised by PyTorch's defaults."""
     if isinstance(spec, InvertedSpec):
         return MobileNetV2(spec)
+    if isinstance(spec, ViTSpec):
+        return VisionTransformer(spec)
     return VGG(spec) if isinstance(spec, VGGSpec) else ResidualNetwork(spec)
 
 

@@ -9,6 +9,8 @@ from interop import CheckpointError, from_torch
 from tests.interop.test_from_torch import broken
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
+from tests.interop import test_imagenet_networks as imagenet  # noqa: E402
+from tests.interop import third_party  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,19 @@ def test_cut_and_flipped_files_are_refused_in_words(zipped, network, tmp_path):
             refused += 1
             assert "weights_only" not in str(error)
     assert refused >= 11
+
+
+@pytest.mark.parametrize("name", {**third_party.CASES, **imagenet.CASES})
+def test_tensors_of_other_shapes_are_refused_by_name(name):
+    """No axes, no elements, too many axes, one channel more: in 20 places of every kind of network."""
+    module = {**third_party.CASES, **imagenet.CASES}[name].make()
+    weights = {key: value for key, value in module.state_dict().items() if not key.endswith(("tracked", "indexes"))}
+    rng = np.random.default_rng(0)
+    for key in rng.choice(sorted(weights), min(20, len(weights)), replace=False):
+        shape = tuple(weights[key].shape)
+        for wrong in ((), (0,), (1, *shape), (*shape[:-1], shape[-1] + 1)):
+            with pytest.raises(CheckpointError):
+                from_torch(weights | {key: torch.ones(wrong)})
 
 
 def test_what_is_no_file_is_not_opened(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from ehap_jax.graph import count_cost, trace_graph
 from ehap_jax.pruning import allocate, mask_variables, random_scores, shrink, shrink_variables
-from interop import from_torch, to_torch
+from interop import CheckpointError, from_torch, to_torch
 from tests.interop.conftest import lively, torch_logits
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
@@ -37,6 +37,7 @@ CASES = {
     "mobilenet_v2": Case(
         lambda: zoo.MobileNetV2((3, 4, 5, 6, 7, 8, 9), 4, 10, expansion=2, classes=5), "mobilenetv2", 53
     ),
+    "vit": Case(lambda: zoo.VisionTransformer(128, 2, 2, 24, 4, 12, 5), "vit", 2, 12, "timm"),
     "vgg11_bn": Case(
         lambda: zoo.VGG((1, 1, 2, 2, 2), (3, 4, 4, 5, 6), hidden=7, grid=2, classes=5), "vgg11", 11, 64
     ),
@@ -96,13 +97,42 @@ def test_pruned_networks_compute_the_same_everywhere(coupling, loaded):
     expected = np.asarray(jax.jit(shrink(apply, plan))(small, images))
     module.load_state_dict(to_torch(mask_variables(variables, plan), layout=case.layout), strict=False)
     np.testing.assert_allclose(torch_logits(module, images), expected, atol=3e-5)
+    if case.form == "vit" and coupling == "union":
+        with pytest.raises(CheckpointError, match=r"outputs of params/block0/attention_out/kernel.*mask_variables"):
+            to_torch(small, plan)
+        return
     written = to_torch(small, plan)
     again, same, info = from_torch(written)
-    if coupling == "union" and info.form.kind != "vgg":
+    if coupling == "union" and info.form.kind in ("residual", "inverted"):
         assert info.shortcut == "indexed", "the plan tests no union"
     np.testing.assert_allclose(np.asarray(jax.jit(again)(same, images)), expected, atol=3e-5)
     np.testing.assert_allclose(torch_logits(torch_models.load(written), images), expected, atol=3e-5)
     module.load_state_dict(to_torch(variables, layout=case.layout), strict=False)
+
+
+def test_transformers_that_are_not_read():
+    """Heads of another width are in no shape, so such a network would silently be another one."""
+    with pytest.raises(CheckpointError, match=r"pos_embed: .* multiple of 64 up to 1024"):
+        from_torch(zoo.VisionTransformer(96, 1, 3, 8, 4, 12, 5).state_dict())
+    with pytest.raises(CheckpointError, match=r"found 10 tokens of width 1280"):
+        from_torch(zoo.VisionTransformer(1280, 1, 16, 8, 4, 12, 5).state_dict())
+    weights = zoo.VisionTransformer(128, 1, 2, 8, 4, 12, 5).state_dict()
+    with pytest.raises(CheckpointError, match=r"attn\.qkv\.weight: expected heads of 64"):
+        from_torch(
+            weights | {"blocks.0.attn.qkv.weight": torch.ones(60, 128), "blocks.0.attn.qkv.bias": torch.ones(60)}
+        )
+    apply, variables, _ = from_torch(weights)
+    with pytest.raises(ValueError, match="images of 12 pixels"):
+        apply(variables, np.zeros((1, 16, 16, 3), np.float32))
+
+
+def test_mobilenets_of_other_lengths_are_refused():
+    weights = zoo.MobileNetV2((3, 4, 5, 6, 7, 8, 9), 4, 10, expansion=2, classes=5).state_dict()
+    more = {
+        key.replace("features.17.", "features.19."): value for key, value in weights.items() if "features.17." in key
+    }
+    with pytest.raises(CheckpointError):
+        from_torch(weights | more)
 
 
 PUBLISHED = {
@@ -117,6 +147,7 @@ PUBLISHED = {
     ),
     "wide_resnet50_2": (lambda: zoo.ResNet(zoo.Bottleneck, (3, 4, 6, 3), base_width=128), 68_883_240, 11.40),
     "mobilenet_v2": (zoo.MobileNetV2, 3_504_872, 0.30),
+    "vit_small_patch16_224": (zoo.VisionTransformer, 22_050_664, 4.60),
     "vgg16_bn": (lambda: zoo.VGG((2, 2, 3, 3, 3)), 138_365_992, 15.47),
 }  # fmt: skip
 
@@ -131,7 +162,7 @@ def zeros_like_state(make):
 def test_published_costs(name):
     make, params, gigamacs = PUBLISHED[name]
     apply, variables, info = from_torch(zeros_like_state(make))
-    assert info.layout == "torchvision" and (str(info.depth) in name or name == "mobilenet_v2")
+    assert info.layout in ("torchvision", "timm")
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
     cost = count_cost(trace_graph(apply)(shapes, jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)))
     assert cost.params == params

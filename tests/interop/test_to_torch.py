@@ -245,7 +245,7 @@ def test_other_variables_are_refused(loaded):
     with pytest.raises(CheckpointError, match="params/linear/bias"):
         to_torch(jax.tree_util.tree_map_with_path(lambda p, x: None if "linear" in str(p) else x, loaded[1]))
     with pytest.raises(KeyError, match="unknown layout"):
-        to_torch(loaded[1], layout="timm")
+        to_torch(loaded[1], layout="keras")
     with pytest.raises(CheckpointError, match="'xternalz' has no names for a resnet; these have: akamaster, chenyaofo"):
         to_torch(loaded[1], layout="xternalz")
 
