@@ -157,27 +157,35 @@ def _false_rules(model, params, first) -> list[str]:
 
 
 def _differing(loss, penalty: Penalty | None, rest: ResidualLoss, problem: Problem) -> frozenset[str]:
-    """The leaves where the Hessian of ``loss - penalty`` is not that of the head's loss.
+    """The leaves whose block of the Hessian of ``loss - penalty`` is not that of the head's loss.
 
     On the whole batch, by the product with one direction of independent normal numbers: that is zero only where the
-    rows of the difference are.
+    rows of the difference are. Rows that are not may be so between leaves; each of their leaves is tried alone.
     """
-    layout, leaves, chunks, weights = problem
+    probed, _ = problem.layout.split(problem.leaves)
     rng = np.random.default_rng(1)
-    probed, _ = layout.split(leaves)
     v = {path: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for path, leaf in probed.items()}
-    wanted, difference = (jax.tree.map(jnp.zeros_like, probed) for _ in range(2))
+    rows = _different_rows(loss, penalty, rest, problem, v)
+    if len(probed) == 1:
+        return rows
+
+    def alone(path: str) -> frozenset[str]:
+        return _different_rows(loss, penalty, rest, problem, jax.tree.map(jnp.zeros_like, v) | {path: v[path]})
+
+    return frozenset(path for path in rows if path in alone(path))
+
+
+def _different_rows(loss, penalty: Penalty | None, rest: ResidualLoss, problem: Problem, v) -> frozenset[str]:
+    """The leaves at which the product of v with the difference of the two Hessians is not zero."""
+    layout, leaves, chunks, weights = problem
+    wanted, difference = (jax.tree.map(jnp.zeros_like, v) for _ in range(2))
     for examples, weight in zip(chunks, weights, strict=True):
         of_loss, of_difference = _difference(loss, penalty, rest, layout, leaves, v, examples)
         wanted = {path: wanted[path] + weight * Hv for path, Hv in of_loss.items()}
         difference = {path: difference[path] + weight * Hv for path, Hv in of_difference.items()}
-    length = {path: float(jnp.sqrt(jnp.vdot(Hv, Hv))) for path, Hv in wanted.items()}
+    length, error = ({p: float(jnp.sqrt(jnp.vdot(x, x))) for p, x in found.items()} for found in (wanted, difference))
     tolerance, total = TOLERANCE[layout.policy.compute], max(length.values())
-    return frozenset(
-        path
-        for path, Hv in difference.items()
-        if not float(jnp.sqrt(jnp.vdot(Hv, Hv))) <= tolerance * (length[path] + tolerance * total)
-    )
+    return frozenset(p for p in error if not error[p] <= tolerance * (length[p] + tolerance * total))
 
 
 @partial(jax.jit, static_argnames=("loss", "penalty", "rest", "layout"))

@@ -311,10 +311,26 @@ def _require_usable_loss(loss, params, parts: list[PyTree], step: int, shards: i
     for of_part in pieces:
         if len(of_part) > 1:
             _require_mean(loss, params, of_part)
+            # Examples that are fitted have no loss to tell by; with other signs of the kernels they have.
+            _require_mean(loss, _other_signs(params), of_part, only_finite=True)
 
 
-def _require_mean(loss, params, pieces: list[PyTree]) -> None:
+def _other_signs(params: PyTree) -> PyTree:
+    rng = np.random.default_rng(0)
+
+    def one(leaf):
+        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf * jnp.asarray(rng.choice([-1, 1], leaf.shape), leaf.dtype)
+
+    return jax.tree.map(one, params)
+
+
+def _require_mean(loss, params, pieces: list[PyTree], *, only_finite: bool = False) -> None:
+    """``only_finite``: nothing is said where the loss is not."""
     values = [float(_loss(loss, params, piece)) for piece in pieces]
+    if only_finite and not np.isfinite(values).all():
+        return
     start = 0
     for i, (a, b) in enumerate(itertools.pairwise(pieces)):
         m, n = batch_size(a), batch_size(b)
