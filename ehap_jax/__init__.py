@@ -13,6 +13,7 @@ from ehap_jax.curvature import (
     linearized_hvp,
     piecewise_linear_kernels,
     removal_costs,
+    softened_softmax,
 )
 from ehap_jax.graph import (
     ChannelGroup,
@@ -106,6 +107,7 @@ __all__ = [
     "save_onnx",
     "shrink",
     "shrink_variables",
+    "softened_softmax",
     "taylor_scores",
     "to_integer",
     "to_onnx",
