@@ -14,9 +14,10 @@ what the last convolution leaves). Stages are counted from 1, blocks from 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -250,8 +251,8 @@ class Form:
             raise KeyError(f"{key} is no part of a network of the form {self.name!r}")
         return self.path(part)
 
-    def missing(self, parts: Iterable[Part]) -> list[Part]:
-        """What a network with these parts would need, too.
+    def missing(self, parts: Iterable[Part], at_most: int = 1000) -> list[Part]:
+        """What a network with these parts would need, too; the first of it, where it is more than `at_most`.
 
         Every block up to the last one seen has its convolutions and norms, a group of `sometimes` is whole, and the
         parts outside blocks are there.
@@ -267,19 +268,19 @@ class Form:
         stages = sorted({*range(1, max(len(blocks), 1) + 1), *blocks}) if staged else [0]
         places = [(s, b) for s in stages for b in sorted({*range(len(blocks.get(s, ())) or 1), *blocks.get(s, ())})]
         grouped = {role for group in self.sometimes for role in group}
-        wanted: list[tuple[str, int, int]] = []
-        for role in self.names.modules:
-            if kind_of(role) not in ("add", "unread"):
-                where = places if self.in_block(role) else [(0, 0)]
-                groups = [group for group in self.sometimes if role in group]
-                wanted += [
-                    (role, *place)
-                    for place in where
-                    if role not in grouped or any((other, *place) in seen for group in groups for other in group)
-                ]
-        if self.mark is not None and not any(role == self.mark for role, _, _ in seen):
-            wanted.append((self.mark, 1, 0))
-        return [p for w in wanted for p in (Part(*w, leaf) for leaf in LEAVES[kind_of(w[0])]) if p not in present]
+
+        def wanted() -> Iterator[tuple[str, int, int]]:
+            for role in self.names.modules:
+                if kind_of(role) not in ("add", "unread"):
+                    groups = [group for group in self.sometimes if role in group]
+                    for place in places if self.in_block(role) else [(0, 0)]:
+                        if role not in grouped or any((other, *place) in seen for group in groups for other in group):
+                            yield (role, *place)
+            if self.mark is not None and not any(role == self.mark for role, _, _ in seen):
+                yield (self.mark, 1, 0)
+
+        lacking = (Part(*place, leaf) for place in wanted() for leaf in LEAVES[kind_of(place[0])])
+        return list(islice((part for part in lacking if part not in present), at_most))
 
     def order(self, part: Part) -> tuple[int, int, int, int]:
         """Sorts parts in the order of the modules."""

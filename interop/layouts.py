@@ -31,6 +31,7 @@ from interop.forms import (
     Part,
     block_names,
     listed,
+    without_numbers,
 )
 
 
@@ -313,10 +314,10 @@ class Match(NamedTuple):
         return self.layout.form.missing(self.parts.values())
 
 
-def match(layout: Layout, keys: Iterable[str]) -> Match:
-    """Lay one layout over state-dict keys: which key is which part, and what is left over."""
+def match(layout: Layout, keys: Iterable[str], foreign: Iterable[str] = ()) -> Match:
+    """Lay one layout over state-dict keys: which key is which part, and what is left over, foreign keys included."""
     parts: dict[str, Part] = {}
-    left_over = []
+    left_over = list(foreign)
     for key in keys:
         part = layout.names.part(key, layout.index_leaves)
         if part is None:
@@ -324,6 +325,15 @@ def match(layout: Layout, keys: Iterable[str]) -> Match:
         else:
             parts[key] = part
     return Match(layout, parts, tuple(left_over))
+
+
+_MODULES = frozenset(module for table in _TABLES for module in table.names.plain)
+_SHAPES = frozenset(shape for table in _TABLES for shape in table.names.numbered)
+
+
+def _is_familiar(module: str) -> bool:
+    """Whether any table has a module of such a name."""
+    return module in _MODULES or without_numbers(module)[0] in _SHAPES
 
 
 def recognise(tensors: Mapping[str, Any] | Iterable[str], layout: str = "auto") -> tuple[Match, tuple[str, ...]]:
@@ -345,7 +355,11 @@ def recognise(tensors: Mapping[str, Any] | Iterable[str], layout: str = "auto") 
     keys = tuple(tensors)
     if layout != "auto" and layout not in LAYOUTS:
         raise KeyError(f"unknown layout {layout!r}; known: auto, {', '.join(LAYOUTS)}")
-    matches = [match(table, keys) for table in (_TABLES if layout == "auto" else LAYOUTS[layout])]
+    tables = _TABLES if layout == "auto" else LAYOUTS[layout]
+    # Names that no table knows are put aside once, so that a file of many costs no more than one table.
+    familiar = {key: _is_familiar(key.rpartition(".")[0]) for key in keys}
+    known, foreign = ([key for key, found in familiar.items() if found is wanted] for wanted in (True, False))
+    matches = [match(table, known, foreign) for table in tables]
     most = max(len(m.parts) for m in matches)
     lacking = [(m, m.missing()) for m in matches if len(m.parts) == most]
     complete = [m for m, missing in lacking if not m.left_over and not missing]
