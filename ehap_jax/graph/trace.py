@@ -64,8 +64,8 @@ Operand = Value | Constant
 class Node:
     """One operation: ``outputs = primitive(*inputs, **params)``.
 
-    ``source`` is the user's line. ``body`` is the traced inside of a call, None elsewhere. ``effects`` are what it does
-    beside computing its outputs, such as writing to a ref.
+    ``source`` is the user's line, of JAX's ``source_info``. ``body`` is the traced inside of a call, None elsewhere.
+    ``effects`` are what it does beside computing its outputs, such as writing to a ref.
     """
 
     primitive: Any
@@ -75,6 +75,7 @@ class Node:
     source: str
     body: Body | None = None
     effects: Collection[Any] = ()
+    source_info: Any = None
 
     @property
     def name(self) -> str:
@@ -298,6 +299,7 @@ def _inline(jaxpr: _compat.Jaxpr, consts, env, read: _Read, caller: str) -> None
             source=source,
             body=_call_body(eqn, source),
             effects=eqn.effects,
+            source_info=eqn.source_info,
         )
         read.append(node)
 
