@@ -173,7 +173,16 @@ def trace_graph(apply: Callable, *, on_unknown: Literal["error", "freeze"] = "er
 
     def traced(variables, *args) -> Graph:
         structs = jax.tree.map(_struct, (variables, *args))
-        closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(*structs)
+        try:
+            closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(*structs)
+        except NameError as error:
+            if "unbound axis name" not in str(error):
+                raise
+            raise NameError(
+                f"{error}: the function takes sums over a named axis (BatchNorm with axis_name=, for example). Call "
+                "this where the axis is bound, inside jax.vmap(..., axis_name=), jax.pmap or jax.shard_map, or trace the "
+                "evaluation function: its plan serves the training function, too."
+            ) from None
         body = _read(closed.jaxpr, closed.consts)
         paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
         out_paths, out_tree = jax.tree_util.tree_flatten_with_path(out_shape)
