@@ -15,6 +15,7 @@ __all__ = [
     "Literal",
     "Primitive",
     "Var",
+    "at_source",
     "bind",
     "enable_x64",
     "scan_operands",
@@ -25,6 +26,11 @@ __all__ = [
 def source_line(eqn: JaxprEqn) -> str:
     """``file:line (function)`` of the user code that produced ``eqn``."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def at_source(eqn_info):
+    """Context manager in which what is traced has the source of another equation, its ``source_info``."""
+    return source_info_util.user_context(None if eqn_info is None else eqn_info.traceback)
 
 
 def bind(primitive: Primitive, args, params) -> list:

@@ -58,9 +58,10 @@ def evaluate(body: Body, args: Sequence, handle: Handler, constants: dict[Value,
 
     for node in body.nodes:
         inputs = [read(operand) for operand in node.inputs]
-        outputs = handle(node, inputs)
-        if outputs is None:
-            outputs = _compat.bind(node.primitive, inputs, node.params)
+        with _compat.at_source(node.source_info):  # what is traced anew keeps the user's line
+            outputs = handle(node, inputs)
+            if outputs is None:
+                outputs = _compat.bind(node.primitive, inputs, node.params)
         env.update(zip(node.outputs, outputs, strict=True))
     return [read(operand) for operand in body.outputs]
 

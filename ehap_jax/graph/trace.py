@@ -64,8 +64,8 @@ Operand = Value | Constant
 class Node:
     """One operation: ``outputs = primitive(*inputs, **params)``.
 
-    ``source`` is the user's line. ``body`` is the traced inside of a call, None elsewhere. ``effects`` are what it does
-    beside computing its outputs, such as writing to a ref.
+    ``source`` is the user's line, of JAX's ``source_info``. ``body`` is the traced inside of a call, None elsewhere.
+    ``effects`` are what it does beside computing its outputs, such as writing to a ref.
     """
 
     primitive: Any
@@ -75,6 +75,7 @@ class Node:
     source: str
     body: Body | None = None
     effects: Collection[Any] = ()
+    source_info: Any = None
 
     @property
     def name(self) -> str:
@@ -177,7 +178,16 @@ def trace_graph(apply: Callable, *, on_unknown: Literal["error", "freeze"] = "er
 
     def traced(variables, *args) -> Graph:
         structs = jax.tree.map(_struct, (variables, *args))
-        closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(*structs)
+        try:
+            closed, out_shape = jax.make_jaxpr(apply, return_shape=True)(*structs)
+        except NameError as error:
+            if "unbound axis name" not in str(error):
+                raise
+            raise NameError(
+                f"{error}: the function takes sums over a named axis (BatchNorm with axis_name=, for example). Call "
+                "this where the axis is bound, inside jax.vmap(..., axis_name=), jax.pmap or jax.shard_map, or trace the "
+                "evaluation function: its plan serves the training function, too."
+            ) from None
         body = _read(closed.jaxpr, closed.consts)
         paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
         out_paths, out_tree = jax.tree_util.tree_flatten_with_path(out_shape)
@@ -303,6 +313,7 @@ def _inline(jaxpr: _compat.Jaxpr, consts, env, read: _Read, caller: str) -> None
             source=source,
             body=_call_body(eqn, source),
             effects=eqn.effects,
+            source_info=eqn.source_info,
         )
         read.append(node)
 

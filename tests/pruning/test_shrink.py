@@ -342,3 +342,15 @@ def test_a_plan_of_another_function_over_the_same_variables_is_refused(plan):
 
     with pytest.raises(ValueError, match=r"cannot be pruned|live and die together|does not fit"):
         shrink(other, plan)(shrink_variables(variables(), plan), images())
+
+
+def test_operations_keep_the_users_source_line(plan):
+    """After shrinking twice too: errors about a shrunk function name the line of the network."""
+    v, x = variables(), images()
+    lines = {node.source for node in trace_graph(apply)(v, x).body.walk()}
+    small, small_v = shrink(apply, plan), shrink_variables(v, plan)
+    graph = trace_graph(small)(small_v, x)
+    assert {node.source for node in graph.body.walk()} <= lines
+    fewer = PruningPlan.from_keep(graph, {"a1": [0]})
+    again = trace_graph(shrink(small, fewer))(shrink_variables(small_v, fewer), x)
+    assert {node.source for node in again.body.walk()} <= lines

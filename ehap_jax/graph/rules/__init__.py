@@ -1,5 +1,5 @@
 """One rule per primitive, by family. Importing this package registers them all."""
 
-from ehap_jax.graph.rules import contraction, control, elementwise, indexing, reduction, shape
+from ehap_jax.graph.rules import collective, contraction, control, elementwise, indexing, reduction, shape
 
-__all__ = ["contraction", "control", "elementwise", "indexing", "reduction", "shape"]
+__all__ = ["collective", "contraction", "control", "elementwise", "indexing", "reduction", "shape"]
