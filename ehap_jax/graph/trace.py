@@ -185,8 +185,8 @@ def trace_graph(apply: Callable, *, on_unknown: Literal["error", "freeze"] = "er
                 raise
             raise NameError(
                 f"{error}: the function takes sums over a named axis (BatchNorm with axis_name=, for example). Call "
-                "this where the axis is bound, inside jax.vmap(..., axis_name=), jax.pmap or jax.shard_map, or trace the "
-                "evaluation function: its plan serves the training function, too."
+                "this where the axis is bound, inside jax.vmap(..., axis_name=), jax.pmap or jax.shard_map, or trace "
+                "the evaluation function: its plan serves the training function, too."
             ) from None
         body = _read(closed.jaxpr, closed.consts)
         paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
