@@ -75,7 +75,6 @@ class Examples(NamedTuple):
     Attributes:
       params: the variables. x: what the model reads.
       head: of one example. targets: what it is handed besides the logits.
-      shares: of each example's loss in that of the batch, (n,).
       size: the number of examples.
     """
 
@@ -83,7 +82,6 @@ class Examples(NamedTuple):
     x: PyTree
     head: Head
     targets: tuple
-    shares: jax.Array
     size: int
 
 
@@ -102,11 +100,11 @@ def read_examples(params: PyTree, batch: PyTree, policy: Policy, mesh: Mesh | No
     require_finite(params, "params")
     require_finite(batch, "batch")
     x, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
-    inner, targets, shares = shares_of(head, targets, size, policy.sums)
+    inner, targets, _ = shares_of(head, targets, size, policy.sums)
     x, cast = policy.cast(x), policy.cast(params)
     require_finite(cast, "params", policy.compute)
     require_finite(x, "batch", policy.compute)
-    return Examples(cast, x, inner, targets, shares, size)
+    return Examples(cast, x, inner, targets, size)
 
 
 @dataclass(frozen=True)
@@ -206,6 +204,10 @@ def columns_of(
     logits = jax.ShapeDtypeStruct(shape, policy.sums)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), targets)
     root = jax.eval_shape(lambda z, t: root_of(head, z, t, bool(draws))[0], logits, one)
+    if not root.shape[0]:
+        raise ValueError(
+            "the softmax of one logit has no curvature; for one logit give head=second_derivative(your loss)"
+        )
     return Columns(head, draws, draw, root.shape[0], gradient and has_gradient(head, targets), policy.sums)
 
 

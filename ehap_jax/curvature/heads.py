@@ -20,6 +20,7 @@ __all__ = [
     "curvature_shares",
     "forms_root",
     "has_gradient",
+    "loss_shares",
     "inputs_and_targets",
     "loss_gradient",
     "require_targets",
@@ -266,6 +267,16 @@ def curvature_shares(head: Head, targets: tuple, shares: jax.Array) -> jax.Array
     if head is softmax_cross_entropy and targets and jnp.ndim(targets[0]) == 2:
         return shares * targets[0].astype(shares.dtype).sum(1)
     return shares
+
+
+def loss_shares(head: Head | weighted, batch: PyTree, dtype) -> np.ndarray:
+    """The share of each example's loss in that of the batch, (n,); of several batches, in each by itself."""
+    parts, size = batch if isinstance(batch, Batches) else [batch], batch_size(batch)
+    found = []
+    for part in parts:
+        targets = jax.tree.map(jnp.asarray, inputs_and_targets(part)[1])
+        found.append(np.asarray(shares_of(head, targets, batch_size(part), dtype)[2]) * (batch_size(part) / size))
+    return np.concatenate(found)
 
 
 def square_shares(head: Head | weighted, batch: PyTree, classes: int, dtype) -> np.ndarray:

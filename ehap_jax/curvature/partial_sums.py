@@ -50,8 +50,10 @@ class SumsFile:
         wanted |= {f"sum/{path}": x.shape for path, x in sums.by_path.items()}
         for name, shape in wanted.items():
             found = arrays.get(name)
-            if found is None or found.shape != shape or found.dtype.kind not in "if" or not (found >= 0).all():
-                raise ValueError(f"{self._path} has no {name} of shape {shape} with numbers from 0; remove the file")
+            if found is None or found.shape != shape or found.dtype.kind not in "if":
+                raise ValueError(f"{self._path} has no {name} of shape {shape} with numbers; remove the file")
+            if not name.startswith("sum/") and found < 0:  # sums may be negative, as those of an indefinite head
+                raise ValueError(f"{self._path}: {name} is negative; remove the file")
             if not np.isfinite(found).all():
                 raise ValueError(f"{self._path}: {name} is not finite; remove the file")
         sums.next, sums.rejected = int(arrays["next"]), int(arrays["rejected"])

@@ -25,7 +25,14 @@ from ehap_jax.curvature.example_columns import (
     head_roots,
     read_examples,
 )
-from ehap_jax.curvature.heads import Head, softmax_cross_entropy, square_shares, weighted
+from ehap_jax.curvature.heads import (
+    Head,
+    loss_shares,
+    second_derivative,
+    softmax_cross_entropy,
+    square_shares,
+    weighted,
+)
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.saved_trace import fingerprint
@@ -93,9 +100,12 @@ class RemovalCosts:
         """The estimated change of the loss when the groups ``removed``, by position, go together.
 
         Raises:
-          ValueError: ``first_order`` is asked for and unknown.
+          ValueError: ``first_order`` is asked for and unknown; ``removed`` is a mask, or names a group twice.
         """
-        chosen = np.asarray(removed, int)
+        chosen = np.asarray(removed)
+        if chosen.dtype == bool or len(np.unique(chosen)) < len(chosen):
+            raise ValueError("removed takes the positions of groups, each once; of a mask give np.flatnonzero(mask)")
+        chosen = chosen.astype(int)
         if self.signs is None:
             second = self.rows[np.ix_(chosen, chosen)].sum()
         else:
@@ -186,7 +196,9 @@ def removal_costs(
             f'no channel group of this network can be removed under coupling="{coupling}"; explain(graph) says why'
         )
     shape = graph.body.outputs[0].shape[1:]
-    shares = square_shares(head, batch, math.prod(shape), policy.sums)
+    shares, weights = square_shares(head, batch, math.prod(shape), policy.sums), loss_shares(head, batch, policy.sums)
+    if (shares < 0).any():
+        raise ValueError(f"the weight of example {int(np.argmin(shares))} is negative: no mean of examples")
     columns = columns_of(examples, shape, policy, draws, "signs", gradient=True)
     size, count = examples.size, len(groups)
     by_rows = size * columns.squared < count
@@ -204,7 +216,7 @@ def removal_costs(
     add_up(
         model,
         partial(_chunk, _Plan(graph, coupling, columns, count)),
-        _Adder(sums, columns, by_rows, size * np.asarray(shares), size * np.asarray(examples.shares)),
+        _Adder(sums, columns, by_rows, size * np.asarray(shares), size * weights),
         examples,
         columns,
         sums,
@@ -225,7 +237,7 @@ def removal_costs(
     )
     second, second_sem = _mean_and_sem(sums.by_path["second"], size)
     first, first_sem = _mean_and_sem(sums.by_path["first"][:2], size)
-    name = getattr(head, "__name__", str(head))
+    name = _name_of(head)
     return RemovalCosts(
         groups=groups,
         coupling=coupling,
@@ -239,7 +251,7 @@ def removal_costs(
         examples=size,
         combinations=draws,
         criterion=f"removal cost, {name}",
-        provenance={"head": str(head) if not hasattr(head, "__name__") else name, "examples": size}
+        provenance={"head": name, "examples": size}
         | ({"combinations": draws} if draws else {})
         | ({"compute": policy.compute} if policy.compute != "float32" else {}),
     )
@@ -276,6 +288,15 @@ def _chunk(plan: _Plan, leaves, x, targets, examples, weights, key, start, scale
     columns, signs, unscale = plan.columns.scaled(logits, targets, examples, key, start, scale)
     (rows,) = jax.vmap(pull)(columns)
     return {"rows": jnp.swapaxes(rows * unscale[..., None], 0, 1), "signs": signs.T}, logits
+
+
+def _name_of(head: Any) -> str:
+    """The same in every process, so that plans are."""
+    if isinstance(head, weighted):
+        return f"weighted {_name_of(head.head)}"
+    if isinstance(head, second_derivative):
+        return f"second derivative of {_name_of(head.loss)}"
+    return getattr(head, "__name__", None) or (str(head) if " at 0x" not in repr(head) else type(head).__name__)
 
 
 class _Adder:

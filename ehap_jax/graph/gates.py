@@ -175,7 +175,9 @@ def _multiply(x: jax.Array, gate: Gate, gates: jax.Array) -> jax.Array:
     factor = jnp.ones((), gates.dtype)
     for numbers in gate.numbers:
         factor = factor * gates[numbers]
-    return x * jnp.expand_dims(factor.astype(x.dtype), [a for a in range(x.ndim) if a != gate.axis])
+    factor = jnp.expand_dims(factor, [a for a in range(x.ndim) if a != gate.axis])
+    # In the gates' dtype: its derivative is a sum over positions, which 16 bits would lose.
+    return (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def _no_derivative(node: Node, args: Sequence) -> list:

@@ -55,8 +55,8 @@ def allocate(
     Exactly one of ``params``, ``macs``, ``bytes``, ``channels`` (of the prunable kernels) and ``latency`` (the sum over
     the layers by ``latency_table``, see ``measure_latency``) is the fraction in (0, 1] that is kept; the result is
     within one group of it. A group's score is the ``aggregate`` of its producers' channels;
-    groups of exact zeros (dead channels) go first, ties by ‖w‖², then by position. No kernel loses more than
-    ``max_layer_ratio`` of its output channels or keeps fewer than ``min_channels`` (its best ones stay), and with
+    groups of exact zeros (dead channels) go first, ties by ‖w‖² where scores have it, then by position. No kernel loses
+    more than ``max_layer_ratio`` of its output channels or keeps fewer than ``min_channels`` (its best ones stay), and with
     ``round_to`` the kept number of every pruned kernel is a multiple of it where its size allows. Groups with a kernel
     whose path matches a pattern of ``exclude`` (``"*/downsample*"``) stay whole.
 
@@ -119,12 +119,13 @@ def allocate(
             priced,
             wanted,
             limits_of_layers,
-            savings=_savings(structure, per, latency_table) if per else None,
+            savings=_savings(structure, per, latency_table, wanted) if per else None,
             interactions=_interactions(priced) if interactions else None,
             first=gone_first,
         )
     else:
-        order = [k for k in ranked(priced, wanted) if k not in set(gone_first)]
+        early = set(gone_first)
+        order = [k for k in ranked(priced, wanted) if k not in early]
         if ranking != "global":
             class_of = _layer if ranking == "layer" else _isomorphism_class
             order = interleaved(order, lambda k: class_of(groups[k], graph))
@@ -214,10 +215,11 @@ def _interactions(priced: GroupScores):
     return priced.interactions
 
 
-def _savings(structure: ChannelStructure, per: Unit, table: LatencyTable | None) -> Savings:
+def _savings(structure: ChannelStructure, per: Unit, table: LatencyTable | None, wanted: Sequence[int]) -> Savings:
     savings = Savings(structure, per, table)
-    idle = np.flatnonzero(savings.now <= 0)
-    if len(idle) and per != "latency":  # a layer's time may be the same for several widths
+    now = savings.now
+    idle = [k for k in wanted if now[k] <= 0]
+    if idle and per != "latency":  # a layer's time may be the same for several widths
         producers = dict(structure.groups()[idle[0]].producers)
         raise ValueError(
             f"removing {producers} saves no {per}, so it has no score per unit of it; leave it out with exclude=, or "

@@ -65,7 +65,9 @@ def greedy(
     interactions: Callable[[int], np.ndarray] | None,
     first: Sequence[int],
 ) -> list[int]:
-    """The cheapest group goes, what is left is priced again, until nothing more may go; at most O(K) a step.
+    """The cheapest group goes, and what is left is priced again, until nothing more may go.
+
+    O(K) a step, or O(R K) with interactions from a factor of R rows.
 
     ``savings`` divides prices by what removing a group saves by then. ``interactions`` adds to the others' prices what
     a removed group leaves them to cost. The groups ``first`` go before all others, in their order, if they may.
@@ -94,9 +96,10 @@ def greedy(
         key = prices[candidates]
         if savings is not None:
             saved = savings.now[candidates]
-            key = np.divide(key, saved, out=np.where(key > 0, np.inf, key), where=saved > 0)
+            per_unit = np.divide(key, saved, out=np.full(key.shape, np.inf), where=saved > 0)
+            key = np.where(key < 0, key * saved, np.where(key > 0, per_unit, 0.0))  # a gain counts more where more goes
         best = candidates[key == key.min()]
-        k = int(best[np.lexsort((best, norms[best]))[0]])
+        k = int(best[np.lexsort((best, norms[best], prices[best]))[0]])
         open_[k] = False
         if limits.allow(scores.groups[k]):
             remove(k)

@@ -96,9 +96,11 @@ class _Term:
         touched = np.flatnonzero(losses.any(0))
         found = np.zeros(groups)
         if len(touched):
-            kinds, of_kind = np.unique(losses[:, touched], axis=1, return_inverse=True)
+            lost = losses[:, touched]
+            code = np.ravel_multi_index(tuple(lost), tuple(lost.max(1) + 1))  # one integer per kind of loss
+            _, first, of_kind = np.unique(code, return_index=True, return_inverse=True)
             full = self._at(sizes)
-            found[touched] = np.array([full - self._at(sizes - kind) for kind in kinds.T])[of_kind.ravel()]
+            found[touched] = np.array([full - self._at(sizes - kind) for kind in lost[:, first].T])[of_kind.ravel()]
         return found
 
     def _at(self, sizes: Sequence[int] | np.ndarray) -> float:

@@ -9,6 +9,7 @@ import pytest
 
 from ehap_jax._compat import enable_x64
 from ehap_jax.curvature import (
+    Batches,
     Policy,
     centred_logits,
     removal_costs,
@@ -21,7 +22,7 @@ from ehap_jax.curvature import (
 from ehap_jax.curvature.problem import path_name
 from ehap_jax.graph import channel_structure, trace_graph
 from ehap_jax.pruning import PruningPlan, mask_variables
-from tests.curvature.dense_hessians import DOUBLE, cross_entropy, make, small, smooth
+from tests.curvature.dense_hessians import DOUBLE, conv, cross_entropy, make, small, smooth
 
 NETWORKS = ["plain", "residual A", "residual B", "pre-activation", "max-pool", "depthwise", "concat", "upsampled"]
 
@@ -216,6 +217,38 @@ def test_precisions(two_layers, compute):
     assert (compute == "float32") == ("compute" not in found.provenance)
 
 
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+def test_prices_of_large_images_in_16_bits(compute):
+    """A gate's derivative is a sum over all positions: it stays in float32."""
+    rng = np.random.default_rng(4)
+    params = {
+        "w1": jnp.asarray(rng.normal(size=(3, 3, 2, 4)) / 4, jnp.float32),
+        "w2": jnp.asarray(rng.normal(size=(3, 3, 4, 4)) / 6, jnp.float32),
+        "out": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+    }
+
+    def model(p, x):
+        return jax.nn.relu(conv(jax.nn.relu(conv(x, p["w1"])), p["w2"])).mean((1, 2)) @ p["out"]
+
+    x = jnp.asarray(rng.normal(size=(2, 32, 32, 2)), jnp.float32)
+    exact = removal_costs(model, params, x, head=centred_logits).prices
+    found = removal_costs(model, params, x, head=centred_logits, policy=Policy(compute)).prices
+    np.testing.assert_allclose(found, exact, rtol=0.1)
+
+
+def test_several_batches_are_weighted_each_by_itself(two_layers):
+    params, x, labels, _ = two_layers
+    with enable_x64():
+        weights = jnp.array([1.0, 1.0, 1.0, 9.0, 9.0, 9.0], x.dtype)
+        batch = (x[:6], labels[:6], weights)
+        parts = Batches(jax.tree.map(lambda leaf, s=s: leaf[s : s + 3], batch) for s in (0, 3))
+        found = removal_costs(small, params, parts, head=weighted(softmax_cross_entropy), policy=DOUBLE)
+        plain = removal_costs(small, params, (x[:6], labels[:6]), policy=DOUBLE)
+    np.testing.assert_allclose(found.gram(), plain.gram(), rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(found.first_order, plain.first_order, rtol=1e-10, atol=1e-14)
+    assert found.provenance["head"] == "weighted softmax_cross_entropy"
+
+
 def test_float16_lowers_its_scale_where_it_overflows(two_layers):
     params, x, *_ = two_layers
     params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, x))
@@ -275,11 +308,16 @@ def test_bad_input_is_named_before_any_work():
     refused("targets must have the shape of the logits", head=squared_error, batch=(x, jnp.ones((2, 5))))
     refused("no channel group of this network can be removed", model=lambda p, x: x @ p["w"])
     refused("the examples are not independent", model=lambda p, x: model(p, x - x.mean(0, keepdims=True)))
-    refused("memory_budget=10: 1 example needs about", memory_budget=10)
+    refused("memory_budget=100: 1 example needs about", memory_budget=100)
     refused("the costs of 4 groups and their interactions take", memory_budget=1)
     refused("random combinations need a key", classes=2)
     refused('coupling must be "group" or "union"', coupling="both")
     refused("params leaf 'w'", params={**params, "w": params["w"].at[0, 0].set(jnp.nan)})
     refused("must return one floating-point array", error=TypeError, model=lambda p, x: {"y": model(p, x)})
+    negative = (x, labels, jnp.array([1.0, -0.5]))
+    refused("the weight of example 1 is negative", head=weighted(softmax_cross_entropy), batch=negative)
+    refused("the softmax of one logit has no curvature", model=lambda p, x: model(p, x)[:, :1], batch=x)
+    with pytest.raises(ValueError, match="removed takes the positions of groups"):
+        removal_costs(model, params, x).of([True, False, False, False])
     with pytest.raises(ValueError, match="temperature must be positive"):
         softened_softmax(0.0)
