@@ -2,6 +2,7 @@
 
 import errno
 import re
+import signal
 import time
 
 import numpy as np
@@ -153,8 +154,10 @@ def test_an_interrupted_run_says_how_to_go_on(capsys, tmp_path, started):
     assert capsys.readouterr().err == f"pretrain: interrupted{hint}\n"
 
 
-def test_an_interrupt_that_python_drops_comes_again(capsys, tmp_path):
+def test_an_interrupt_that_python_drops_comes_again(capsys, tmp_path, request):
     """As JAX's callback of the garbage collector loses it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     class Callback:
         def __del__(self):

@@ -257,5 +257,5 @@ def test_variables_round_trip_and_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file of variables"):
         load_variables(tmp_path / "none.npz")
     (tmp_path / "d.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"not an \.npz"):
+    with pytest.raises(ValueError, match=r"not a readable \.npz archive"):
         load_variables(tmp_path / "d.npz")
