@@ -57,8 +57,8 @@ def allocate(
     within one group of it. A group's score is the ``aggregate`` of its producers' channels;
     groups of exact zeros (dead channels) go first, ties by ‖w‖² where scores have it, then by position. No kernel loses
     more than ``max_layer_ratio`` of its output channels or keeps fewer than ``min_channels`` (its best ones stay), and
-    with ``round_to`` the kept number of every pruned kernel is a multiple of it where its size allows. Groups with a kernel
-    whose path matches a pattern of ``exclude`` (``"*/downsample*"``) stay whole.
+    with ``round_to`` the kept number of every pruned kernel is a multiple of it where its size allows. Groups with a
+    kernel whose path matches a pattern of ``exclude`` (``"*/downsample*"``) stay whole.
 
     ``scores`` are of channels (:class:`Scores`) or of groups (``removal_costs``, ``group_magnitude_scores``, …).
 
