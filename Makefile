@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m recipes.quickstart --seeds $(SEEDS) $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --no-cache .

@@ -37,6 +37,7 @@ COMMANDS = {
     "sweep": "short DENSE --data digits --train-images 1280",
     "reproduce": "cpu DENSE --data digits --train-images 1280 --cells.seeds 1",
     "compare_estimators": "short DENSE --data digits --train-images 1280 --seeds 1",
+    "compare_removal": "short DENSE --data digits",
     "spectrum": "short DENSE --data digits",
 }
 """Recipe -> its arguments; DENSE and PRUNED are the runs of pretrain and prune."""

@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,6 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what several tests compile 
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,3 +33,19 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A process may map 65,530 areas of memory; a compiled program takes about eight, and one more is a crash."""
+    yield
+    if len(_mapped_areas()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _mapped_areas() -> list[bytes]:
+    try:
+        return pathlib.Path("/proc/self/maps").read_bytes().splitlines()
+    except FileNotFoundError:  # only Linux has the limit
+        return []

@@ -286,7 +286,7 @@ def add_up(
 
             arrays, logits = _finite(attempt, sums, policy, real, what)
             if first == 0 and start == 0:
-                _require_independent(partial(_logits, model, structure, leaves), examples.x, logits[0], policy)
+                _require_independent(partial(_logits, model, structure, leaves), examples.x, logits, policy)
             add(real, start, arrays)
         sums.next = real.stop
         file.save(sums, now=sums.next == size)
@@ -317,7 +317,10 @@ def _logits(model: Callable, structure, leaves, x):
 
 
 def _require_independent(logits_of: Callable, x: PyTree, alone, policy: Policy) -> None:
-    """Check that the first example's logits are those it has ``alone`` also before the second one and after it."""
+    """Check that the first example's logits are those it has ``alone`` also before the second one and after it.
+
+    Differences count beside the largest logit of all examples in ``alone``: those of the first may cancel to nothing.
+    """
     first, second = (jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], x) for i in (0, 1))
     if not len(jax.tree.leaves(second)[0]):  # a batch of one example has nothing to couple
         return
@@ -325,7 +328,7 @@ def _require_independent(logits_of: Callable, x: PyTree, alone, policy: Policy) 
     beside = np.stack([np.asarray(logits_of(pair)[i], np.float64) for i, pair in enumerate(pairs)])
     alone = np.asarray(alone, np.float64)
     tolerance = {"float64": 1e-6, "float32": 1e-3}.get(policy.compute, 0.1)
-    if not np.abs(beside - alone).max() <= tolerance * max(np.abs(alone).max(), 1e-30):
+    if not np.abs(beside - alone[0]).max() <= tolerance * max(np.abs(alone).max(), 1e-30):
         raise ValueError(
             "the logits of two examples together differ from those of each alone: the examples are not independent. "
             "Use normalisation with running statistics (eval mode)"

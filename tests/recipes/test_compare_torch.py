@@ -144,7 +144,7 @@ def test_figures_beyond_their_limits_are_named(finished):
         (["--probes", "0", "10"], "--probes"),
         (["--ratios", "1.5"], "--ratios"),
         (["--data", "npz:nowhere.npz"], "nowhere.npz"),
-        (["--layout", "timm"], "unknown layout 'timm'"),
+        (["--layout", "keras"], "unknown layout 'keras'"),
     ],
 )
 def test_bad_settings_fail_before_anything_is_written(torch_inputs, tmp_path, capsys, arguments, message):
