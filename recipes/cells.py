@@ -20,7 +20,8 @@ from recipes.criteria import Criterion
 from recipes.int8 import train_int8
 from recipes.lab import Lab, Phase, accuracy, check_phases
 from recipes.network import Network, load_data, load_network
-from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
+from recipes.pruned import PruneConfig, check_pruning, finetune, paper_pruning, prune_network
+from recipes.summary import negative
 
 DENSE = "dense"
 """The criterion of the cell that prunes nothing and is fine-tuned like all others: what they are compared with."""
@@ -35,7 +36,7 @@ class CellsConfig:
     """Kept fractions of the budget."""
     seeds: int = 3
     """How many, starting from 0; a seed chooses the Hessian batch, the random scores and the order of training."""
-    prune: PruneConfig = field(default_factory=PruneConfig)
+    prune: PruneConfig = field(default_factory=paper_pruning)
     """Criterion and fraction in it are replaced by those of the cell."""
     finetune: Phase = field(default_factory=lambda: Phase(epochs=1, learning_rate=0.05))
     int8: Phase = field(default_factory=lambda: Phase(epochs=1, learning_rate=0.005))
@@ -182,7 +183,7 @@ def run_cell(lab: Lab, network: Network, cell: Cell, config: CellsConfig) -> dic
         cost = count_cost(graph, plan)
         found |= {
             "accuracy_pruned": accuracy(lab, small.apply, small.variables),
-            "negative_scores": scores.negative,
+            "negative_scores": negative(scores),
         }
     tuned = finetune(lab, cell.seed, small, config.finetune, network, stage=name)
     found |= {"accuracy": accuracy(lab, tuned.apply, tuned.variables)}

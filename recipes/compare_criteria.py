@@ -26,7 +26,7 @@ from recipes.cells import CellsConfig, compare_cells
 from recipes.command import TrainingOptions, run_command
 from recipes.criteria import ScoreConfig
 from recipes.lab import Phase
-from recipes.pruned import PruneConfig
+from recipes.pruned import paper_pruning
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ VARIANTS = {
         "the paper's 300 probes and fine-tuning: 300 epochs, then 30 of INT8",
         Config(
             cells=CellsConfig(
-                prune=PruneConfig(scores=ScoreConfig(estimator="probes")),
+                prune=paper_pruning(scores=ScoreConfig(estimator="probes")),
                 finetune=Phase(epochs=300, learning_rate=0.0512, weight_decay=5e-4),
                 int8=Phase(epochs=30, learning_rate=1e-4, weight_decay=5e-4),
             )

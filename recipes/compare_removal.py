@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -35,7 +35,6 @@ from ehap_jax.curvature import (
     softened_softmax,
     softmax_cross_entropy,
 )
-from ehap_jax.data import Dataset
 from ehap_jax.graph import Graph, count_cost
 from ehap_jax.pruning import (
     PruningPlan,
@@ -50,7 +49,6 @@ from ehap_jax.pruning import (
     mask_variables,
     prune_iteratively,
     random_scores,
-    recalibrate,
 )
 from ehap_jax.report.figure_style import new_figure, save_figure
 from ehap_jax.training import Deadline, Progress, all_devices
@@ -59,6 +57,7 @@ from recipes.command import TrainingOptions, run_command
 from recipes.compare_estimators import masked
 from recipes.lab import Lab, Phase, accuracy, check_phases, evaluation_loss, train, training_batch
 from recipes.network import Network, load_data, load_network
+from recipes.pruned import recalibrated
 
 Unit = Literal["macs", "params"]
 MEASURED = ("accuracy_pruned", "accuracy_recalibrated", "accuracy_tuned")
@@ -201,7 +200,8 @@ def run_cell(
     started = time.perf_counter()
     plan = plan_of(lab, network, graph, config, cell, scores)
     pruned = mask_variables(network.variables, plan)
-    again = mask_variables(recalibrated(lab, network, config, pruned), plan)
+    again = recalibrated(lab.dataset, network, pruned, network.variables, config.statistics_images)
+    again = mask_variables(again, plan)
     found: dict[str, Any] = {
         **cell._asdict(),
         **count_cost(graph, plan)._asdict(),
@@ -233,7 +233,9 @@ def plan_of(
         network.variables,
         kept_fractions(cell.keep, config.rounds, schedule=linear),
         score=lambda variables: removal_costs(network.apply, variables, batch, head=softened_softmax(4.0)),
-        recalibrate=partial(recalibrated, lab, network, config),
+        recalibrate=lambda masked: recalibrated(
+            lab.dataset, network, masked, network.variables, config.statistics_images
+        ),
         budget=cell.unit,
         **target,
     )
@@ -276,19 +278,6 @@ def dense_scores(lab: Lab, network: Network, graph: Graph, config: Config, seed:
         "removal, T=4, interactions": lambda: costs(softened_softmax(4.0)),
     }
     return lru_cache(lambda criterion: made[criterion]())
-
-
-def recalibrated(lab: Lab, network: Network, config: Config, variables: Any) -> Any:
-    """Masked variables with statistics moved as pruning moved those of some training images."""
-    images = statistics_batches(lab.dataset, config.statistics_images)
-    return recalibrate(network.train_apply, variables, images, relative_to=network.variables)
-
-
-@lru_cache(maxsize=1)
-def statistics_batches(dataset: Dataset, count: int) -> tuple[jax.Array, ...]:
-    """The first ``count`` training images, as in evaluation."""
-    images, _ = training_batch(dataset, min(count, len(dataset.x_train)))
-    return tuple(images[start : start + 256] for start in range(0, len(images) - len(images) % 256 or 1, 256))
 
 
 def summary(lab: Lab, config: Config, start: float) -> dict[str, Any]:

@@ -14,14 +14,18 @@ import numpy as np
 from ehap_jax.curvature import (
     Policy,
     ProductMemory,
+    RemovalCosts,
     TraceEstimate,
     channel_trace,
     gauss_newton_trace,
     piecewise_linear_kernels,
     product_memory,
+    removal_costs,
+    softened_softmax,
 )
 from ehap_jax.data import Dataset
 from ehap_jax.graph import Graph
+from ehap_jax.graph.structure import Coupling
 from ehap_jax.pruning import (
     Scores,
     fisher_scores,
@@ -34,8 +38,11 @@ from ehap_jax.report import Convergence
 from ehap_jax.training import all_devices
 from recipes.lab import Lab, evaluation_loss, training_batch
 
-Criterion = Literal["hessian", "magnitude", "taylor", "fisher", "random"]
+Criterion = Literal["removal", "hessian", "magnitude", "taylor", "fisher", "random"]
 Compute = Literal["float32", "bfloat16", "float16"]
+
+TEMPERATURE = 4.0
+"""Of the softmax whose curvature prices removals; the best on validation images (docs/removal_costs.md)."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,15 @@ class ScoreConfig:
     """On what, and how, scores are computed."""
 
     examples: int = 512
-    """Training images, not augmented, for Hessian, Taylor and Fisher; which ones is the seed's choice."""
+    """Training images, not augmented, of every score that needs some; which ones is the seed's choice."""
     estimator: Literal["auto", "exact", "probes"] = "auto"
     """Hessian traces: exact, an error where that is not proven to be the Hessian's; by Hutchinson probes; or exact for
     the kernels for which it is proven, and by probes of what is left for the others."""
     probes: int = 300
     compute: Compute = "float32"
-    """Precision of the Hessian traces."""
+    """Precision of Hessian traces and removal costs."""
     microbatch: int | None = 128
-    """Images that are differentiated at a time; all of them where it is None."""
+    """Images that traces differentiate at a time; all of them where it is None."""
 
 
 def check_scores(dataset: Dataset, config: ScoreConfig, option: str) -> None:
@@ -78,10 +85,12 @@ def channel_scores(
     variables: Any,
     config: ScoreConfig,
     label: str = "trace",
-) -> Scores:
-    """Scores of every channel of ``apply(variables, x)``.
+    *,
+    coupling: Coupling = "group",
+) -> Scores | RemovalCosts:
+    """Scores of every channel of ``apply(variables, x)``, or the prices of its channel groups.
 
-    Probes of a Hessian trace are kept in the run under `label`, and taken up again.
+    What takes long is kept in the run under `label`, and taken up again. `coupling` says what a group is.
     """
     if criterion == "magnitude":
         return magnitude_scores(graph, variables)
@@ -90,9 +99,36 @@ def channel_scores(
     if criterion == "hessian":
         return hessian_scores(graph, variables, hessian_trace(lab, seed, graph, apply, variables, config, label))
     batch, loss = training_batch(lab.dataset, config.examples, seed), evaluation_loss(apply)
+    if criterion == "removal":
+        return prices(lab, seed, apply, variables, batch, config, coupling, label)
     if criterion == "taylor":
         return taylor_scores(graph, variables, loss, batch)
     return fisher_scores(graph, variables, loss, batch, microbatch=config.microbatch)
+
+
+def prices(
+    lab: Lab,
+    seed: int,
+    apply: Callable,
+    variables: Any,
+    batch: tuple[jax.Array, jax.Array],
+    config: ScoreConfig,
+    coupling: Coupling,
+    label: str,
+) -> RemovalCosts:
+    """What removing each channel group costs; kept in the run under `label`, and taken up again."""
+    with lab.progress.counted(f"seed {seed}: removal costs", len(batch[1])) as report:
+        return removal_costs(
+            apply,
+            variables,
+            batch,
+            head=softened_softmax(TEMPERATURE),
+            coupling=coupling,
+            policy=Policy(config.compute),
+            mesh=all_devices("data"),
+            save_to=lab.run.file(f"seed{seed}/{label}_removal_{coupling}_{config.compute}.npz"),
+            progress=report,
+        )
 
 
 def hessian_trace(

@@ -36,7 +36,7 @@ from recipes.integers import int8_onnx, integer_network, run_integers
 from recipes.lab import Lab, Phase, accuracy, check_phases, train
 from recipes.model_directory import write_model_directory
 from recipes.network import Network, load_data, load_network, network_for, save_network, save_plan
-from recipes.pruned import PruneConfig, Pruned, check_pruning, finetune, prune_network
+from recipes.pruned import PruneConfig, Pruned, check_pruning, finetune, paper_pruning, prune_network
 from recipes.summary import Stage, summarise, write_scores
 
 
@@ -57,7 +57,7 @@ class Config:
     seeds: int = 3
     """How many seeds, starting from 0."""
     pretrain: Phase = field(default_factory=lambda: Phase(epochs=300, learning_rate=0.05, weight_decay=1e-3))
-    prune: PruneConfig = field(default_factory=PruneConfig)
+    prune: PruneConfig = field(default_factory=paper_pruning)
     finetune: Phase = field(default_factory=lambda: Phase(epochs=300, learning_rate=0.0512, weight_decay=5e-4))
     int8: Phase = field(default_factory=lambda: Phase(epochs=30, learning_rate=1e-4, weight_decay=5e-4))
 
@@ -65,7 +65,7 @@ class Config:
 def paper(model: str, channels: float) -> Config:
     """The paper's settings: its network, its fraction of the channels, float16 probes."""
     scores = ScoreConfig(estimator="probes", compute="float16")
-    return Config(model=model, prune=PruneConfig(budget="channels", keep=channels, scores=scores))
+    return Config(model=model, prune=paper_pruning(budget="channels", keep=channels, scores=scores))
 
 
 VARIANTS = {
@@ -79,7 +79,7 @@ VARIANTS = {
             model="resnet8",
             widths=(16, 32, 64),
             pretrain=Phase(epochs=30, learning_rate=0.1, batch_size=64, warmup=1),
-            prune=PruneConfig(keep=0.25, scores=ScoreConfig(256, estimator="probes", probes=64, compute="float16")),
+            prune=paper_pruning(keep=0.25, scores=ScoreConfig(256, estimator="probes", probes=64, compute="float16")),
             finetune=Phase(epochs=40, learning_rate=0.1, batch_size=64, warmup=1),
             int8=Phase(epochs=8, learning_rate=0.01, batch_size=64, warmup=1),
         ),

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ehap_jax.quant import IntegerNetwork, save_onnx, to_integer, to_onnx
+from ehap_jax.data import normalise
+from ehap_jax.quant import IntegerNetwork, onnx_session, save_onnx, to_integer, to_onnx
 from recipes.int8 import Int8Network
 from recipes.lab import Lab
 from recipes.network import Network
@@ -41,6 +43,25 @@ def int8_onnx(lab: Lab, seed: int, network: Network, int8: Int8Network, *, expos
 def float_onnx(lab: Lab, seed: int, network: Network) -> Any:
     """A network in floating point as an `onnx.ModelProto`."""
     return to_onnx(network.apply, network.variables, **_onnx_options(lab, seed, network))
+
+
+def test_inputs(lab: Lab, start: int, end: int) -> np.ndarray:
+    """Normalised test images."""
+    return np.asarray(normalise(jnp.asarray(lab.dataset.x_test[start:end]), lab.dataset.mean, lab.dataset.std))
+
+
+def onnx_error(lab: Lab, model: Any, integers: IntegerNetwork, images: int = 256) -> float:
+    """Largest difference between the logits of ONNX Runtime and of JAX on test images, relative to the largest logit.
+
+    Args:
+        lab: where.
+        model: of `int8_onnx`.
+        integers: the same network in JAX.
+        images: how many test images at most.
+    """
+    x = test_inputs(lab, 0, images)
+    (theirs,), ours = onnx_session(model).runtime.run(None, {"x": x}), jax.jit(run_integers)(integers, x)
+    return float(np.abs(theirs - np.asarray(ours)).max() / np.abs(theirs).max())
 
 
 def write_onnx(lab: Lab, model: Any, name: str) -> None:

@@ -1,16 +1,16 @@
 """Prune a dense network by any criterion, at once or step by step, and fine-tune what is left.
 
-EHAP (arXiv 2306.07030): Hessian scores, union coupling, a fraction of the channels that keeps about 10 % of the
-parameters, then 300 epochs with learning rate 0.0512 and weight decay 5e-4.
+By default the channel groups go that cost least to remove per unit of the budget, and BatchNorm's statistics are
+estimated again (docs/removal_costs.md). The variants named after networks prune as EHAP does (arXiv 2306.07030): Hessian
+scores, union coupling, a fraction of the channels that keeps about 10 % of the parameters, then 300 epochs with learning
+rate 0.0512 and weight decay 5e-4.
 
-    python -m recipes.prune resnet32 runs/pretrain                               # CIFAR-10 through TFDS, a GPU
-    python -m recipes.prune short resnet20.th --data npz:cifar10.npz --prune.keep 0.5
+    python -m recipes.prune short resnet20.th --data npz:cifar10.npz --prune.budget macs --prune.keep 0.5
     python -m recipes.prune short runs/pretrain --data digits --prune.criterion magnitude --prune.steps 4
+    python -m recipes.prune resnet32 runs/pretrain                               # CIFAR-10 through TFDS, a GPU
 
 Expect the budget to be met within one channel group, and the shrunk network to equal the masked one to 1e-5 of its
-largest logit. Accuracy, from ``results/reproduction_resnet20.json`` (one epoch of fine-tuning on 20,000 images, one
-seed, two CPU cores, so far from recovered): ResNet-20 on CIFAR-10 (JPEG) keeps 75.5 % of 84.7 % at half of the
-parameters. Nothing has been measured with the paper's settings yet. Writes ``plan.json``, ``network.json`` and
+largest logit. Nothing has been measured with the paper's settings yet. Writes ``plan.json``, ``network.json`` and
 ``network.npz`` (``recipes.quantize`` goes on from here), ``scores.npz``, ``summary.json``, ``metrics.jsonl``,
 ``report.html`` and, where PyTorch and safetensors are installed, ``model/``, the network for others: weights under
 PyTorch's names, plan, model card.
@@ -34,8 +34,8 @@ from recipes.criteria import ScoreConfig
 from recipes.lab import Lab, Phase, accuracy, check_phases
 from recipes.model_directory import write_model_directory
 from recipes.network import load_data, load_network, save_network
-from recipes.pruned import PruneConfig, check_pruning, finetune, prune_network
-from recipes.summary import Stage, summarise, write_scores
+from recipes.pruned import PruneConfig, check_pruning, finetune, paper_pruning, prune_network
+from recipes.summary import Stage, negative, summarise, write_scores
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Config:
 
 
 def paper(channels: float) -> Config:
-    """The paper's settings with its kept fraction of the channels: 300 probes, where the default is exact traces."""
-    return Config(prune=PruneConfig(budget="channels", keep=channels, scores=ScoreConfig(estimator="probes")))
+    """The paper's settings with its kept fraction of the channels: traces by 300 probes."""
+    return Config(prune=paper_pruning(budget="channels", keep=channels, scores=ScoreConfig(estimator="probes")))
 
 
 VARIANTS = {
@@ -92,7 +92,7 @@ def main(config: Config, options: TrainingOptions) -> None:
         write_model_directory(lab, config.seed, tuned, stages)
         checks = {
             "masked_minus_shrunk": pruned.masked_error,
-            "negative_scores": pruned.scores.negative,
+            "negative_scores": negative(pruned.scores),
             "validation_accuracy": accuracy(lab, tuned.apply, tuned.variables, "val"),
         }
         seconds = {"total": run.seconds()}

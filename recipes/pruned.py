@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import jax
 
+from ehap_jax.curvature import RemovalCosts
 from ehap_jax.data import Dataset
 from ehap_jax.graph import Graph
 from ehap_jax.graph.structure import Coupling
@@ -20,11 +22,12 @@ from ehap_jax.pruning import (
     linear,
     prune_iteratively,
     random_scores,
+    recalibrate,
     shrink,
     shrink_variables,
 )
 from recipes.criteria import Criterion, ScoreConfig, channel_scores, check_scores
-from recipes.lab import Lab, Phase, check_phases, compare_masked, train
+from recipes.lab import Lab, Phase, check_phases, compare_masked, train, training_batch
 from recipes.network import Network
 
 Budget = Literal["params", "macs", "bytes", "channels"]
@@ -46,18 +49,37 @@ class TargetConfig:
     """Widths become multiples of it."""
     scores: ScoreConfig = field(default_factory=ScoreConfig)
 
+    def limits(self) -> dict[str, Any]:
+        """The options of `allocate` but for the budget."""
+        return {"coupling": self.coupling, "max_layer_ratio": self.max_layer_ratio, "round_to": self.round_to}
+
 
 @dataclass(frozen=True)
 class PruneConfig(TargetConfig):
-    """What goes, how much, and in how many steps."""
+    """What goes, how much, and in how many steps; by default what docs/removal_costs.md found to be best."""
 
-    criterion: Criterion = "hessian"
+    coupling: Coupling = "group"
+    criterion: Criterion = "removal"
+    per_unit: bool = True
+    """Rank by score per unit of the budget that removal saves; channels have no such unit."""
+    recalibrate: int = 1024
+    """Training images from which BatchNorm statistics are estimated again after pruning; 0 keeps those there are."""
     steps: int = 1
     """1 prunes at once; more prune step by step."""
     schedule: Schedule = "cubic"
     """How the kept fraction falls over the steps."""
     between: Phase = field(default_factory=lambda: Phase(epochs=1, learning_rate=0.01))
     """Training between two steps."""
+
+    def limits(self) -> dict[str, Any]:
+        per = self.budget if self.per_unit and self.budget != "channels" else None
+        return {**super().limits(), "per": per}
+
+
+def paper_pruning(**options: Any) -> PruneConfig:
+    """As HAP and EHAP prune (arXiv 2101.08940, 2306.07030): Hessian traces, union coupling, and nothing else."""
+    paper = {"criterion": "hessian", "coupling": "union", "per_unit": False, "recalibrate": 0}
+    return PruneConfig(**{**paper, **options})
 
 
 class Pruned(NamedTuple):
@@ -66,19 +88,15 @@ class Pruned(NamedTuple):
     logits and those of the masked dense network."""
 
     network: Network
-    scores: Scores
+    scores: Scores | RemovalCosts
     plan: PruningPlan
     masked_error: float
 
 
-def plan_of(graph: Graph, scores: Scores, config: TargetConfig) -> PruningPlan:
+def plan_of(graph: Graph, scores: Scores | RemovalCosts, config: TargetConfig) -> PruningPlan:
     """The plan the whole budget asks for at once."""
     target: Mapping[str, Any] = {config.budget: config.keep}
-    return allocate(graph, scores, **target, **_limits(config))
-
-
-def _limits(config: TargetConfig) -> dict[str, Any]:
-    return {"coupling": config.coupling, "max_layer_ratio": config.max_layer_ratio, "round_to": config.round_to}
+    return allocate(graph, scores, **target, **config.limits())
 
 
 def check_target(dataset: Dataset, graph: Graph, config: TargetConfig, option: str, *criteria: Criterion) -> None:
@@ -103,6 +121,8 @@ def check_pruning(
     """
     if config.steps < 1:
         raise ValueError(f"{option}.steps must be at least 1, got {config.steps}")
+    if config.recalibrate < 0:
+        raise ValueError(f"{option}.recalibrate is a number of images, or 0, got {config.recalibrate}")
     if config.steps > 1:
         check_phases(dataset, {f"{option}.between": config.between})
     fractions_of(config)
@@ -121,13 +141,20 @@ def prune_network(lab: Lab, seed: int, network: Network, graph: Graph, config: P
     names each. Probes of the dense network are the same for all of them, and have no prefix.
     """
     fractions = fractions_of(config)
-    scored: list[tuple[Any, Scores]] = []
+    full, scored = network.variables, []
 
-    def score(variables) -> Scores:
+    def score(variables) -> Scores | RemovalCosts:
+        nonlocal full
         label = f"{prefix}step{len(scored) + 1}_trace" if scored else "trace"
-        found = channel_scores(lab, seed, config.criterion, graph, network.apply, variables, config.scores, label)
-        scored.append((variables, found))
-        return found
+        full = variables
+        given = (config.criterion, graph, network.apply, variables, config.scores)
+        scored.append(channel_scores(lab, seed, *given, label, coupling=config.coupling))
+        return scored[-1]
+
+    def recalibrated_again(variables):
+        nonlocal full
+        full = recalibrated(lab.dataset, network, variables, full, config.recalibrate)
+        return full
 
     def train_between(plan: PruningPlan, variables, number: int):
         if number + 1 == len(fractions):
@@ -136,13 +163,35 @@ def prune_network(lab: Lab, seed: int, network: Network, graph: Graph, config: P
         return train(lab, stage, seed, shrink(network.train_apply, plan), variables, config.between)
 
     plan, _ = prune_iteratively(
-        graph, network.variables, fractions, score=score, train=train_between, budget=config.budget, **_limits(config)
+        graph,
+        network.variables,
+        fractions,
+        score=score,
+        train=train_between,
+        recalibrate=recalibrated_again if config.recalibrate and "batch_stats" in network.variables else None,
+        budget=config.budget,
+        **config.limits(),
     )
-    variables, scores = scored[-1]
-    return shrink_network(lab, network._replace(variables=variables), scores, plan)
+    return shrink_network(lab, network._replace(variables=full), scored[-1], plan)
 
 
-def shrink_network(lab: Lab, network: Network, scores: Scores, plan: PruningPlan) -> Pruned:
+def recalibrated(dataset: Dataset, network: Network, masked: Any, trained: Any, images: int) -> Any:
+    """Masked variables with statistics moved as pruning moved those of the first training images.
+
+    `trained` are the variables before the mask.
+    """
+    batches = _statistics_batches(dataset, images)
+    return recalibrate(network.train_apply, masked, batches, relative_to=trained)
+
+
+@lru_cache(maxsize=1)
+def _statistics_batches(dataset: Dataset, images: int) -> tuple[jax.Array, ...]:
+    """Training images as in evaluation, in batches of 256; the rest of the division is left out."""
+    x, _ = training_batch(dataset, min(images, len(dataset.x_train)))
+    return tuple(x[start : start + 256] for start in range(0, len(x) - len(x) % 256 or 1, 256))
+
+
+def shrink_network(lab: Lab, network: Network, scores: Scores | RemovalCosts, plan: PruningPlan) -> Pruned:
     """The network with a plan applied, proven equal to the masked one."""
     small = Network(
         network.architecture,

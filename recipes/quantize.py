@@ -44,7 +44,7 @@ from ehap_jax.report import stage_table, write_report
 from ehap_jax.training import Deadline, Progress
 from recipes.command import Missed, TrainingOptions, run_command
 from recipes.int8 import Int8Network, calibrate, int8_network, train_int8
-from recipes.integers import float_onnx, int8_onnx, integer_network, run_integers, write_onnx
+from recipes.integers import float_onnx, int8_onnx, integer_network, run_integers, test_inputs, write_onnx
 from recipes.lab import Lab, Phase, accuracy, check_phases, train
 from recipes.model_directory import write_model_directory
 from recipes.network import Network, load_data, load_network, save_network
@@ -208,19 +208,14 @@ def run_onnx(
     dataset, runtime = lab.dataset, onnx_session(whole).runtime
     right = 0
     for start in range(0, len(dataset.x_test), BATCH):
-        x = onnx_inputs(lab, start, start + BATCH)
+        x = test_inputs(lab, start, start + BATCH)
         (logits,) = runtime.run(None, {"x": x})
         right += int(np.sum(np.argmax(logits, axis=1) == dataset.y_test[start : start + BATCH]))
     exposed = onnx_session(int8_onnx(lab, seed, network, int8, expose=True))
     names = [out.name.removesuffix("/out") for out in exposed.runtime.get_outputs()]
-    theirs = dict(zip(names, exposed.runtime.run(None, {"x": onnx_inputs(lab, 0, compared)}), strict=True))
+    theirs = dict(zip(names, exposed.runtime.run(None, {"x": test_inputs(lab, 0, compared)}), strict=True))
     difference = compare_tensors(integers, {name: theirs[name] for name in integers}) | exposed.document()
     return Onnx(right / len(dataset.x_test), difference, whole)
-
-
-def onnx_inputs(lab: Lab, start: int, end: int) -> np.ndarray:
-    """Normalised test images."""
-    return np.asarray(normalise(jnp.asarray(lab.dataset.x_test[start:end]), lab.dataset.mean, lab.dataset.std))
 
 
 def check_config(config: Config, lab_images: int) -> None:

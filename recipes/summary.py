@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ehap_jax._whole_files import write_arrays
+from ehap_jax.curvature import RemovalCosts
 from ehap_jax.graph import Cost
 from ehap_jax.pruning import Scores
 from ehap_jax.report import Convergence, score_arrays
@@ -67,7 +70,7 @@ def probe_costs(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, fl
 
 def write_scores(
     run: RunDirectory,
-    scores: Mapping[str, Scores],
+    scores: Mapping[str, Scores | RemovalCosts],
     sem: Scores | None = None,
     convergence: Convergence | None = None,
 ) -> None:
@@ -79,6 +82,23 @@ def write_scores(
         sem: standard errors of the scores, in their units: `hessian_scores` of the trace's standard errors.
         convergence: the course of the estimate.
     """
-    found = {name: criterion.values for name, criterion in scores.items()}
+    found = {name: values_of(criterion) for name, criterion in scores.items()}
     arrays = score_arrays(found, sem=None if sem is None else sem.values, convergence=convergence)
     write_arrays(run.file("scores.npz"), arrays)
+
+
+def values_of(scores: Scores | RemovalCosts) -> Mapping[str, np.ndarray]:
+    """Scores by kernel: (channels,) in order. Prices are of groups: each of their channels has the group's, and
+    channels that no group has, which cannot go, have none."""
+    if isinstance(scores, Scores):
+        return scores.values
+    found: dict[str, dict[int, float]] = {}
+    for group, price in zip(scores.groups, scores.prices, strict=True):
+        for path, channels in group.producers.items():
+            found.setdefault(path, {}).update(dict.fromkeys(channels, float(price)))
+    return {path: np.array([prices[c] for c in sorted(prices)]) for path, prices in found.items()}
+
+
+def negative(scores: Scores | RemovalCosts) -> int:
+    """How many channels have a negative score: noise of an estimator."""
+    return sum(int((np.asarray(values) < 0).sum()) for values in values_of(scores).values())

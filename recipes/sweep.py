@@ -22,7 +22,7 @@ from recipes.cells import CellsConfig, compare_cells
 from recipes.command import TrainingOptions, run_command
 from recipes.criteria import ScoreConfig
 from recipes.lab import Phase
-from recipes.pruned import PruneConfig
+from recipes.pruned import paper_pruning
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ VARIANTS = {
             cells=CellsConfig(
                 keeps=(0.7, 0.5, 0.3),
                 seeds=1,
-                prune=PruneConfig(budget="macs", coupling="group"),
+                prune=paper_pruning(budget="macs", coupling="group"),
                 finetune=Phase(epochs=2, learning_rate=0.05, warmup=0.2),
                 int8_criteria=(),
             ),
@@ -58,7 +58,7 @@ VARIANTS = {
             cells=CellsConfig(
                 criteria=("hessian", "magnitude", "taylor", "random"),
                 keeps=(0.7, 0.6, 0.5, 0.47, 0.4, 0.3),
-                prune=PruneConfig(budget="macs", coupling="group", scores=ScoreConfig(examples=1024)),
+                prune=paper_pruning(budget="macs", coupling="group", scores=ScoreConfig(examples=1024)),
                 finetune=Phase(epochs=100, learning_rate=0.05),
                 int8_criteria=(),
             )

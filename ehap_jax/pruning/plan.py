@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class PruningPlan:
     provenance: free text and numbers on how the plan came about (criterion, targets, costs).
     implants: kernel path -> those of its kept channels that keep only a 1×1 kernel (:class:`Implant`).
     fingerprint: of the architecture, "" for none; :meth:`check` compares. versions: of the packages that made the plan.
+
+    Plans are equal that do the same to the same network, however they came about.
     """
 
     keep: Mapping[str, np.ndarray]
@@ -48,6 +51,29 @@ class PruningPlan:
     implants: Mapping[str, Implant] = field(default_factory=dict)
     fingerprint: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return self._decision == other._decision if isinstance(other, PruningPlan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._decision)
+
+    @cached_property
+    def _decision(self) -> tuple[Any, ...]:
+        """All but provenance and versions, as values that compare and hash."""
+        shapes = tuple(sorted((path, tuple(shape)) for path, shape in self.shapes.items()))
+        slices = tuple(
+            sorted((path, axis, tuple(kept.tolist())) for path, cut in self.slices.items() for axis, kept in cut.items())
+        )
+        keep = tuple(sorted((path, tuple(kept.tolist())) for path, kept in self.keep.items()))
+        implants = tuple(
+            sorted(
+                (path, tuple(implant.channels.tolist()), tuple(sorted(implant.centre.items())))
+                for path, implant in self.implants.items()
+            )
+        )
+        axes = tuple(sorted(self.axes.items()))
+        return (self.coupling, self.fingerprint, shapes, axes, keep, slices, implants)
 
     @classmethod
     def from_keep(

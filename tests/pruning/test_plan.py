@@ -65,6 +65,7 @@ def test_json_round_trip(graph, tmp_path, coupling):
     )
     path = plan.save(tmp_path / "made" / "plan.json")
     same(PruningPlan.load(path), plan)
+    assert PruningPlan.load(path) == plan
     document = json.loads(path.read_text())
     assert document["keep"]["a1"] == [1, 4]
     assert document["implants"]["a1"] == {"channels": [4], "centre": {"0": 1, "1": 1}}
@@ -99,6 +100,20 @@ def test_an_existing_file_is_not_overwritten(graph, tmp_path):
 def test_what_a_network_cannot_do_is_refused(graph, keep, error, message):
     with pytest.raises(error, match=message):
         PruningPlan.from_keep(graph, keep)
+
+
+def test_plans_are_equal_that_do_the_same(graph):
+    """However they came about; and different where anything that is kept differs."""
+    plan = PruningPlan.from_keep(graph, KEEP, provenance={"criterion": "one"})
+    same_kept = PruningPlan.from_keep(graph, {**KEEP, "stem": [5, 2, 0]}, provenance={"criterion": "two"})
+    others = [
+        PruningPlan.from_keep(graph, {**KEEP, "a1": [1, 3]}),
+        PruningPlan.from_keep(graph, KEEP, coupling="union"),
+        PruningPlan.from_keep(graph, KEEP, implants={"a1": [4]}),
+        PruningPlan.from_keep(graph, {}),
+    ]
+    assert plan == same_kept and hash(plan) == hash(same_kept)
+    assert plan not in others and plan != "a plan" and len({plan, same_kept, *others}) == 5
 
 
 def test_union_coupling_prunes_writers_apart(graph):

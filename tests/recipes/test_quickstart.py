@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from ehap_jax import PruningPlan
+from ehap_jax import PruningPlan, onnx_session
+from recipes.network import load_network
 from recipes.quickstart import command
 
 TINY = [
@@ -31,8 +32,10 @@ def test_run_directory(finished):
     assert stages["pruned"]["macs"] <= 0.45 * stages["dense"]["macs"]
     assert stages["int8"]["bytes"] < stages["finetuned"]["bytes"] < stages["dense"]["bytes"]
     assert summary["checks"]["masked_minus_shrunk"] <= 1e-5
+    assert summary["checks"]["onnx_minus_integers"] <= 1e-6
     plan = PruningPlan.load(finished / "plan.json")
     assert plan.provenance["cost"]["macs"] == stages["pruned"]["macs"]
+    assert plan.provenance["criterion"].startswith("removal") and plan.provenance["per"] == "macs"
     with np.load(finished / "scores.npz", allow_pickle=False) as scores:
         assert {name.partition("|")[0] for name in scores.files} == {
             "float32", "bfloat16", "float16", "sem", "convergence",
@@ -44,6 +47,17 @@ def test_run_directory(finished):
     assert [(m["stage"], m["epoch"]) for m in metrics] == [
         (stage, epoch) for stage in ("dense", "finetuned", "int8") for epoch in (1, 2)
     ]
+
+
+def test_what_it_leaves_goes_on(finished):
+    """The network for other recipes, and the integers for ONNX Runtime."""
+    network = load_network(finished)
+    assert network.plan == PruningPlan.load(finished / "seed0" / "plan.json")
+    assert network.apply(network.variables, np.zeros((2, 8, 8, 1), np.float32)).shape == (2, 10)
+    (logits,) = onnx_session(finished / "seed0" / "model.onnx").runtime.run(
+        None, {"x": np.zeros((2, 8, 8, 1), np.float32)}
+    )
+    assert logits.shape == (2, 10)
 
 
 def test_resume_ends_in_the_same_numbers(finished):
