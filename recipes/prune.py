@@ -1,9 +1,9 @@
 """Prune a dense network by any criterion, at once or step by step, and fine-tune what is left.
 
 By default the channel groups go that cost least to remove per unit of the budget, and BatchNorm's statistics are
-estimated again (docs/removal_costs.md). The variants named after networks prune as EHAP does (arXiv 2306.07030): Hessian
-scores, union coupling, a fraction of the channels that keeps about 10 % of the parameters, then 300 epochs with learning
-rate 0.0512 and weight decay 5e-4.
+estimated again (docs/removal_costs.md). The variants named after networks prune as EHAP does (arXiv 2306.07030):
+Hessian scores, union coupling, a fraction of the channels that keeps about 10 % of the parameters, then 300 epochs with
+learning rate 0.0512 and weight decay 5e-4.
 
     python -m recipes.prune short resnet20.th --data npz:cifar10.npz --prune.budget macs --prune.keep 0.5
     python -m recipes.prune short runs/pretrain --data digits --prune.criterion magnitude --prune.steps 4

@@ -63,7 +63,7 @@ class PruningPlan:
         """All but provenance and versions, as values that compare and hash."""
         shapes = tuple(sorted((path, tuple(shape)) for path, shape in self.shapes.items()))
         slices = tuple(
-            sorted((path, axis, tuple(kept.tolist())) for path, cut in self.slices.items() for axis, kept in cut.items())
+            sorted((path, axis, tuple(kept.tolist())) for path, by in self.slices.items() for axis, kept in by.items())
         )
         keep = tuple(sorted((path, tuple(kept.tolist())) for path, kept in self.keep.items()))
         implants = tuple(
