@@ -300,7 +300,7 @@ def _name_of(head: Any) -> str:
 
 
 class _Adder:
-    """Puts the columns of a chunk's examples together and adds them to the sums."""
+    """Adds the columns of a chunk's examples to the sums, part by part, as they come."""
 
     def __init__(
         self, sums: PartialSums, columns: Columns, by_rows: bool, square_weights: np.ndarray, weights: np.ndarray
@@ -308,36 +308,38 @@ class _Adder:
         """The weights of the examples are 1 in a plain mean: those of the root's squares, and those of gradients."""
         self.sums, self.columns, self.by_rows = sums.by_path, columns, by_rows
         self.square_weights, self.weights = square_weights.astype(np.float64), weights.astype(np.float64)
-        self.parts: list[Mapping[str, np.ndarray]] = []
+        self.own = np.zeros(())
 
     def __call__(self, examples: range, start: int, found: Mapping[str, np.ndarray]) -> None:
-        self.parts.append({name: x[: len(examples)] for name, x in found.items()})
-        if start + self.columns.together < self.columns.count:
-            return
-        rows, signs = (np.concatenate([part[name] for part in self.parts], axis=1) for name in ("rows", "signs"))
-        self.parts = []
-        squared = self.columns.squared
-        if self.columns.gradient:
-            weights, gradient = self.weights[examples.start : examples.stop, None], rows[:, squared]
-            self.sums["first"] += np.stack(
-                [
-                    (weights * gradient).sum(0),
-                    np.square(weights * gradient).sum(0),
-                    (weights * np.square(gradient)).sum(0),
-                ]
-            )
-        rows, signs = rows[:, :squared], signs[:, :squared]
+        """``found``: "rows" (n, columns, groups) and "signs" (n, columns) of the columns from ``start`` on."""
+        rows, signs = found["rows"][: len(examples)], found["signs"][: len(examples)]
+        squared, stop = self.columns.squared, start + rows.shape[1]
+        if self.columns.gradient and start <= squared < stop:
+            self._add_gradient(self.weights[examples.start : examples.stop, None], rows[:, squared - start])
+        kept = max(min(squared, stop) - start, 0)
+        self._add_squares(examples, start, rows[:, :kept], signs[:, :kept])
+        if stop >= self.columns.count:
+            self.sums["second"] += np.stack([self.own.sum(0), np.square(self.own).sum(0)])
+
+    def _add_gradient(self, weights: np.ndarray, gradient: np.ndarray) -> None:
+        weighted_gradient = weights * gradient
+        squares = (weights * np.square(gradient)).sum(0)
+        self.sums["first"] += np.stack([weighted_gradient.sum(0), np.square(weighted_gradient).sum(0), squares])
+
+    def _add_squares(self, examples: range, start: int, rows: np.ndarray, signs: np.ndarray) -> None:
         rows = rows * np.sqrt(self.square_weights[examples.start : examples.stop, None, None])
         if self.columns.draws:  # a mean over combinations
-            rows = rows / math.sqrt(squared)
+            rows = rows / math.sqrt(self.columns.squared)
         own = np.einsum("nrk,nr->nk", np.square(rows), signs)
-        self.sums["second"] += np.stack([own.sum(0), np.square(own).sum(0)])
-        flat, flat_signs = rows.reshape(-1, rows.shape[-1]), signs.reshape(-1)
+        self.own = own if start == 0 else self.own + own
         if self.by_rows:
-            place = slice(examples.start * squared, examples.stop * squared)
-            self.sums["rows"][place], self.sums["signs"][place] = flat, flat_signs
+            places = (len(self.weights), self.columns.squared)
+            columns = slice(start, start + rows.shape[1])
+            self.sums["rows"].reshape(*places, -1)[examples.start : examples.stop, columns] = rows
+            self.sums["signs"].reshape(places)[examples.start : examples.stop, columns] = signs
         else:
-            self.sums["rows"] += (flat * flat_signs[:, None]).T @ flat
+            flat = rows.reshape(-1, rows.shape[-1])
+            self.sums["rows"] += (flat * signs.reshape(-1)[:, None]).T @ flat
 
 
 def _mean_and_sem(sums: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
