@@ -87,7 +87,7 @@ def test_a_finished_network_is_a_directory_for_others(pruned, quantized):
     assert found.plan is not None and found.info.normalisation == network.architecture.normalisation
     assert found.metadata["test accuracy, finetuned"] == read(pruned / "summary.json")["stages"][-1]["accuracy"]
     assert found.config["run"] == read(pruned / "config.json")
-    assert "output channels kept, union coupling" in (pruned / "model" / "README.md").read_text()
+    assert "output channels kept, group coupling" in (pruned / "model" / "README.md").read_text()
 
     trained = load_model(quantized / "seed0" / "model")
     assert trained.onnx is not None and b"QuantizeLinear" in trained.onnx.read_bytes() and trained.plan is not None
