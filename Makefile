@@ -13,7 +13,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs site clean
+DOCUMENTS := README.md CONTRIBUTING.md CHANGELOG.md LICENSE Makefile pyproject.toml constraints.txt docs results recipes tests ehap_jax interop \
+  benchmarks
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("ehap_jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 …")'
@@ -31,6 +33,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/basedpyright
+
+docs:
+	$(MAKE) --no-print-directory site EXTRAS=docs
+
+site: $(INSTALLED)
+	rm -rf runs/docs && mkdir -p runs/docs/source
+	cp -r $(DOCUMENTS) runs/docs/source
+	$(BIN)/python docs/reference.py runs/docs/source/docs/reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/mkdocs.yml
+	@echo "runs/docs/site/index.html"
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
