@@ -35,9 +35,9 @@ def defined_at(module: ModuleType, name: str, value: Any) -> str:
     if inspect.isfunction(written) or inspect.isclass(written):
         return f"{written.__module__}.{written.__qualname__}"
     for found, candidate in sorted(sys.modules.items()):
-        if found.startswith(f"{module.__name__}.") and vars(candidate).get(name) is value:
-            if f"\n{name}" in inspect.getsource(candidate):
-                return f"{found}.{name}"
+        holds = found.startswith(f"{module.__name__}.") and vars(candidate).get(name) is value
+        if holds and f"\n{name}" in inspect.getsource(candidate):
+            return f"{found}.{name}"
     raise LookupError(f"where is {module.__name__}.{name} defined?")
 
 

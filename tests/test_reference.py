@@ -17,9 +17,8 @@ def load():
 
 def test_every_public_name_is_on_a_page_and_defined_where_it_says(tmp_path):
     load().main(tmp_path)
-    entries = [
-        line[4:] for page in tmp_path.glob("*.md") for line in page.read_text().splitlines() if line[:4] == "::: "
-    ]
+    lines = [line for page in tmp_path.glob("*.md") for line in page.read_text().splitlines()]
+    entries = [line.removeprefix("::: ") for line in lines if line.startswith("::: ")]
     assert len(entries) == len(set(entries)) and set(ehap_jax.__all__) <= {e.rpartition(".")[2] for e in entries}
     for entry in entries:
         module, _, name = entry.rpartition(".")
