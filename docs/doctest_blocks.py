@@ -1,4 +1,4 @@
-"""A Griffe extension: doctests in docstrings become code blocks, where Markdown would take their ``>>>`` for quotations."""
+"""A Griffe extension: doctests in docstrings become code blocks; Markdown would take their ``>>>`` for quotations."""
 
 import re
 from typing import Any
