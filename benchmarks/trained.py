@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax._paths import path_name
 from ehap_jax.curvature.probes import is_kernel
-from ehap_jax.curvature.problem import path_name
 
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}
 """Files of github.com/akamaster's pytorch_resnet_cifar10."""

@@ -24,9 +24,9 @@ import numpy as np
 
 from benchmarks.measure import provenance, read_results, write_results
 from benchmarks.trained import CHUNK, WEIGHTS, flat, hap_scores, load, mean_loss, quality
+from ehap_jax._paths import path_name
 from ehap_jax.curvature import TraceEstimate, channel_trace, expected_agreement, gauss_newton_trace
 from ehap_jax.curvature.estimate import Moments, estimate_of
-from ehap_jax.curvature.problem import path_name
 from ehap_jax.training import Deadline, OutOfTime, Progress
 
 MEAN_WITHIN, STD_WITHIN = 0.1, 0.1

@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ehap_jax._paths import path_name
 from ehap_jax.pruning import PruningPlan
 from ehap_jax.pruning.plan import check_fits
 from ehap_jax.quant import save_onnx
@@ -385,7 +386,7 @@ def _as_saved(form: Form, variables: Any, entries: Mapping[str, Any]) -> Any:
     dtypes = {form.path_of(name): entries[name]["dtype"] for name in names}
 
     def cast(path, leaf):
-        return leaf.astype(dtypes[jax.tree_util.keystr(path, simple=True, separator="/")])
+        return leaf.astype(dtypes[path_name(path)])
 
     return jax.tree_util.tree_map_with_path(cast, variables)
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ehap_jax._paths import path_name
 from interop.forms import (
     FORMS,
     INDEX_BUFFERS,
@@ -167,7 +168,7 @@ def form_of(variables: Any) -> Form:
     Raises:
         CheckpointError: they are none that interop knows, or have implants.
     """
-    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
     split = sorted(path for path in paths if path.endswith(("/kernel/spatial", "/kernel/pointwise")))
     if split:
         raise CheckpointError(
@@ -184,7 +185,7 @@ def named_arrays(variables: Any, form: Form) -> dict[str, np.ndarray]:
         KeyError: a path that is no part of such a network.
     """
     leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {form.key_at(_path(path)): to_torch_axes(np.asarray(leaf)) for path, leaf in leaves}
+    return {form.key_at(path_name(path)): to_torch_axes(np.asarray(leaf)) for path, leaf in leaves}
 
 
 def residual_indices(form: Form, arrays: Mapping[str, np.ndarray], plan: Any) -> dict[str, np.ndarray]:
@@ -273,7 +274,3 @@ def _kept(form: Form, arrays: Mapping[str, np.ndarray], plan: Any, part: Part, t
 def _full_width(form: Form, arrays: Mapping[str, np.ndarray], plan: Any, part: Part) -> int:
     path = form.path(part)
     return int(plan.shapes[path][-1]) if path in plan.shapes else arrays[form.names.key(part)].shape[0]
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from ehap_jax._nearest import nearest_path
+from ehap_jax._paths import path_name
 from ehap_jax._untrusted_files import read_json, shown
 from ehap_jax.data import Dataset, Normalisation, limit_training, load_dataset
 from ehap_jax.graph import Graph, trace_graph
@@ -215,7 +216,7 @@ def check_variables(variables: Any, architecture: Architecture, plan: PruningPla
         whole = jax.eval_shape(lambda: architecture.initialise(0))
     except (TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
         raise ValueError(f"{directory / DESCRIPTION} is of no network that can be built: {error}") from error
-    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(whole)}
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(whole)}
     what = f"network that {directory / DESCRIPTION} describes"
     try:
         if plan is not None:
@@ -228,7 +229,7 @@ def check_variables(variables: Any, architecture: Architecture, plan: PruningPla
         raise ValueError(f"{file}: {error.args[0]}") from error
     (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(whole)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        name = _name(path)
+        name = path_name(path)
         if leaf.dtype != dtype:
             raise ValueError(f"{file}: {name} is {leaf.dtype}; this network is of {dtype}")
     check_values(variables, str(file))
@@ -237,7 +238,7 @@ def check_variables(variables: Any, architecture: Architecture, plan: PruningPla
 def check_values(variables: Any, where: str) -> None:
     """Raise unless weights are finite and variances not negative; the message begins with `where`."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        name = _name(path)
+        name = path_name(path)
         if name.startswith("batch_stats/") and name.endswith("/var") and not (np.asarray(leaf) >= 0).all():
             raise ValueError(f"{where}: {name} has a variance that is negative or not a number: {np.min(leaf):g}")
     check_finite(variables, f"cannot use {where}")
@@ -245,10 +246,6 @@ def check_values(variables: Any, where: str) -> None:
 
 def _is_length(value: Any) -> bool:
     return type(value) is int and 1 <= value <= 65_536
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _from_checkpoint(path: Path, image_shape: tuple[int, int, int]) -> Network:

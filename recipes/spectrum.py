@@ -26,6 +26,7 @@ import tyro
 from jax.flatten_util import ravel_pytree
 
 from ehap_jax import _compat
+from ehap_jax._paths import path_name
 from ehap_jax._untrusted_files import read_arrays
 from ehap_jax._whole_files import write_arrays
 from ehap_jax.curvature import gnvp, linearized_hvp
@@ -245,7 +246,7 @@ def named_vectors(matrix: str, operator: Operator, vectors: np.ndarray) -> dict[
     _, unravel = ravel_pytree(operator.like)
     stacked = jax.vmap(unravel)(jnp.asarray(vectors))
     named = jax.tree_util.tree_leaves_with_path(stacked)
-    return {f"{matrix}/{jax.tree_util.keystr(p, simple=True, separator='/')}": np.asarray(x) for p, x in named}
+    return {f"{matrix}/{path_name(p)}": np.asarray(x) for p, x in named}
 
 
 def density(draws: list[Quadrature], at: np.ndarray, width: np.ndarray) -> np.ndarray:

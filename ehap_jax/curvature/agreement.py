@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ehap_jax._paths import path_name
 from ehap_jax.curvature.estimate import TraceEstimate
-from ehap_jax.curvature.problem import path_name
 
 __all__ = ["Agreement", "agreement_of_scores", "common_lowest", "expected_agreement", "scores_and_errors"]
 

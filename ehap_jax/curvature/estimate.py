@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax._paths import path_name
 from ehap_jax._random_key import random_key
 from ehap_jax.curvature.problem import Layout
 
@@ -196,7 +197,7 @@ def _require_finite_moments(moments: Moments) -> None:
     """Raise where sums overflowed: a standard error of infinity is none, and one of NaN nobody would notice."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(moments)):
         if not np.isfinite(leaf).all():
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            where = path_name(path)
             raise FloatingPointError(
                 f"the sums of the traces overflow {np.asarray(leaf).dtype} ({where}): squares of products beyond 1e19 "
                 "do; scale the loss down, and the traces up again, or use Policy('float64')"

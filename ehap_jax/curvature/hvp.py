@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from ehap_jax._paths import path_name
+
 __all__ = ["hvp", "linearized_hvp", "require_same_shapes"]
 
 PyTree = Any
@@ -79,7 +81,7 @@ def require_same_shapes(params: PyTree, v: PyTree) -> None:
     named = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), direction in zip(named, jax.tree.leaves(v), strict=True):
         if jax.numpy.shape(leaf) != jax.numpy.shape(direction):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             raise ValueError(
                 f"v must have the shapes of params: {name!r} is {jax.numpy.shape(leaf)} in params "
                 f"and {jax.numpy.shape(direction)} in v"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax._paths import path_name
 from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.graph import Graph, channel_structure
@@ -179,11 +180,6 @@ def batch_size(batch: PyTree) -> int:
     if size == 0:
         raise ValueError("the batch has no examples")
     return size
-
-
-def path_name(path) -> str:
-    """A pytree path as a string: its keys joined by ``/``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def kernels_of(

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax import _untrusted_files, _whole_files
+from ehap_jax._paths import path_name
 from ehap_jax._random_key import random_key
 from ehap_jax._untrusted_files import shown
 from ehap_jax.curvature.devices import same_everywhere, wait_for_all
 from ehap_jax.curvature.estimate import Moments, TraceEstimate, TraceState, estimate_of
 from ehap_jax.curvature.heads import softmax_cross_entropy
 from ehap_jax.curvature.precision import Policy
-from ehap_jax.curvature.problem import Axes, Batches, kernels_of, layout_of, path_name
+from ehap_jax.curvature.problem import Axes, Batches, kernels_of, layout_of
 from ehap_jax.curvature.residual_loss import residual_loss
 from ehap_jax.curvature.saved_checks import check_trace_arrays, origin_of, record
 from ehap_jax.graph import Graph, program_digest

@@ -21,17 +21,13 @@ import numpy as np
 from jax.core import Tracer
 
 from ehap_jax import _compat
+from ehap_jax._paths import path_name
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_lin"})
 CUSTOM_RULE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 SCAN = "scan"
 MOST_INDICES = 2**16  # of a gather or scatter that are computed while tracing
-
-
-def path_name(path) -> str:
-    """A pytree key path as text, ``params/conv1/kernel``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax._compat import bind
+from ehap_jax._paths import path_name
 from ehap_jax.graph.channels import channel_structure
 from ehap_jax.graph.kernel_uses import centre_taps
 from ehap_jax.graph.layers import CASTS
 from ehap_jax.graph.rules.elementwise import expand
 from ehap_jax.graph.rules.shape import select
-from ehap_jax.graph.trace import Graph, Node, path_name
+from ehap_jax.graph.trace import Graph, Node
 
 SPATIAL, POINTWISE = "spatial", "pointwise"
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ehap_jax.graph.trace import path_name
+from ehap_jax._paths import path_name
 from ehap_jax.pruning.implant import tap_mask
 from ehap_jax.pruning.plan import PruningPlan, check_fits
 

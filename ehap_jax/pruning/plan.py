@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from ehap_jax._paths import path_name
 from ehap_jax._untrusted_files import read_json, shown
 from ehap_jax._whole_files import write_json
 from ehap_jax.graph.architecture import architecture_fingerprint
 from ehap_jax.graph.channels import channel_structure
 from ehap_jax.graph.structure import Coupling
-from ehap_jax.graph.trace import Graph, path_name
+from ehap_jax.graph.trace import Graph
 from ehap_jax.pruning.implant import Implant, Layout, find_implants
 
 FORMAT = "ehap_jax.pruning_plan"

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ehap_jax.graph.trace import path_name, state_leaf
+from ehap_jax._paths import path_name
+from ehap_jax.graph.trace import state_leaf
 
 PyTree = Any
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ehap_jax._paths import path_name
 from ehap_jax._random_key import random_key
 from ehap_jax.graph.channels import channel_structure
-from ehap_jax.graph.trace import Graph, path_name
+from ehap_jax.graph.trace import Graph
 
 
 @dataclass(frozen=True, eq=False)

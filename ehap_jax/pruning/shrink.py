@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from ehap_jax import _compat
+from ehap_jax._paths import path_name
 from ehap_jax.graph.channels import ChannelStructure, channel_structure, derivative_structure
 from ehap_jax.graph.interpret import RULES, evaluate, evaluate_call
 from ehap_jax.graph.rules.shape import take
-from ehap_jax.graph.trace import Body, Node, path_name, trace_graph
+from ehap_jax.graph.trace import Body, Node, trace_graph
 from ehap_jax.pruning.implant import POINTWISE, Layout, Split, as_split, implant_layouts, map_shrunk, run_split
 from ehap_jax.pruning.plan import PruningPlan, check_fits
 

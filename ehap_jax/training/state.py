@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ehap_jax._paths import path_name
 from ehap_jax._random_key import random_key
 
 
@@ -77,7 +78,7 @@ def check_finite(tree: Any, problem: str) -> None:
         ValueError: naming the path and the number of non-finite elements of the first five leaves at fault.
     """
     named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        (path_name(path), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
     ]

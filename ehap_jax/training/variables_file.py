@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ehap_jax._paths import path_name
 from ehap_jax._untrusted_files import read_arrays, shown
 from ehap_jax._whole_files import write_arrays
 
@@ -27,7 +28,7 @@ def save_variables(path: str | Path, variables: Any) -> Path:
     path = Path(path)
     arrays: dict[str, np.ndarray] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+        name = path_name(keys)
         array = np.asarray(leaf)
         if array.dtype.kind not in "fiub":
             raise TypeError(f"{name}: {array.dtype} cannot be stored in an .npz; convert it to float32 first")

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ehap_jax._paths import path_name
 from ehap_jax.curvature import channel_trace, gauss_newton_trace, is_kernel, rademacher
-from ehap_jax.graph.trace import path_name
 from ehap_jax.pruning import Scores, hessian_scores
 from interop.parity import torch_batch
 from recipes.torch_comparison.job import Job

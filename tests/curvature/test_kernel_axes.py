@@ -128,9 +128,9 @@ NETWORKS = {
         flax_nnx,
         (2, 3),
         {
-            **{f"attention/{p}/kernel/value": 1 for p in ("query", "key", "value")},
-            "attention/out/kernel/value": 2,
-            "out/kernel/value": 1,
+            **{f"attention/{p}/kernel": 1 for p in ("query", "key", "value")},
+            "attention/out/kernel": 2,
+            "out/kernel": 1,
         },
         False,
     ),

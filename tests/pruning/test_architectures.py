@@ -4,13 +4,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
 
 from ehap_jax.graph import channel_groups, trace_graph
 from ehap_jax.models import WideResNet
-from ehap_jax.pruning import shrink, shrink_variables
+from ehap_jax.pruning import allocate, magnitude_scores, shrink, shrink_variables
 from tests.pruning.invariant import assert_all_plans, assert_invariant, jit, normal, random_plan, randomise
 from tests.pruning.networks import conv
 
@@ -224,6 +225,19 @@ def test_nnx_through_split():
     graph = assert_all_plans(apply, variables, images(), seeds=(0,))
     assert {"stem/kernel", "body/kernel"} <= {path for g in channel_groups(graph) for path in g.producers}
     assert_invariant(partial(apply, train=True), variables, images(), plan=random_plan(graph, 2, "union"))
+
+
+def test_a_plan_serves_an_nnx_state_and_its_pure_dict():
+    """The leaves of both have the same names."""
+    rngs = nnx.Rngs(0)
+    graphdef, state = nnx.split(nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 2, rngs=rngs)))
+    apply = lambda state, x: nnx.merge(graphdef, state)(x)  # noqa: E731
+    pure, x = nnx.to_pure_dict(state), normal(2, 3)
+    graph = trace_graph(apply)(state, x)
+    plan = allocate(graph, magnitude_scores(graph, state), channels=0.5)
+    small = shrink_variables(state, plan)
+    assert jax.tree.map(jnp.shape, shrink_variables(pure, plan)) == jax.tree.map(jnp.shape, nnx.to_pure_dict(small))
+    np.testing.assert_array_equal(nnx.merge(graphdef, small)(x), shrink(apply, plan)(small, x))
 
 
 def test_equinox():
