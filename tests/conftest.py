@@ -8,9 +8,11 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "EHAP_JAX_OPTIMIZED" not in os.environ:  # set it to compile as users do
-    # Tests compile thousands of tiny programs and run each once. The last flag ended with jaxlib 0.10.
+    # Tests compile thousands of tiny programs and run each once: no optimisation, and no module split into parts (each
+    # has LLVM's fixed costs). The last flag ended with jaxlib 0.10.
     os.environ["XLA_FLAGS"] = " ".join(
         ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+        + ["--xla_cpu_parallel_codegen_split_count=1"]
         + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
         + [os.environ.get("XLA_FLAGS", "")]
     )
