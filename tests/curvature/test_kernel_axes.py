@@ -82,7 +82,7 @@ class Case:
 
 def linen(module):
     def made(x):
-        return module.apply, module.init(KEY, x)
+        return module.apply, jax.jit(module.init)(KEY, x)
 
     return made
 
@@ -187,7 +187,7 @@ def dense_hessian(case, paths):
         return case.loss(jax.tree.unflatten(structure, changed), case.batch)
 
     kernels = [leaf.ravel() for name, leaf in zip(names, leaves, strict=True) if name in paths]
-    return np.asarray(jax.hessian(of_vector)(jnp.concatenate(kernels))), places
+    return np.asarray(jax.jit(jax.hessian(of_vector))(jnp.concatenate(kernels))), places
 
 
 def by_path(tree):
