@@ -23,6 +23,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what several tests compile 
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+if {"PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"} & os.environ.keys() == {"PYTHONDONTWRITEBYTECODE"}:
+    # Every process that a test starts would compile a thousand modules; in a folder of the run's own, one does.
+    bytecode = tempfile.TemporaryDirectory(prefix="ehap_jax_tests_")
+    os.environ["PYTHONPYCACHEPREFIX"] = bytecode.name
+    del os.environ["PYTHONDONTWRITEBYTECODE"]
+
 import jax
 import pytest
 
