@@ -110,9 +110,9 @@ def test_float32_is_bit_identical_under_either_scale(problem):
 
 
 @pytest.mark.parametrize("compute", ["float64", "float32", "bfloat16", "float16"])
-def test_the_trace_of_ten_million_identities_is_exact(compute):
+def test_the_trace_of_a_million_identities_is_exact(compute):
     """In float16 the sum alone would be infinite, and in bfloat16 it would stop at 256."""
-    n = 10**7
+    n = 10**6
     with enable_x64(compute == "float64"):
         params = {"kernel": jnp.ones((n, 1), jnp.float32)}
         estimate = channel_trace(

@@ -48,9 +48,8 @@ def dense(model, params, x, labels, head_loss, groups, graph):
     """Per example the logits' Jacobian J in the gates; mean of J^T H J and of J^T times the loss's gradient."""
     one = jnp.ones(len(groups))
     logits = jax.jit(lambda gates: model(scaled(graph, groups, params, gates), x))
-    J = jax.jit(jax.jacfwd(logits))(one)
-    H = jax.vmap(jax.hessian(head_loss))(logits(one), labels)
-    g = jax.vmap(jax.grad(head_loss))(logits(one), labels)
+    J, z = jax.jit(jax.jacfwd(logits))(one), logits(one)
+    H, g = jax.jit(lambda z, t: tuple(jax.vmap(of(head_loss))(z, t) for of in (jax.hessian, jax.grad)))(z, labels)
     return np.einsum("nck,ncd,ndj->kj", J, H, J) / len(x), np.einsum("nck,nc->nk", J, g)
 
 

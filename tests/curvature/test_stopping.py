@@ -14,6 +14,7 @@ from ehap_jax.curvature import (
     split_variance,
     stable_decision,
 )
+from ehap_jax.curvature.probes import rademacher
 
 
 def squares(p, batch):
@@ -83,15 +84,20 @@ def test_a_running_mean_stops_by_luck():
     params, batch, exact = squares_problem(channels=3)
     tolerance, running, ours = 1e-2, [], []
     options = dict(select=lambda path, leaf: path == "kernel")
+    gram = np.asarray(batch).T @ np.asarray(batch) / len(batch)
+
+    @jax.jit
+    def probes(key):
+        return jax.vmap(lambda i: rademacher(jax.random.fold_in(key, i), params)["kernel"])(jnp.arange(99))
+
     for key in jax.random.split(jax.random.key(1), 12):
-        means, state = [], None
-        for n in range(1, 100):
-            one = channel_trace(squares, params, batch, key=key, num_probes=n, state=state, **options)
-            state = one.state
-            means.append(one.total())
-            if n > 1 and abs(means[-1] - means[-2]) < tolerance * abs(means[-1]):
-                break
-        running.append(abs(means[-1] / exact.sum() - 1))
+        v = probes(key)
+        means = np.cumsum(np.einsum("nic,ij,njc,c->n", v, gram, v, params["gain"])) / np.arange(1, 100)
+        estimate = channel_trace(squares, params, batch, key=key, num_probes=99, **options)
+        assert estimate.total() == pytest.approx(means[-1], rel=1e-5)
+        settled = np.abs(np.diff(means)) < tolerance * np.abs(means[1:])
+        stop = 1 + int(np.argmax(settled)) if settled.any() else -1
+        running.append(abs(means[stop] / exact.sum() - 1))
         ours.append(
             channel_trace(squares, params, batch, key=key, num_probes=9999, rtol=tolerance, **options).total()
             / exact.sum()

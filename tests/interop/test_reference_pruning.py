@@ -1,6 +1,7 @@
 """Union coupling, fine-tuning and QAT in PyTorch against ours, on the same weights, plans and batches."""
 
 import copy
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ def quantised(setting, batch):
     pruned = union.prune_union(module, kept)
     small = shrink_variables(variables, plan)
     network = fake_quant(shrink(apply, plan), rules=INT8)
-    _, ranges = network.apply(small, network.init(small, batch), batch, update=True)
+    _, ranges = jax.jit(partial(network.apply, update=True))(small, network.init(small, batch), batch)
     reference = qat.QuantisedResNet(pruned)
     with torch.no_grad():
         reference(nchw(batch), observe=True)

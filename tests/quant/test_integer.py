@@ -168,7 +168,7 @@ def test_what_stays_in_floating_point_keeps_its_16_bits(dtype):
     function, variables, x = in_16_bits(dtype)
     for rules in (INT8, (QuantRule("b", skip=True), *INT8)):  # the gate reads a layer's sums, or a layer a rounding
         quantized, qstate = calibrate(function, variables, x, rules)
-        got = to_integer(quantized, variables, qstate, example=x)(x)
+        got = jit(lambda n, x: n(x))(to_integer(quantized, variables, qstate, example=x), x)
         assert got.dtype == dtype
         fake = run(quantized, variables, qstate, x).astype(jnp.float32)
         np.testing.assert_allclose(got.astype(jnp.float32), fake, atol=0.02 * float(jnp.abs(fake).max()))

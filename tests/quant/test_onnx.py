@@ -1,7 +1,6 @@
 """The ONNX file: ONNX Runtime computes the integers of ``to_integer`` in fused kernels; a float file does floats."""
 
 from collections import Counter
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from ehap_jax import allocate, random_scores, shrink, shrink_variables, trace_gr
 from ehap_jax.models import ResNet, eval_apply
 from ehap_jax.quant import HAWQ, INT8, QuantRule, onnx_session, save_onnx, to_integer, to_onnx
 from tests.pruning.invariant import jit, randomise
-from tests.quant.networks import apply, batch_norm, calibrate, conv, in_16_bits, make_images, make_variables
+from tests.quant.networks import apply, batch_norm, calibrate, conv, in_16_bits, make_images, make_variables, run
 
 onnx = pytest.importorskip("onnx", reason="needs pip install 'ehap-jax[onnx]'")
 runtime = pytest.importorskip("onnxruntime", reason="needs pip install 'ehap-jax[onnx]'")
@@ -125,8 +124,8 @@ def test_everything_that_has_an_integer_form(tmp_path):
     variables["out"] = {"kernel": 0.2 * jax.random.normal(keys[1], (5, 16))}
     x = make_images()
     quantized, qstate = calibrate(odd, variables, x)
-    fake = quantized.apply(variables, qstate, x, update=False)[0]
-    np.testing.assert_allclose(fake, odd(variables, x), atol=0.05 * float(jnp.abs(fake).max()))
+    fake = run(quantized, variables, qstate, x)
+    np.testing.assert_allclose(fake, jit(odd)(variables, x), atol=0.05 * float(jnp.abs(fake).max()))
     counts = assert_parity(quantized, variables, qstate, x, tmp_path)
     assert counts["QLinearAdd"] >= 2 and counts["QLinearConv"] == 4 + 1 + 1 and counts["QGemm"] == 1
 
@@ -163,7 +162,7 @@ def test_implants_under_union_coupling(tmp_path):
     assert sum(len(implant.channels) for implant in plan.implants.values()) > 1
     function, small = shrink(apply, plan), shrink_variables(variables, plan)
     quantized, qstate = calibrate(function, small, x)
-    fake, want = jit(partial(quantized.apply, update=False))(small, qstate, x)[0], jit(function)(small, x)
+    fake, want = run(quantized, small, qstate, x), jit(function)(small, x)
     assert float(jnp.abs(fake - want).max()) < 0.03 * float(jnp.abs(want).max())
     counts = assert_parity(quantized, small, qstate, x, tmp_path)
     assert counts["Concat"] == len(plan.implants) and counts["QLinearAdd"] == 1
@@ -195,7 +194,7 @@ def test_dense_layers_of_any_rank(tmp_path):
     network = to_integer(quantized, HEADS, qstate, example=one)
     np.testing.assert_array_equal(outputs(model, TOKENS)["y"], jit(lambda n, x: n(x))(network, TOKENS))
     model = to_onnx(tokens, HEADS, example=one, dynamic_batch=True)
-    np.testing.assert_allclose(outputs(model, TOKENS)["y"], tokens(HEADS, TOKENS), atol=1e-5)
+    np.testing.assert_allclose(outputs(model, TOKENS)["y"], jit(tokens)(HEADS, TOKENS), atol=1e-5)
 
 
 def test_sums_of_sums_and_a_mean_that_is_scaled(tmp_path):
@@ -223,7 +222,7 @@ def test_a_layer_that_a_rule_skips_stays_in_floating_point(tmp_path):
     quantized, qstate = calibrate(function, variables, x, rules)
     network = to_integer(quantized, variables, qstate, example=x)
     model = to_onnx(quantized, variables, qstate, example=x)
-    fake = quantized.apply(variables, qstate, x, update=False)[0]
+    fake = run(quantized, variables, qstate, x)
     np.testing.assert_allclose(jit(lambda n, x: n(x))(network, x), fake, atol=1e-5)
     np.testing.assert_allclose(outputs(model, x)["y"], fake, atol=1e-5)
     counts = kernels(model, tmp_path)
@@ -235,7 +234,7 @@ def test_what_stays_in_floating_point_keeps_its_16_bits():
     for rules in (INT8, (QuantRule("b", skip=True), *INT8)):
         quantized, qstate = calibrate(function, variables, x, rules)
         got = outputs(to_onnx(quantized, variables, qstate, example=x), x)["y"]
-        want = np.asarray(to_integer(quantized, variables, qstate, example=x)(x))
+        want = np.asarray(jit(lambda n, x: n(x))(to_integer(quantized, variables, qstate, example=x), x))
         assert got.dtype == np.float16
         np.testing.assert_allclose(got, want, atol=2e-3 * float(np.abs(want).max()))
     function, variables, x = in_16_bits(jnp.bfloat16)  # ONNX Runtime has no such kernels, but the file is right
@@ -249,7 +248,7 @@ def test_what_stays_in_floating_point_keeps_its_16_bits():
 def test_float_export(small, tmp_path):
     _, _, variables, x = small
     model = to_onnx(apply, variables, example=x)
-    np.testing.assert_allclose(outputs(model, x)["y"], apply(variables, x), atol=1e-5)
+    np.testing.assert_allclose(outputs(model, x)["y"], jit(apply)(variables, x), atol=1e-5)
     assert Counter(node.op_type for node in model.graph.node)["Conv"] == 3  # every BatchNorm is folded
     assert not {"Mul", "Sub", "Sqrt"} & {node.op_type for node in model.graph.node}
 
@@ -265,7 +264,7 @@ def smooth(v, x):
 def test_float_export_of_smooth_functions():
     v, x = {"one": jax.random.normal(jax.random.key(0), (6, 4))}, jax.random.normal(jax.random.key(1), (8, 6))
     found = outputs(to_onnx(smooth, v, example=x), x)
-    for got, want in zip(found.values(), smooth(v, x), strict=True):
+    for got, want in zip(found.values(), jit(smooth)(v, x), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -351,7 +350,7 @@ def test_constants_among_integers(tmp_path):
         variables[name] = {"kernel": jnp.asarray(drawn.normal(0, 0.3, shape), jnp.float32)}
     x = make_images()
     quantized, qstate = calibrate(with_constants, variables, x)
-    fake, exact = quantized.apply(variables, qstate, x, update=False)[0], with_constants(variables, x)
+    fake, exact = run(quantized, variables, qstate, x), jit(with_constants)(variables, x)
     np.testing.assert_allclose(fake, exact, atol=0.05 * float(jnp.abs(exact).max()))
     counts = assert_parity(quantized, variables, qstate, x, tmp_path)
     assert counts["Concat"] + counts["QLinearConcat"] == 2
