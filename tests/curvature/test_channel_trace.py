@@ -115,7 +115,7 @@ def test_the_mean_is_the_equally_weighted_mean_of_the_probes_and_sem_has_ddof_1(
     np.testing.assert_allclose(estimate.sem["kernel"], stats.sem(samples, axis=0), rtol=1e-4)
 
 
-def test_coverage_of_95_percent_intervals():
+def test_coverage_of_95_percent_intervals(loop_on_device):
     """Student intervals cover the exact trace of every block and of all in 93-97 % of 400 runs, as the bound says."""
     params, batch, H = quadratic_problem()
     runs, probes = 400, 30

@@ -54,7 +54,7 @@ def test_expected_misplaced_of_channels_known_exactly():
     assert abs(expected_misplaced(np.zeros(400), np.ones(400), 9, 200) - 200) < 3 * 10 / np.sqrt(32)
 
 
-def test_the_decision_rule_keeps_its_promise():
+def test_the_decision_rule_keeps_its_promise(loop_on_device):
     """Over 40 keys, the channels really misplaced average at most the tolerance (with a binomial margin)."""
     params, batch, exact = squares_problem()
     tolerance, pruned, wrong, counts = 0.05, 15, [], []
@@ -78,11 +78,11 @@ def test_the_decision_rule_keeps_its_promise():
     assert loose(found) and not stable_decision(params, prune=0.5, tolerance=1e-6)(found)
 
 
-def test_a_running_mean_stops_by_luck():
+def test_a_running_mean_stops_by_luck(loop_on_device):
     """PyHessian stops when one probe moves the running mean by less than a tolerance. On the same probes its error
     at that moment is many times the tolerance it claims; rtol's is what it says."""
     params, batch, exact = squares_problem(channels=3)
-    tolerance, running, ours = 1e-2, [], []
+    tolerance, running, ours = 2e-2, [], []
     options = dict(select=lambda path, leaf: path == "kernel")
     gram = np.asarray(batch).T @ np.asarray(batch) / len(batch)
 
