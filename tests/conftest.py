@@ -7,6 +7,7 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other in a loop
 if "EHAP_JAX_OPTIMIZED" not in os.environ:  # set it to compile as users do
     # Tests compile thousands of tiny programs and run each once: no optimisation, and no module split into parts (each
     # has LLVM's fixed costs). The last flag ended with jaxlib 0.10.
