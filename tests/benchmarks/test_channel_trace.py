@@ -200,6 +200,7 @@ def test_what_is_done_is_not_repeated(tmp_path, monkeypatch, capsys):
     assert "ended with status 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_limit_of_a_row_counts_from_its_first_probe(tmp_path, monkeypatch):
     """Its process sets a timer then, whose signal ends it."""
     pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")

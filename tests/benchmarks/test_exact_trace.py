@@ -163,6 +163,7 @@ def test_goals_and_seconds():
     assert (goals(results)[3]["measured"], goals(results)[3]["met"]) == (4, False)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_batch():
     module = ResNet(8, 3, widths=(2, 2, 4))
     variables = init_variables(module, jax.random.key(0), (8, 8, 3))

@@ -22,6 +22,8 @@ from ehap_jax.curvature import (
 )
 from ehap_jax.curvature.residual_loss import ResidualLoss
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(3)
 PROBES = 64
 

@@ -66,6 +66,7 @@ def test_equals_the_dense_matrix_in_float64(name):
         assert np.abs(expected).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["squared_error", "second_derivative"])
 def test_gauss_newton_products_of_other_heads(head):
     """The head by its second derivative has eigenvalues of both signs."""
@@ -83,6 +84,7 @@ def test_gauss_newton_products_of_other_heads(head):
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_composes_with_jit_vmap_and_grad(name):
     params, batch = operators.problem()
@@ -108,6 +110,7 @@ def test_composes_with_jit_vmap_and_grad(name):
     assert float(slope) == pytest.approx(float(difference), rel=2e-2)
 
 
+@pytest.mark.slow
 def test_composes_with_shard_map(tmp_path):
     """On four devices, a quarter of the examples on each: the mean of the products is that of all examples."""
     finished(command(tmp_path / "found.json", devices=4, module="operators"))
@@ -148,6 +151,7 @@ def test_batches_that_do_not_fit_are_errors():
         gnvp(operators.model, head=lambda z, *_: jnp.ones(2))(params, params, (x, y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_scipy(dtype):
     with enable_x64():
@@ -178,6 +182,7 @@ def test_scipy_solves_with_damped_gauss_newton():
         np.testing.assert_allclose(dense("gnvp") @ x + 0.1 * x, b, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_matfree():
     decomp = pytest.importorskip("matfree.decomp", reason="pip install 'ehap-jax[spectrum]'")
     eig = pytest.importorskip("matfree.eig", reason="pip install 'ehap-jax[spectrum]'")
@@ -190,6 +195,7 @@ def test_matfree():
         assert jax.tree.structure(vectors) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_lineax():
     lineax = pytest.importorskip("lineax", reason="lineax is not installed: pip install lineax")
     with enable_x64(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -71,6 +71,7 @@ def problem():
     return prepared, v, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_scale, probe_scale", [(1.0, 1.0), (64.0, 0.25)])
 @pytest.mark.parametrize("linear", [False, True])
 def test_products_are_those_of_the_hessian(problem, linear, loss_scale, probe_scale):

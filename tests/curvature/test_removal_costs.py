@@ -53,6 +53,7 @@ def dense(model, params, x, labels, head_loss, groups, graph):
     return np.einsum("nck,ncd,ndj->kj", J, H, J) / len(x), np.einsum("nck,nc->nk", J, g)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equals_the_dense_product(name):
     with enable_x64():
@@ -85,6 +86,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_heads(two_layers, name):
     params, x, labels, _ = two_layers
@@ -107,6 +109,7 @@ def test_the_head_without_a_loss_has_no_first_order(two_layers):
                 costs.of([0], first_order=True)
 
 
+@pytest.mark.slow
 def test_a_price_is_the_true_change_where_the_network_is_linear_in_a_gate(two_layers):
     """Squared error of a network whose last layer reads the groups: nothing is left out of the expansion."""
     params, x, _, _ = two_layers
@@ -133,6 +136,7 @@ def test_smooth_networks_have_the_gauss_newton_matrix(two_layers):
     np.testing.assert_allclose(costs.gram(), G, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_every_chunking_and_both_forms_of_the_result_agree(two_layers):
     params, x, labels, _ = two_layers
     with enable_x64():
@@ -153,6 +157,7 @@ def test_every_chunking_and_both_forms_of_the_result_agree(two_layers):
             np.testing.assert_allclose(costs.interactions(2), same.gram()[2], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_more_columns_than_one_pass_takes():
     rng = np.random.default_rng(5)
     with enable_x64():
@@ -166,6 +171,7 @@ def test_more_columns_than_one_pass_takes():
     np.testing.assert_allclose(costs.first_order, a.mean(0), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_random_combinations_are_unbiased(two_layers):
     """The mean over 4,000 combinations of each of 7 examples, against the standard error that the costs report."""
     params, x, labels, _ = two_layers
@@ -182,6 +188,7 @@ def test_random_combinations_are_unbiased(two_layers):
     assert (np.abs(one.gram() - exact.gram()) > 0).any()
 
 
+@pytest.mark.slow
 def test_weights_of_examples(two_layers):
     """A weight of 2 is an example twice, a weight of 0 one that is not there."""
     params, x, labels, _ = two_layers
@@ -196,6 +203,7 @@ def test_weights_of_examples(two_layers):
     np.testing.assert_allclose(found.first_order_squares, twice.first_order_squares, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_dead_groups_cost_nothing():
     params = {"w": jnp.array([[1.0, -1.0]]), "out": jnp.ones((2, 2))}
     costs = removal_costs(lambda p, x: jax.nn.relu(x @ p["w"]) @ p["out"], params, jnp.array([[1.0], [2.0]]),
@@ -203,6 +211,7 @@ def test_dead_groups_cost_nothing():
     assert costs.prices[1] == 0.0 and costs.prices[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
 def test_precisions(two_layers, compute):
     """Errors as large as a few roundings of 24, 8 and 11 bits."""
@@ -216,6 +225,7 @@ def test_precisions(two_layers, compute):
     assert (compute == "float32") == ("compute" not in found.provenance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
 def test_prices_of_large_images_in_16_bits(compute):
     """A gate's derivative is a sum over all positions: it stays in float32."""
@@ -293,6 +303,7 @@ def test_one_compilation_per_shape(two_layers):
     assert sys.modules[removal_costs.__module__]._chunk._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_bad_input_is_named_before_any_work():
     params = {"w": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
     x, labels = jnp.arange(6.0)[::-1].reshape(2, 3), jnp.array([0, 1], jnp.int32)

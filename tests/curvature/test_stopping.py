@@ -54,6 +54,7 @@ def test_expected_misplaced_of_channels_known_exactly():
     assert abs(expected_misplaced(np.zeros(400), np.ones(400), 9, 200) - 200) < 3 * 10 / np.sqrt(32)
 
 
+@pytest.mark.slow
 def test_the_decision_rule_keeps_its_promise(loop_on_device):
     """Over 40 keys, the channels really misplaced average at most the tolerance (with a binomial margin)."""
     params, batch, exact = squares_problem()
@@ -78,6 +79,7 @@ def test_the_decision_rule_keeps_its_promise(loop_on_device):
     assert loose(found) and not stable_decision(params, prune=0.5, tolerance=1e-6)(found)
 
 
+@pytest.mark.slow
 def test_a_running_mean_stops_by_luck(loop_on_device):
     """PyHessian stops when one probe moves the running mean by less than a tolerance. On the same probes its error
     at that moment is many times the tolerance it claims; rtol's is what it says."""
@@ -107,6 +109,7 @@ def test_a_running_mean_stops_by_luck(loop_on_device):
     assert np.sqrt(np.mean(np.square(ours))) < 2 * tolerance
 
 
+@pytest.mark.slow
 def test_variance_is_split_into_its_parts():
     """Totals with a known batch variance of 4 and a known probe variance: Rademacher, 2 * off-diagonal squares."""
     A = np.array([[2.0, 1.0], [1.0, 2.0]])

@@ -88,6 +88,7 @@ def test_info_describes_the_network(network):
     assert leaves + len(info.unread) == len(network.state_dict())
 
 
+@pytest.mark.slow
 def test_prefixes_containers_and_metadata(network, images, tmp_path):
     wrapped = {"module." + key: value for key, value in network.state_dict().items()}
     torch.save({"state_dict": wrapped, "best_prec1": 91.5, "epoch": 3}, tmp_path / "net.th")

@@ -67,6 +67,7 @@ def test_dense_round_trip(loaded, images, tmp_path):
     np.testing.assert_array_equal(found.apply(found.variables, images), apply(variables, images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_shrunk_round_trip(coupling, loaded, shrunk, images, tmp_path):
     plan, small = shrunk[coupling]
@@ -255,6 +256,7 @@ def test_links_out_of_the_directory_are_not_followed(name, saved, tmp_path):
         load_model(saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -111,6 +111,7 @@ def figures(projected, tmp_path_factory):
     return status, json.loads((folder / "new" / "out.json").read_text()), folder
 
 
+@pytest.mark.slow
 def test_compare_measures_everything(figures):
     status, document, _ = figures
     (result,) = document["results"]

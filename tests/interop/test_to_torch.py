@@ -110,6 +110,7 @@ def test_macs_and_parameters_are_those_pytorch_counts(family, plan):
         assert sum(p.numel() for p in module.parameters()) == cost.params
 
 
+@pytest.mark.slow
 def test_pruned_networks_compute_the_same(family, plan):
     assert plan.keep
     masked = mask_variables(family.variables, plan)
@@ -138,6 +139,7 @@ def union_plan(loaded, images):
     return allocate(graph, random_scores(graph, key=jax.random.key(1)), channels=0.6, coupling="union")
 
 
+@pytest.mark.slow
 def test_pruned_network_goes_on_training_in_pytorch(loaded, union_plan, images):
     module = torch_models.load(to_torch(shrink_variables(loaded[1], union_plan), union_plan)).train()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
@@ -190,6 +192,7 @@ def strided():
     return apply, variables, trace_graph(apply)(variables, images[:1]), images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_pruned_networks_load_into_ehaps_and_haps_modules(coupling, strided):
     """Strictly, with the logits of the shrunk network, and back."""

@@ -51,6 +51,7 @@ def torch_images(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
+@pytest.mark.slow
 def test_every_integer_is_the_same(pair):
     network, module, images = pair
     ours = jax.jit(lambda n, x: n.tensors(x))(network, images)
@@ -87,6 +88,7 @@ def test_state_dict_is_the_integers(pair, tmp_path):
     assert torch.equal(other(torch_images(images[:2])), expected)
 
 
+@pytest.mark.slow
 def test_what_is_left_in_floating_point_is_refused():
     apply, variables, _ = from_torch(lively(torch_models.cifar_resnet(8, widths=(2, 2, 4))).state_dict())
     images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -95,6 +97,7 @@ def test_what_is_left_in_floating_point_is_refused():
         IntegerModule(network, (8, 8, 3))
 
 
+@pytest.mark.slow
 def test_one_layer_that_is_rounded_to_two_grids():
     """Its sums have a multiplier for each of them; and layers may be called anything."""
 

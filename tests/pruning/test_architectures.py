@@ -149,12 +149,14 @@ def prepare(name):
     return model, randomise(jax.eval_shape(model.init, jax.random.key(0), images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_evaluation(name):
     model, variables = prepare(name)
     assert_all_plans(model.apply, variables, images(), seeds=(0,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_BATCH_NORM)
 def test_training(name):
     """Logits, new running statistics and the gradient of both, batch statistics in use."""
@@ -206,6 +208,7 @@ class NNXNetwork(nnx.Module):
         return self.head(nnx.relu(x + self.noise(self.body(x))).mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_nnx_through_split():
     """The state of ``nnx.split``, random keys in it, is a pytree like any other; new statistics come back with it."""
     graphdef, state = nnx.split(NNXNetwork(nnx.Rngs(0)))
@@ -226,6 +229,7 @@ def test_nnx_through_split():
     assert_invariant(partial(apply, train=True), variables, images(), plan=random_plan(graph, 2, "union"))
 
 
+@pytest.mark.slow
 def test_equinox():
     """An Equinox module is a pytree of arrays beside functions; ``partition`` separates them."""
     eqx = pytest.importorskip("equinox", reason="Equinox is not installed: pip install 'ehap-jax[test]'")
@@ -260,6 +264,7 @@ def test_equinox():
 # ------------------------------------------------------------------------------------------- loops, branches, noise
 
 
+@pytest.mark.slow
 def test_scan_over_stacked_blocks():
     """Stacked residual layers: the stream lives and dies with every layer, the hidden width with the stack."""
     v = {
@@ -309,6 +314,7 @@ def test_branches_and_unbounded_loops_freeze_what_enters_them(kind):
 SMALL = {"a": (3, 5), "b": (5, 4), "c": (4, 2)}
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_noise_for_the_channels_that_stay():
     class Dropped(nn.Module):
         @nn.compact
@@ -326,6 +332,7 @@ def test_dropout_draws_the_same_noise_for_the_channels_that_stay():
     assert_all_plans(apply, v, images(), jax.random.key(3), seeds=(0,))
 
 
+@pytest.mark.slow
 def test_scatter_gather_and_updates_pass_whole_axes():
     v = {n: normal(*s, seed=i) for i, (n, s) in enumerate(SMALL.items())}
 
@@ -341,6 +348,7 @@ def test_scatter_gather_and_updates_pass_whole_axes():
     assert_all_plans(apply, v, normal(3, 3, seed=9), seeds=(0, 1))
 
 
+@pytest.mark.slow
 def test_channels_are_reversed_split_and_padded():
     v = {"a": (3, 6), "b": (4, 3), "c": (5, 2)}
     v = {n: normal(*s, seed=i) for i, (n, s) in enumerate(v.items())}

@@ -26,6 +26,7 @@ def shrunk(request):
     return shrink(apply, plan), small, jit(shrink(apply, plan))(small, images())
 
 
+@pytest.mark.slow
 def test_stablehlo_round_trip(shrunk):
     """Serialised, and called after loading without any Python of this library."""
     function, small, logits = shrunk

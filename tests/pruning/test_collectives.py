@@ -35,6 +35,7 @@ def train(variables, x):
     return MODEL.apply(variables, x, True, mutable=["batch_stats"])
 
 
+@pytest.mark.slow
 def test_cross_replica_normalisation(network):
     variables, plan = network
     along = partial(jax.vmap, in_axes=(None, 0), axis_name="batch")

@@ -44,6 +44,7 @@ def plan(graph):
     return PruningPlan.from_keep(graph, KEEP, implants=IMPLANTS)
 
 
+@pytest.mark.slow
 def test_the_mask_keeps_the_centre_tap_and_shrinking_a_1x1_kernel(plan):
     v = variables()
     kernel = mask_variables(v, plan)["a1"]
@@ -105,6 +106,7 @@ def test_any_geometry(name):
     assert_invariant(network, v, x, plan=plan)
 
 
+@pytest.mark.slow
 def test_other_layouts_casts_and_rematerialisation():
     """NCHW, a kernel that is cast to half precision first, inside a checkpoint."""
     v = {"w": normal(5, 3, 3, 3, seed=1), "head": normal(5, 2, seed=2)}
@@ -156,6 +158,7 @@ def resnet(request):
     )
 
 
+@pytest.mark.slow
 def test_resnet_in_both_modes(resnet):
     """Logits; and of a training step the new running statistics and the gradient."""
     close(resnet.logits, jit(lambda v, x: resnet.apply(mask_variables(v, resnet.plan), x))(resnet.variables, resnet.x))
@@ -174,6 +177,7 @@ def test_zero_and_centre_initialisation(graph):
     assert np.all(np.any(gradient["a2"]["pointwise"], axis=(0, 1, 2))), "it is read through a bias and a sum"
 
 
+@pytest.mark.slow
 def test_expanded_and_without_implants(resnet):
     """Back at full size a network with implants is the masked one, and shrinks again in one piece."""
     whole = replace(resnet.plan, implants={})
@@ -188,6 +192,7 @@ def test_expanded_and_without_implants(resnet):
     close(logits, resnet.logits)
 
 
+@pytest.mark.slow
 def test_fake_quant_of_a_shrunk_network_with_implants(plan):
     """Both parts of a split kernel are layers of their own; 8 bits are near the float network."""
     small, x = shrink_variables(variables(), plan), images()

@@ -54,6 +54,7 @@ def real(layer):
 # What it computes
 
 
+@pytest.mark.slow
 def test_a_dense_layer_is_within_the_bound_of_its_scales():
     """|y_q − y| ≤ Σ|x|·s_w/2 + Σ|w_q|·s_x/2 + s_x·s_w/2, per output; and it is not y."""
     quantized, qstate = calibrate(dense, DENSE, DENSE_X)
@@ -151,6 +152,7 @@ def test_integer_products_are_left_alone():
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_grouped_and_depthwise_convolutions_have_a_scale_per_output_channel():
     x = jax.random.normal(jax.random.key(2), (2, 4, 4, 4))
     gamma = jnp.array([1.0, -2.0, 0.5, 3.0])
@@ -204,6 +206,7 @@ def test_dead_channels_keep_their_bias(tiny):
     assert np.all(np.isfinite(gradient["kernel"]))
 
 
+@pytest.mark.slow
 def test_bits_matter(calibrated):
     _, variables, _, x = calibrated
     want = apply(variables, x)
@@ -250,6 +253,7 @@ def test_integers_lie_on_the_grid_and_reproduce_the_layer(calibrated):
 # Gradients
 
 
+@pytest.mark.slow
 def test_gradients_match_the_float_network(calibrated):
     """Straight through: every parameter's gradient points where the float network's does."""
     quantized, variables, qstate, x = calibrated
@@ -314,6 +318,7 @@ def test_learned_ranges_get_gradients_and_training_them_helps():
 # Composition
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_grad_compose(calibrated):
     quantized, variables, qstate, x = calibrated
     call = partial(quantized.apply, update=False)
@@ -346,6 +351,7 @@ def test_updating_observes_before_rounding_and_freezing_never_recompiles():
     np.testing.assert_allclose(float(moved["kernel"].high), 2 * float(DENSE_X.max()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_models_of_the_library_are_folded_whole():
     """ResNet-8 with both kinds of shortcut: every BatchNorm disappears, and the result stays close."""
     model = ResNet(8, 10, shortcut="B", widths=(4, 6, 8))
@@ -365,6 +371,7 @@ def test_the_models_of_the_library_are_folded_whole():
     assert quantized_bytes(function, variables, x) == sum(k.size for k in kernels) + 8 * biases + 5 * 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_shrunk_networks_are_quantised_too(coupling):
     """Every layer of the smaller network keeps its fold, and the masked network's range at the input of each."""
@@ -419,6 +426,7 @@ def test_rematerialised_and_bfloat16_networks(calibrated):
 # Residual sums
 
 
+@pytest.mark.slow
 def test_residual_branches_have_their_own_scales(calibrated):
     quantized, variables, qstate, x = calibrated
     # The shortcut is the value that conv a reads, so it has that range; the other branch has one of its own.

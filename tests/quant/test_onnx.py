@@ -66,6 +66,7 @@ def small():
     return *calibrate(apply, variables, x), variables, x
 
 
+@pytest.mark.slow
 def test_the_small_network(small, tmp_path):
     quantized, qstate, variables, x = small
     counts = assert_parity(quantized, variables, qstate, x, tmp_path)
@@ -77,6 +78,7 @@ def test_the_small_network(small, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_symmetric_grids_narrower_than_their_type(tmp_path):
     variables, x = make_variables(), jnp.abs(make_images())
     rules = (QuantRule(activations="symmetric", activation_bits=6, weight_bits=4, residual_bits=6),)
@@ -89,6 +91,7 @@ def calibrate_for(variables, x, rules):
     return quantized, variables, qstate
 
 
+@pytest.mark.slow
 def test_a_pruned_resnet_with_union_coupling(tmp_path):
     """Option-A shortcuts and channels added by index: slices, pads and gathers of integers."""
     model = ResNet(8, 10, widths=(4, 6, 8))
@@ -117,6 +120,7 @@ def odd(v, x):
     return (v["out"]["kernel"] @ both.reshape(x.shape[0], -1).T).T
 
 
+@pytest.mark.slow
 def test_everything_that_has_an_integer_form(tmp_path):
     variables = make_variables()
     keys = jax.random.split(jax.random.key(5))
@@ -143,6 +147,7 @@ def varied(v, x):
     return y.mean((1, 2)) @ v["out"]
 
 
+@pytest.mark.slow
 def test_convolutions_of_every_kind(tmp_path):
     shapes = {"grouped": (3, 3, 2, 4), "depthwise": (2, 3, 1, 4), "dilated": (3, 3, 4, 5), "out": (5, 3)}
     drawn = np.random.default_rng(6)
@@ -153,6 +158,7 @@ def test_convolutions_of_every_kind(tmp_path):
     assert counts["QLinearConv"] == 3
 
 
+@pytest.mark.slow
 def test_implants_under_union_coupling(tmp_path):
     """A kernel of two parts: two convolutions whose results are joined, with one affine function after them."""
     variables, x = make_variables(gamma_sign=True), make_images()
@@ -185,6 +191,7 @@ def tokens(v, x):
     return jnp.einsum("obt,o->bt", y, v["e"])
 
 
+@pytest.mark.slow
 def test_dense_layers_of_any_rank(tmp_path):
     quantized, qstate = calibrate(tokens, HEADS, TOKENS)
     counts = assert_parity(quantized, HEADS, qstate, TOKENS, tmp_path)
@@ -197,6 +204,7 @@ def test_dense_layers_of_any_rank(tmp_path):
     np.testing.assert_allclose(outputs(model, TOKENS)["y"], jit(tokens)(HEADS, TOKENS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sums_of_sums_and_a_mean_that_is_scaled(tmp_path):
     def function(v, x):
         y = jnp.einsum("btf,fo->bto", x, v["a"])
@@ -210,6 +218,7 @@ def test_sums_of_sums_and_a_mean_that_is_scaled(tmp_path):
     assert (counts["QLinearAdd"], counts["QLinearGlobalAveragePool"], counts["QGemm"]) == (5, 1, 2)
 
 
+@pytest.mark.slow
 def test_a_layer_that_a_rule_skips_stays_in_floating_point(tmp_path):
     """Between quantised ones, too: ONNX Runtime would quantise its weights with a rule of its own."""
     variables = {name: jnp.asarray(RNG.normal(size=(5, 5)), jnp.float32) for name in "abcd"}
@@ -229,6 +238,7 @@ def test_a_layer_that_a_rule_skips_stays_in_floating_point(tmp_path):
     assert (counts["Gemm"] + counts["FusedGemm"], counts["QGemm"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_what_stays_in_floating_point_keeps_its_16_bits():
     function, variables, x = in_16_bits(jnp.float16)
     for rules in (INT8, (QuantRule("b", skip=True), *INT8)):
@@ -303,6 +313,7 @@ def test_large_weights_go_to_a_second_file(small, tmp_path):
     np.testing.assert_array_equal(got, outputs(model, x)["y"])
 
 
+@pytest.mark.slow
 def test_sixteen_bit_sums_need_a_new_opset(small):
     _, _, variables, x = small
     rules = (QuantRule("stem/*", activations="symmetric", residual_bits=16), *HAWQ)
@@ -314,6 +325,7 @@ def test_sixteen_bit_sums_need_a_new_opset(small):
     np.testing.assert_allclose(got, jit(lambda n, x: n(x))(network, x), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_sixteen_bit_integers_are_padded_and_chosen_from():
     """ONNX Runtime has no such kernels for them."""
 
@@ -344,6 +356,7 @@ def with_constants(v, x):
     return conv(framed, v["d"]["kernel"]).mean((1, 2)) @ v["out"]["kernel"]
 
 
+@pytest.mark.slow
 def test_constants_among_integers(tmp_path):
     variables, drawn = make_variables(), np.random.default_rng(3)
     for name, shape in {"c": (3, 3, 4, 8), "d": (3, 3, 9, 4), "out": (4, 5)}.items():
