@@ -1,5 +1,6 @@
 """State dicts out: bit for bit what went in, loaded strictly, the same network dense, masked and shrunk."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -58,9 +59,13 @@ FAMILIES = {
 }
 
 
+COUPLINGS = dict(zip(FAMILIES, itertools.cycle(("union", "group"))))
+
+
 class Family(NamedTuple):
     """A dense network in JAX, its graph, and images."""
 
+    name: str
     apply: Any
     variables: Any
     graph: Any
@@ -72,14 +77,14 @@ def family(request):
     size = 32 if "vgg" in request.param else 8
     images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     apply, variables, _ = from_torch(lively(FAMILIES[request.param]()).state_dict())
-    return Family(apply, variables, trace_graph(apply)(variables, images[:1]), images)
+    return Family(request.param, apply, variables, trace_graph(apply)(variables, images[:1]), images)
 
 
-@pytest.fixture(scope="module", params=["group", "union"])
-def plan(request, family):
-    """A random plan, pruning the residual streams as the coupling allows."""
+@pytest.fixture(scope="module")
+def plan(family):
+    """A random plan, pruning the residual streams as the coupling of the family allows."""
     scores = random_scores(family.graph, key=jax.random.key(0))
-    return allocate(family.graph, scores, channels=0.6, coupling=request.param)
+    return allocate(family.graph, scores, channels=0.6, coupling=COUPLINGS[family.name])
 
 
 def hooked_macs(module, image):

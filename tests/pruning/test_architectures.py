@@ -1,5 +1,6 @@
 """masked == shrunk on networks nobody wrote rules for, over random plans and both couplings."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -137,6 +138,8 @@ MODELS = {
     "shared": SharedWeights(),
     "groupnorm": GroupNormalised(),
 }
+COUPLINGS = dict(zip(MODELS, itertools.cycle(("union", "group"))))
+"""The coupling of every network's plan; gates are tried with the other one (tests/graph/test_gates.py)."""
 WITH_BATCH_NORM = ["preactivation", "vgg", "mobilenet", "densenet"]
 
 
@@ -153,7 +156,7 @@ def prepare(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_evaluation(name):
     model, variables = prepare(name)
-    assert_all_plans(model.apply, variables, images(), seeds=(0,))
+    assert_all_plans(model.apply, variables, images(), seeds=(0,), couplings=(COUPLINGS[name],))
 
 
 @pytest.mark.slow
