@@ -263,6 +263,7 @@ def test_a_row_runs_in_a_process_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     "made", [Row("torch-published", "float32", "tiny", 4, 8), Row("peak-torch", "float32", side=8)]
 )
+@pytest.mark.slow
 def test_pytorchs_rows(made):
     pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
     found = measure(made, 0.01, 2)

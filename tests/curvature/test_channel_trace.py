@@ -85,6 +85,7 @@ def test_rademacher_estimates_are_within_the_computed_bound(problem, dense):
     assert estimate.layer_sem().keys() == set(KERNELS)
 
 
+@pytest.mark.slow
 def test_leaves_that_are_not_selected_are_none_and_not_perturbed(problem, dense):
     params, batch = problem
     estimate = channel_trace(
@@ -196,6 +197,7 @@ def test_microbatches_weigh_by_examples(problem, size):
         np.testing.assert_allclose(a, b, atol=1e-6 * scale, rtol=0)
 
 
+@pytest.mark.slow
 def test_several_batches_are_one(problem):
     """Uneven batches from a loader give the trace of all their examples, as one batch would."""
     params, batch = problem

@@ -14,6 +14,7 @@ import pytest
 from ehap_jax.curvature import channel_trace
 from tests.curvature import on_devices
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
@@ -56,13 +57,11 @@ def assert_same(found, expected):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", [*(f"{d}x{p}" for d, p in on_devices.SHAPES), "linearize", "probe only"])
 def test_a_mesh_gives_the_result_of_one_device(found, shape):
     assert_same(found[shape], found["one"])
 
 
-@pytest.mark.slow
 def test_the_result_here_is_that_of_the_other_process(found):
     assert_same(on_devices.flat(on_devices.trace()), found["one"])
 
@@ -94,7 +93,6 @@ def test_dividing_the_examples_divides_the_memory(found):
     assert divided < 0.6 * together
 
 
-@pytest.mark.slow
 def test_two_processes(found, tmp_path):
     """Through jax.distributed, with gloo between processes: both return the trace, one of them writes the file."""
     with socket.socket() as free:
@@ -118,7 +116,6 @@ def test_axes_of_other_names_are_refused():
         channel_trace(on_devices.loss, *on_devices.problem(), key=jax.random.key(0), num_probes=1, mesh=mesh)
 
 
-@pytest.mark.slow
 def test_an_exact_trace_on_a_mesh_is_that_of_one_device(found):
     """On three meshes in several compiled functions, the way of CPUs; in one; begun on four devices, ended on one."""
     one, *others = (np.array(values) for values in found["exact"])

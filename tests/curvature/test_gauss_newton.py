@@ -86,6 +86,7 @@ def test_random_combinations_are_unbiased(two_layers, draw):
     assert abs(trace.total() - exact.total()) <= 5 * trace.total_sem()
 
 
+@pytest.mark.slow
 def test_one_combination_is_reproducible_and_has_no_standard_error(two_layers):
     params, x, _, _ = two_layers
     with enable_x64():
@@ -128,6 +129,7 @@ def test_precision(two_layers, compute, tolerance):
     close(trace, {path: np.asarray(exact.mean[path]) for path in ("w", "out")}, tolerance)
 
 
+@pytest.mark.slow
 def test_float16_lowers_its_scale_where_it_overflows(two_layers, chunk_function):
     params, x, _, exact = two_layers
     scales = {"w": 0.01, "b": 0.01, "out": 100.0}

@@ -90,6 +90,7 @@ def test_what_the_compiler_says_is_compiled_once(bound):
     assert len(compiled) == deciding
 
 
+@pytest.mark.slow
 def test_without_word_from_the_compiler_an_estimate_decides_and_says_so(monkeypatch, needs):
     monkeypatch.setattr(memory, "_stats", lambda lowered: None)
     found = product_memory(deep, *deep_problem())

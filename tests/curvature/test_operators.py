@@ -120,6 +120,7 @@ def test_composes_with_shard_map(tmp_path):
         np.testing.assert_allclose(divided, together, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_linearised_operator_goes_through_jit_as_an_argument():
     params, batch = operators.problem()
     product = linearized_hvp(operators.loss, params, batch)
