@@ -59,6 +59,7 @@ def test_the_same_probes_in_16_bit_agree_with_float32(problem, float32, compute,
     assert {x.dtype for x in jax.tree.leaves(low.mean)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_float16_finds_scales_with_room_and_rejects_nothing_more(problem):
     estimate = channel_trace(network.loss, *problem, key=KEY, num_probes=64, policy=Policy("float16"))
     loss_scale, probe_scale = float(estimate.state.loss_scale), float(estimate.state.probe_scale)
@@ -126,6 +127,7 @@ def test_the_trace_of_a_million_identities_is_exact(compute):
         assert np.asarray(estimate.mean["kernel"]).tolist() == [n]
 
 
+@pytest.mark.slow
 def test_a_rejected_probe_is_repeated_not_dropped():
     """The first loss scale overflows in float16; the same probes come through with a lower one, and are counted."""
     params, batch = integer_problem()

@@ -91,6 +91,7 @@ def test_products_are_those_of_the_hessian(problem, linear, loss_scale, probe_sc
             )
 
 
+@pytest.mark.slow
 def test_which_kernels_need_no_weight_gradient(problem):
     (layout, leaves, (chunk,), _), _, _ = problem
     with enable_x64():

@@ -127,6 +127,7 @@ def test_a_price_is_the_true_change_where_the_network_is_linear_in_a_gate(two_la
             np.testing.assert_allclose(costs.of(gone, first_order=True), change, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_smooth_networks_have_the_gauss_newton_matrix(two_layers):
     params, x, labels, _ = two_layers
     with enable_x64():
@@ -245,6 +246,7 @@ def test_prices_of_large_images_in_16_bits(compute):
     np.testing.assert_allclose(found, exact, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_several_batches_are_weighted_each_by_itself(two_layers):
     params, x, labels, _ = two_layers
     with enable_x64():
@@ -267,6 +269,7 @@ def test_float16_lowers_its_scale_where_it_overflows(two_layers):
     np.testing.assert_allclose(found.second_order, exact.second_order, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_from_its_file(two_layers, tmp_path):
     params, x, labels, _ = two_layers
     path = tmp_path / "costs.npz"
@@ -294,6 +297,7 @@ def test_a_stopped_run_goes_on_from_its_file(two_layers, tmp_path):
             path.unlink()
 
 
+@pytest.mark.slow
 def test_one_compilation_per_shape(two_layers):
     params, x, labels, _ = two_layers
     params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, x))

@@ -105,6 +105,7 @@ def test_options_saved_beside_the_weights_do_not_matter(network, tmp_path):
     assert from_torch(tmp_path / "net.t7")[2].metadata == {"acc": 93.0}
 
 
+@pytest.mark.slow
 def test_safetensors(network, images, tmp_path):
     from safetensors.torch import save_file
 
