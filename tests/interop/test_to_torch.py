@@ -233,6 +233,7 @@ def test_positions_are_yielded_by_a_set_in_order():
         assert list(set(branch + residual)) == list(range(count))
 
 
+@pytest.mark.slow
 def test_sums_that_ehaps_code_has_not(strided):
     """A channel of a sum that neither operand has."""
     _, variables, graph, _ = strided

@@ -62,6 +62,7 @@ def test_every_integer_is_the_same(pair):
     assert any(np.ptp(np.asarray(values)) > 100 for values in ours.values()), "nothing happens in this network"
 
 
+@pytest.mark.slow
 def test_logits_are_the_same_bits_for_any_batch_size(pair):
     network, module, images = pair
     ours = np.asarray(jax.jit(lambda n, x: n(x))(network, images))

@@ -176,6 +176,7 @@ def unit_sizes(name, path, coupling="group"):
     return {len(g.producers[path]) for g in groups if path in g.producers}, groups
 
 
+@pytest.mark.slow
 def test_heads_and_mlp_units_of_a_transformer_are_groups():
     sizes, groups = unit_sizes("vit", "params/MultiHeadDotProductAttention_0/query/kernel")
     assert sizes == {1}, "one index of the head axis"
@@ -366,6 +367,7 @@ def test_channels_are_reversed_split_and_padded():
     assert_all_plans(apply, v, normal(3, 3, seed=9), seeds=range(3), keep=0.7)
 
 
+@pytest.mark.slow
 def test_closed_over_arrays_are_sliced_like_parameters():
     scale, kernel = jnp.arange(1.0, 6.0), normal(3, 3, 5, 4, seed=5)
     v = {
@@ -382,6 +384,7 @@ def test_closed_over_arrays_are_sliced_like_parameters():
     assert_all_plans(apply, v, images(), seeds=(0,))
 
 
+@pytest.mark.slow
 def test_a_new_network_needs_one_compilation_per_plan():
     """Shrinking costs tracing time only: under jit the second call with the same shapes traces nothing."""
     model, variables = prepare("groupnorm")

@@ -40,6 +40,7 @@ def test_stablehlo_round_trip(shrunk):
         export.export(jax.jit(function))(small, batch)
 
 
+@pytest.mark.slow
 def test_stablehlo_keeps_derivatives(shrunk):
     function, small, _ = shrunk
     exported = export.export(jax.jit(function))(small, images())

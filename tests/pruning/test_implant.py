@@ -66,6 +66,7 @@ def test_the_shrunk_function_convolves_the_implants_1x1(plan):
     assert kernels == [(3, 3, 3, 2), (1, 1, 3, 1), (3, 3, 3, 1), (1, 1, 3, 2), (3, 3, 3, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_masked_is_shrunk(graph, coupling):
     keep = KEEP if coupling == "group" else {**KEEP, "a2": [1, 2, 3, 4]}

@@ -52,6 +52,7 @@ def test_the_plain_average_over_batches(variables):
     close(found["params"], variables["params"], 0)
 
 
+@pytest.mark.slow
 def test_one_batch_makes_evaluation_and_training_agree(variables):
     logits, _ = jax.jit(train)(variables, BATCHES[0])
     close(evaluate(recalibrate(train, variables, BATCHES[:1]), BATCHES[0]), logits, 1e-4)
