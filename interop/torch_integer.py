@@ -81,11 +81,11 @@ class IntegerModule(nn.Module):
         >>> apply = eval_apply(model := ResNet(8, 10, widths=(2, 2, 4)))
         >>> variables = init_variables(model, jax.random.key(0), (8, 8, 3))
         >>> q, x = fake_quant(apply), np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("f4")
-        >>> _, ranges = q.apply(variables, q.init(variables, x), x, update=True)
+        >>> _, ranges = jax.jit(lambda v, r: q.apply(v, r, x, update=True))(variables, q.init(variables, x))
         >>> network = to_integer(q, variables, ranges, example=x)
         >>> module = IntegerModule(network, (8, 8, 3))
         >>> logits = module(torch.from_numpy(x).permute(0, 3, 1, 2))
-        >>> bool((logits.numpy() == np.asarray(network(x))).all())
+        >>> bool((logits.numpy() == np.asarray(jax.jit(network)(x))).all())
         True
     """
 

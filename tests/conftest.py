@@ -7,10 +7,13 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other in a loop
 if "EHAP_JAX_OPTIMIZED" not in os.environ:  # set it to compile as users do
-    # Tests compile thousands of tiny programs and run each once. The last flag ended with jaxlib 0.10.
+    # Tests compile thousands of tiny programs and run each once: no optimisation, and no module split into parts (each
+    # has LLVM's fixed costs). The last flag ended with jaxlib 0.10.
     os.environ["XLA_FLAGS"] = " ".join(
         ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+        + ["--xla_cpu_parallel_codegen_split_count=1"]
         + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
         + [os.environ.get("XLA_FLAGS", "")]
     )
@@ -20,6 +23,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what several tests compile 
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+if {"PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"} & os.environ.keys() == {"PYTHONDONTWRITEBYTECODE"}:
+    # Every process that a test starts would compile a thousand modules; in a folder of the run's own, one does.
+    bytecode = tempfile.TemporaryDirectory(prefix="ehap_jax_tests_")
+    os.environ["PYTHONPYCACHEPREFIX"] = bytecode.name
+    del os.environ["PYTHONDONTWRITEBYTECODE"]
 
 import jax
 import pytest

@@ -50,6 +50,7 @@ def test_arrays_are_those_that_numpy_reads(tmp_path, save):
             assert array.flags.f_contiguous == expected[name].flags.f_contiguous
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for_is_unpacked(tmp_path):
     huge = npy(np.zeros(1, np.uint8)) + bytes(80 * 2**20)
     path = archive(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -146,13 +146,9 @@ def diagonal_traces(penalty: Penalty, layout: Layout, params: PyTree) -> dict[st
     return {path: x.astype(layout.policy.sums) for path, x in layout.channel_sums(diagonal).items()}
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _products(penalty: Penalty, layout: Layout, probed, rest, v):
     """H 1 and H v."""
-
-    @jax.jit
-    def run(probed, rest, v):
-        gradient = jax.grad(lambda p: penalty(layout.join(p, rest)))
-        ones = jax.tree.map(jnp.ones_like, probed)
-        return [jax.jvp(gradient, (probed,), (along,))[1] for along in (ones, v)]
-
-    return run(probed, rest, v)
+    gradient = jax.grad(lambda p: penalty(layout.join(p, rest)))
+    ones = jax.tree.map(jnp.ones_like, probed)
+    return [jax.jvp(gradient, (probed,), (along,))[1] for along in (ones, v)]

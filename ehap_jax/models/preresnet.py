@@ -54,7 +54,7 @@ class PreResNet(nn.Module):
 
     Example:
         >>> model = PreResNet(depth=11, num_classes=10, stem=4, widths=(2, 4, 8))
-        >>> model.init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0].shape
+        >>> jax.jit(model.init_with_output)(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0].shape
         (2, 10)
     """
 

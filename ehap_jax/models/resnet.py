@@ -67,8 +67,8 @@ class ResNet(nn.Module):
     Example:
         >>> model = ResNet(depth=8, num_classes=10, widths=(4, 8, 16))
         >>> x = jnp.zeros((2, 8, 8, 1))
-        >>> variables = model.init(jax.random.key(0), x)
-        >>> model.apply(variables, x).shape
+        >>> variables = jax.jit(model.init)(jax.random.key(0), x)
+        >>> jax.jit(model.apply)(variables, x).shape
         (2, 10)
     """
 

@@ -46,8 +46,8 @@ class WideResNet(nn.Module):
         ValueError: depth is not 6n + 4, or `widen` is not positive.
 
     Example:
-        >>> WideResNet(depth=10, widen=1, num_classes=10).init_with_output(
-        ...     jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0].shape
+        >>> model = WideResNet(depth=10, widen=1, num_classes=10)
+        >>> jax.jit(model.init_with_output)(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0].shape
         (2, 10)
     """
 

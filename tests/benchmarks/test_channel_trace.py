@@ -200,6 +200,7 @@ def test_what_is_done_is_not_repeated(tmp_path, monkeypatch, capsys):
     assert "ended with status 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_limit_of_a_row_counts_from_its_first_probe(tmp_path, monkeypatch):
     """Its process sets a timer then, whose signal ends it."""
     pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
@@ -262,6 +263,7 @@ def test_a_row_runs_in_a_process_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     "made", [Row("torch-published", "float32", "tiny", 4, 8), Row("peak-torch", "float32", side=8)]
 )
+@pytest.mark.slow
 def test_pytorchs_rows(made):
     pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
     found = measure(made, 0.01, 2)

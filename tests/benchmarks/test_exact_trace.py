@@ -51,6 +51,7 @@ def test_runs_stops_and_goes_on(tiny, monkeypatch, tmp_path, capsys):
     assert json.loads(out.read_text())["networks"] == json.loads(before)["networks"]
 
 
+@pytest.mark.slow
 def test_every_network_and_precision_keeps_its_own_probes(tiny, monkeypatch, tmp_path):
     files = []
     monkeypatch.setattr(exact_trace, "SAMPLED", {})
@@ -63,6 +64,7 @@ def test_every_network_and_precision_keeps_its_own_probes(tiny, monkeypatch, tmp
     assert len({file.name for file in files}) == 4
 
 
+@pytest.mark.slow
 def test_published_weights(tiny):
     """Each probe weighs 2^-8 of the one before: the sum over explicit probes."""
     pytest.importorskip("torch", reason="the published weights of probes are in the PyTorch reference")
@@ -163,6 +165,7 @@ def test_goals_and_seconds():
     assert (goals(results)[3]["measured"], goals(results)[3]["met"]) == (4, False)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_batch():
     module = ResNet(8, 3, widths=(2, 2, 4))
     variables = init_variables(module, jax.random.key(0), (8, 8, 3))

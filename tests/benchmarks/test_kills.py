@@ -28,6 +28,7 @@ def compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(tmp_path, compiled_once):
     """`python -m benchmarks.kills` does the same to a recipe, and more often."""
     found = try_kills(MINIATURE, 2, 0, tmp_path)
@@ -36,6 +37,7 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, compiled_once):
     assert any(kill["status"] != 0 for kill in found["kills"])
 
 
+@pytest.mark.slow
 def test_a_run_that_forgets_is_seen(tmp_path):
     job = Job((sys.executable, "-c", FORGETFUL), ("summary.json",))
     found = try_kills(job, 2, 1, tmp_path)

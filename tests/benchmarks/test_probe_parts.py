@@ -29,6 +29,7 @@ def test_sums_of_known_times():
     assert found["cpu_seconds"] == {"alone": 72.0, "rest": 8.0, "merged_would_save": 4.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [(3, 3, 2, 4), (2, 3)])
 def test_a_kernel_is_timed_in_every_form(kernel):
     def apply(params, x):
@@ -48,6 +49,7 @@ def test_a_kernel_is_timed_in_every_form(kernel):
     assert ("as one" in line({"uses": 1, **found})) == (len(kernel) == 4)
 
 
+@pytest.mark.slow
 def test_both_ways_to_a_gradient_give_it(monkeypatch):
     """What is timed is the gradient, and all of it."""
     given = []
@@ -61,6 +63,7 @@ def test_both_ways_to_a_gradient_give_it(monkeypatch):
     assert all(jnp.allclose(gradient["kernel"], expected) for gradient in (one, apart))
 
 
+@pytest.mark.slow
 def test_less_is_kept_than_jax_keeps():
     found = kept_bytes(Row("ehap", "float32", "tiny", 4, 8))
     assert found["float32"]["ours"] < found["float32"]["jax"] / 2

@@ -30,6 +30,7 @@ def test_every_recipe_is_timed():
     assert recipes == recipe_times.COMMANDS.keys() | NOT_TIMED
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(recipe_times.COMMANDS, "prune", "short nowhere --data digits")
     with pytest.raises(RuntimeError, match=r"recipes\.prune ended with status 2: .*no checkpoint or run directory"):

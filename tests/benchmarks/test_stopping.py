@@ -21,6 +21,7 @@ def tiny(two_layers):
     return mean_loss(apply), params, batch
 
 
+@pytest.mark.slow
 def test_a_course_is_what_channel_trace_gives_at_every_number_of_probes(tiny):
     loss, params, batch = tiny
     course = stopping.course_of(loss, params, batch, 3, PROBES, None)

@@ -37,6 +37,7 @@ def require_calibrated(make, count):
     assert (np.abs(np.mean(expected, 0) - np.mean(found, 0)) < 0.06 + chance).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relative_spread", [0.0, 0.4])
 @pytest.mark.parametrize("count", [5, 30, 300, 3000])
 def test_calibrated_for_traces_spread_over_decades(count, relative_spread):
@@ -71,6 +72,7 @@ def test_more_probes_agree_better():
     assert all(a.rank_correlation < b.rank_correlation and a.overlap < b.overlap for a, b in itertools.pairwise(found))
 
 
+@pytest.mark.slow
 def test_of_an_estimate_and_of_an_exact_trace():
     rng = np.random.default_rng(1)
     p = {name: jnp.asarray(rng.normal(size=(24, 24)), jnp.float32) for name in ("first", "second")}

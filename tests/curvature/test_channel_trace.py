@@ -44,6 +44,7 @@ def quadratic_problem(seed=0, size=24, channels=4, examples=24):
     return {"kernel": jnp.ones((size // channels, channels))}, jnp.asarray(A, jnp.float32), A.T @ A / examples
 
 
+@pytest.mark.slow
 def test_enumerated_basis_probes_give_the_exact_block_traces(dense):
     H, rows = dense
     with enable_x64():
@@ -61,6 +62,7 @@ def test_enumerated_basis_probes_give_the_exact_block_traces(dense):
         assert abs(total[path][channel] - np.trace(H[np.ix_(members, members)])) < 1e-8
 
 
+@pytest.mark.slow
 def test_rademacher_estimates_are_within_the_computed_bound(problem, dense):
     """Var(v_c . (H v)_c) is twice the squared off-diagonal of the symmetrised rows of c (Hutchinson, 1989)."""
     H, rows = dense
@@ -83,6 +85,7 @@ def test_rademacher_estimates_are_within_the_computed_bound(problem, dense):
     assert estimate.layer_sem().keys() == set(KERNELS)
 
 
+@pytest.mark.slow
 def test_leaves_that_are_not_selected_are_none_and_not_perturbed(problem, dense):
     params, batch = problem
     estimate = channel_trace(
@@ -115,7 +118,8 @@ def test_the_mean_is_the_equally_weighted_mean_of_the_probes_and_sem_has_ddof_1(
     np.testing.assert_allclose(estimate.sem["kernel"], stats.sem(samples, axis=0), rtol=1e-4)
 
 
-def test_coverage_of_95_percent_intervals():
+@pytest.mark.slow
+def test_coverage_of_95_percent_intervals(loop_on_device):
     """Student intervals cover the exact trace of every block and of all in 93-97 % of 400 runs, as the bound says."""
     params, batch, H = quadratic_problem()
     runs, probes = 400, 30
@@ -131,6 +135,7 @@ def test_coverage_of_95_percent_intervals():
     assert ((inside / runs >= 0.93) & (inside / runs <= 0.97)).all()
 
 
+@pytest.mark.slow
 def test_probes_do_not_depend_on_what_else_is_selected_or_on_the_dtype():
     leaves = {"a": jnp.zeros((64, 3)), "b": jnp.zeros((5, 2))}
     both = rademacher(KEY, leaves)
@@ -141,6 +146,7 @@ def test_probes_do_not_depend_on_what_else_is_selected_or_on_the_dtype():
     assert abs(float(both["a"].sum())) < 5 * np.sqrt(192)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_identical_to_an_uninterrupted_run(problem):
     options = dict(key=KEY, policy=Policy("float16"))
     whole = channel_trace(network.loss, *problem, num_probes=7, probes_per_step=7, **options)
@@ -159,6 +165,7 @@ def three_probes(problem):
     return channel_trace(network.loss, *problem, key=KEY, num_probes=3, product="jvp").state.moments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("product", "microbatch"), [("jvp", 2), ("jvp", 4), ("linearize", 2), ("remat", None)])
 def test_every_loop_and_product_gives_the_same_traces(problem, three_probes, microbatch, product):
     prepared = prepare(
@@ -179,6 +186,7 @@ def test_every_loop_and_product_gives_the_same_traces(problem, three_probes, mic
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4, 5])
 def test_microbatches_weigh_by_examples(problem, size):
     options = dict(key=KEY, num_probes=2)
@@ -189,6 +197,7 @@ def test_microbatches_weigh_by_examples(problem, size):
         np.testing.assert_allclose(a, b, atol=1e-6 * scale, rtol=0)
 
 
+@pytest.mark.slow
 def test_several_batches_are_one(problem):
     """Uneven batches from a loader give the trace of all their examples, as one batch would."""
     params, batch = problem
@@ -203,6 +212,7 @@ def test_several_batches_are_one(problem):
         channel_trace(network.loss, params, Batches([batch, batch["image"]]), key=KEY, num_probes=2)
 
 
+@pytest.mark.slow
 def test_one_compilation_per_shape():
     traced = []
 
@@ -344,6 +354,7 @@ def test_nan_in_weights_and_batch_name_the_path(problem):
         run(params={"kernel": params["kernel"] * 1e6}, policy=Policy("float16"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_mean_is_refused_when_chunked(problem):
     def summed(p, b):
         return quadratic(p, b) * b.shape[0]
@@ -392,6 +403,7 @@ def test_a_state_of_another_precision_is_refused(was, now):
         run(policy=Policy(now), state=state, num_probes=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("was", "now"), [("hutchinson", "control_variate"), ("control_variate", "hutchinson")])
 def test_a_state_of_another_method_is_refused(was, now):
     params, x, _ = quadratic_problem()
@@ -413,6 +425,7 @@ def test_a_state_goes_on_by_another_product_where_asked_and_says_so():
     np.testing.assert_allclose(changed.mean["kernel"], kept.mean["kernel"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sums_that_overflow_are_an_error_and_not_an_infinite_standard_error():
     """The trace of one probe is near 1e22, which float32 holds, and its square is not."""
 

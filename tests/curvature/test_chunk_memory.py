@@ -8,6 +8,8 @@ import pytest
 from ehap_jax.curvature import gauss_newton, gauss_newton_trace, softmax_cross_entropy, squared_error
 from tests.curvature.dense_hessians import make
 
+pytestmark = pytest.mark.slow
+
 
 def needs(monkeypatch, *arguments, **options):
     """Examples of the first chunk, and the bytes that its program needs by the compiler."""

@@ -22,6 +22,8 @@ from ehap_jax.curvature import (
 )
 from ehap_jax.curvature.residual_loss import ResidualLoss
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(3)
 PROBES = 64
 
@@ -98,11 +100,18 @@ def dense_traces(loss, params, batch):
     with enable_x64():
         floating = lambda x: jnp.asarray(x, jnp.float64) if x.dtype == jnp.float32 else x  # noqa: E731
         params, batch = jax.tree.map(floating, (params, batch))
+
+        @jax.jit
+        def hessians(params, batch):
+            return {
+                path: jax.hessian(lambda k, path=path: loss({**params, path: k}, batch))(kernel)
+                for path, kernel in params.items()
+            }
+
         found = {}
-        for path, kernel in params.items():
-            hessian = jax.hessian(lambda k, path=path: loss({**params, path: k}, batch))(kernel)
-            channels = kernel.shape[-1]
-            matrix = np.asarray(hessian).reshape(-1, channels, kernel.size // channels, channels)
+        for path, hessian in hessians(params, batch).items():
+            channels, size = params[path].shape[-1], params[path].size
+            matrix = np.asarray(hessian).reshape(-1, channels, size // channels, channels)
             found[path] = np.einsum("icic->c", matrix)
         return found
 

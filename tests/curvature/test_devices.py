@@ -14,13 +14,16 @@ import pytest
 from ehap_jax.curvature import channel_trace
 from tests.curvature import on_devices
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments, devices, module="on_devices"):
+    """Programs are compiled in the parts that users have: as a whole, two of them round one operation differently."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=32"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
     }
     return subprocess.Popen(
         [sys.executable, "-m", f"tests.curvature.{module}", *map(str, arguments)],

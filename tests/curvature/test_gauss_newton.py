@@ -43,6 +43,7 @@ def case(request):
     return request.param, model, params, x, labels, axes, truth
 
 
+@pytest.mark.slow
 def test_equals_the_dense_hessian(case, chunk_function):
     _, model, params, x, labels, axes, truth = case
     with enable_x64():
@@ -54,6 +55,7 @@ def test_equals_the_dense_hessian(case, chunk_function):
         assert trace.total_sem() == 0
 
 
+@pytest.mark.slow
 def test_every_chunking_gives_the_same(two_layers):
     params, x, _, whole = two_layers
     with enable_x64():
@@ -66,6 +68,7 @@ def test_every_chunking_gives_the_same(two_layers):
         close(other, {path: np.asarray(one.mean[path]) for path in ("w", "out")}, 1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", ["signs", "labels"])
 def test_random_combinations_are_unbiased(two_layers, draw):
     """Within 5 of their own standard errors for every channel, which chance exceeds once in 200,000 runs."""
@@ -83,6 +86,7 @@ def test_random_combinations_are_unbiased(two_layers, draw):
     assert abs(trace.total() - exact.total()) <= 5 * trace.total_sem()
 
 
+@pytest.mark.slow
 def test_one_combination_is_reproducible_and_has_no_standard_error(two_layers):
     params, x, _, _ = two_layers
     with enable_x64():
@@ -96,6 +100,7 @@ def test_one_combination_is_reproducible_and_has_no_standard_error(two_layers):
     assert np.isnan(runs[0].sem["w"]).all()
 
 
+@pytest.mark.slow
 def test_gauss_newton_where_it_is_not_the_hessian(two_layers):
     """A smooth network is refused with the reason; asked for, G is J^T H_out J exactly."""
     params, x, _, _ = two_layers
@@ -113,6 +118,7 @@ def test_gauss_newton_where_it_is_not_the_hessian(two_layers):
         np.testing.assert_allclose(only.mean["out"], trace.mean["out"], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-5), ("float16", 0.02), ("bfloat16", 0.1)])
 def test_precision(two_layers, compute, tolerance):
     """Weights and cotangents that leave float16's range are scaled; sums are in float32."""
@@ -123,6 +129,7 @@ def test_precision(two_layers, compute, tolerance):
     close(trace, {path: np.asarray(exact.mean[path]) for path in ("w", "out")}, tolerance)
 
 
+@pytest.mark.slow
 def test_float16_lowers_its_scale_where_it_overflows(two_layers, chunk_function):
     params, x, _, exact = two_layers
     scales = {"w": 0.01, "b": 0.01, "out": 100.0}
@@ -227,6 +234,7 @@ def test_compiled_once(two_layers):
     assert count == 0
 
 
+@pytest.mark.slow
 def test_identical_kernels_share_a_compilation(monkeypatch):
     """Those of one shape, stride and padding; every compilation traces the squares once."""
     traced, squares = [], Site.squares
@@ -249,6 +257,7 @@ def test_identical_kernels_share_a_compilation(monkeypatch):
     assert sorted(traced) == [(3, 3, 7, 7), (3, 3, 7, 7), (7, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", ["all", 2])
 def test_a_stopped_run_goes_on_from_its_file(tmp_path, classes):
     rng = np.random.default_rng(5)

@@ -18,6 +18,7 @@ from ehap_jax.curvature.heads import root_times
 from tests.curvature.dense_hessians import DOUBLE, close, cross_entropy, dense_traces, small
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [softmax_cross_entropy, squared_error])
 def test_combinations_of_columns_are_those_of_the_root(head):
     """The way without the root, against the root of the dense Hessian that it is tested for."""
@@ -31,6 +32,7 @@ def test_combinations_of_columns_are_those_of_the_root(head):
         assert signs.tolist() == [1.0] * root.shape[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "loss", "outputs"),
     [
@@ -53,6 +55,7 @@ def test_a_head_with_one_column_is_exact_too(two_layers, head, loss, outputs):
     assert one.total_sem() == 0
 
 
+@pytest.mark.slow
 def test_many_classes_go_in_several_passes():
     rng = np.random.default_rng(9)
     with enable_x64():
@@ -79,6 +82,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_other_heads_equal_the_dense_hessian(two_layers, name):
     head, loss = HEADS[name]

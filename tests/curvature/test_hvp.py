@@ -14,6 +14,7 @@ def quartic(p, x):
     return (jnp.tanh(x @ p["w"]) ** 2).sum() * jnp.cos(p["b"]).sum()
 
 
+@pytest.mark.slow
 def test_equals_the_dense_hessian_in_float64():
     with enable_x64():
         rng = np.random.default_rng(0)
@@ -21,12 +22,13 @@ def test_equals_the_dense_hessian_in_float64():
         v = {"w": jnp.asarray(rng.normal(size=(3, 2))), "b": jnp.asarray(rng.normal(size=2))}
         x = jnp.asarray(rng.normal(size=(4, 3)))
         flat, unravel = jax.flatten_util.ravel_pytree(p)
-        H = jax.hessian(lambda w: quartic(unravel(w), x))(flat)
+        H = jax.jit(jax.hessian(lambda w: quartic(unravel(w), x)))(flat)
         expected = H @ jax.flatten_util.ravel_pytree(v)[0]
         actual = jax.flatten_util.ravel_pytree(hvp(quartic)(p, v, x))[0]
         np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_composes_with_jit_vmap_and_grad():
     cubic = hvp(lambda w: (w**3).sum())
     w = jnp.arange(1.0, 4.0)

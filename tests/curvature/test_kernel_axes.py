@@ -82,7 +82,7 @@ class Case:
 
 def linen(module):
     def made(x):
-        return module.apply, module.init(KEY, x)
+        return module.apply, jax.jit(module.init)(KEY, x)
 
     return made
 
@@ -187,13 +187,14 @@ def dense_hessian(case, paths):
         return case.loss(jax.tree.unflatten(structure, changed), case.batch)
 
     kernels = [leaf.ravel() for name, leaf in zip(names, leaves, strict=True) if name in paths]
-    return np.asarray(jax.hessian(of_vector)(jnp.concatenate(kernels))), places
+    return np.asarray(jax.jit(jax.hessian(of_vector))(jnp.concatenate(kernels))), places
 
 
 def by_path(tree):
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 def test_traces_and_scores_are_those_of_the_dense_hessian(case):
     name, network = case
     axes, exact = NETWORKS[name][2:]
@@ -237,6 +238,7 @@ def transposed():
     return Case(apply, variables, (x, jnp.arange(6, dtype=jnp.int32) % 3), trace_graph(apply)(variables, x))
 
 
+@pytest.mark.slow
 def test_a_trace_along_other_axes_is_refused(transposed):
     graph, variables = transposed.graph, transposed.variables
     last = gauss_newton_trace(transposed.apply, variables, transposed.batch)
@@ -264,6 +266,7 @@ def test_a_graph_that_does_not_fit_is_refused_before_the_trace(transposed):
     refused("no parameter is selected", select=lambda path, leaf: False)
 
 
+@pytest.mark.slow
 def test_the_params_collection_alone_fits_the_graph():
     module = nn.Dense(3)
     x = jnp.ones((2, 4))
@@ -279,6 +282,7 @@ def test_the_params_collection_alone_fits_the_graph():
     assert list(hessian_scores(graph, variables, trace).values) == ["params/kernel"]
 
 
+@pytest.mark.slow
 def test_a_number_per_head_and_feature():
     """Several axes, of a kernel with a tap, in both estimators: summed over features they are those of the heads."""
     rng = np.random.default_rng(1)
@@ -314,6 +318,7 @@ def test_a_number_per_head_and_feature():
     assert 0 < expected_agreement(exact, variables).pruned < 12 + 15 + 2
 
 
+@pytest.mark.slow
 def test_axes_are_saved_and_states_do_not_mix(transposed, tmp_path):
     options = {"key": KEY, "num_probes": 2}
     given = (transposed.loss, transposed.variables, transposed.batch)

@@ -39,6 +39,7 @@ def needs():
     return found.needs
 
 
+@pytest.mark.slow
 def test_each_way_needs_less_than_the_faster_one(needs):
     assert list(needs) == ["linearize", "jvp", "remat"]
     residuals = 12 * 512 * 16 * 4
@@ -46,6 +47,7 @@ def test_each_way_needs_less_than_the_faster_one(needs):
     assert needs["remat"] < 0.5 * needs["jvp"]  # 0.41 of it with JAX 0.10, 0.44 with 0.11
 
 
+@pytest.mark.slow
 def test_the_fastest_that_fits_is_chosen_and_its_bytes_are_told(needs):
     for way, expected in (("linearize", 1), ("jvp", 2), ("remat", 3)):
         found = product_memory(deep, *deep_problem(), memory_budget=needs[way])
@@ -60,6 +62,7 @@ def test_the_fastest_that_fits_is_chosen_and_its_bytes_are_told(needs):
     assert 0 < memory.free_memory(jax.devices()[0]) < 2**50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [False, True])
 def test_what_the_compiler_says_is_compiled_once(bound):
     """Deciding compiles what is run, and the run compiles nothing again; also with weights bound to their device."""
@@ -87,6 +90,7 @@ def test_what_the_compiler_says_is_compiled_once(bound):
     assert len(compiled) == deciding
 
 
+@pytest.mark.slow
 def test_without_word_from_the_compiler_an_estimate_decides_and_says_so(monkeypatch, needs):
     monkeypatch.setattr(memory, "_stats", lambda lowered: None)
     found = product_memory(deep, *deep_problem())
@@ -96,6 +100,7 @@ def test_without_word_from_the_compiler_an_estimate_decides_and_says_so(monkeypa
         product_memory(deep, *deep_problem(), memory_budget=1)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_no_less_than_what_the_compiler_says(monkeypatch):
     """Also of ReLUs, of whose residuals most are made again rather than kept."""
 
@@ -113,6 +118,7 @@ def test_the_estimate_is_no_less_than_what_the_compiler_says(monkeypatch):
     assert all(size <= estimated.needs[way] for way, size in said.needs.items())
 
 
+@pytest.mark.slow
 def test_segments_give_the_same_derivatives():
     params, batch = network.params_and_batch()
     again = rematerialized(network.loss)
@@ -132,6 +138,7 @@ def test_options_out_of_range(options):
         channel_trace(network.loss, *network.params_and_batch(), key=KEY, num_probes=1, **options)
 
 
+@pytest.mark.slow
 def test_going_on_keeps_the_product_whatever_memory_is_free_then():
     problem = network.params_and_batch()
     first = channel_trace(network.loss, *problem, key=KEY, num_probes=1, product="jvp")
@@ -142,6 +149,7 @@ def test_going_on_keeps_the_product_whatever_memory_is_free_then():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_lowered_loss_scale_makes_a_new_linearisation():
     """From a loss scale that overflows: the stale residuals are never used, and no probe is lost or counted twice."""
 

@@ -1,7 +1,7 @@
 """Every curvature product against its dense float64 matrix, under every transform, and in the libraries it is for."""
 
 import json
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -29,23 +29,30 @@ NAMES = sorted(operators.PRODUCTS)
 def matrix_of(product, params):
     flat, unravel = ravel_pytree(params)
     apply = jax.jit(lambda v: ravel_pytree(product(unravel(v)))[0])
-    return np.stack([np.asarray(apply(jnp.zeros_like(flat).at[i].set(1))) for i in range(flat.size)], axis=1)
+    return np.stack([np.asarray(apply(row)) for row in np.eye(flat.size, dtype=flat.dtype)], axis=1)
 
 
+def jacobian(params, x):
+    """(examples, outputs, parameters)."""
+    flat, unravel = ravel_pytree(params)
+    return np.asarray(jax.jit(jax.jacobian(lambda w: operators.model(unravel(w), x)))(flat))
+
+
+@cache
 def dense(name):
     """By definition: second derivatives, Jacobians and gradients per example of the flat parameters, in float64."""
     params, batch = operators.problem(jnp.float64)
     flat, unravel = ravel_pytree(params)
     x, y = batch
     if name in ("hvp", "linearized_hvp"):
-        return jax.hessian(lambda w: operators.loss(unravel(w), batch))(flat)
+        return jax.jit(jax.hessian(lambda w: operators.loss(unravel(w), batch)))(flat)
     if name == "fisher_vp":
-        ones = [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
-        g = [jax.grad(lambda w, one=one: operators.loss(unravel(w), one))(flat) for one in ones]
-        return sum(jnp.outer(a, a) for a in g) / len(x)
-    J = jax.jacobian(lambda w: operators.model(unravel(w), x))(flat)
-    p = jax.nn.softmax(operators.model(params, x))
-    return sum(J[i].T @ (jnp.diag(p[i]) - jnp.outer(p[i], p[i])) @ J[i] for i in range(len(x))) / len(x)
+        slope = jax.jit(jax.grad(lambda w, one: operators.loss(unravel(w), one)))
+        g = [slope(flat, (x[i : i + 1], y[i : i + 1])) for i in range(len(x))]
+        return sum(np.outer(a, a) for a in g) / len(x)
+    J = jacobian(params, x)
+    p = np.asarray(jax.nn.softmax(jax.jit(operators.model)(params, x)))
+    return sum(J[i].T @ (np.diag(p[i]) - np.outer(p[i], p[i])) @ J[i] for i in range(len(x))) / len(x)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,6 +66,7 @@ def test_equals_the_dense_matrix_in_float64(name):
         assert np.abs(expected).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["squared_error", "second_derivative"])
 def test_gauss_newton_products_of_other_heads(head):
     """The head by its second derivative has eigenvalues of both signs."""
@@ -68,15 +76,15 @@ def test_gauss_newton_products_of_other_heads(head):
 
     with enable_x64():
         params, (x, _) = operators.problem(jnp.float64)
-        flat, unravel = ravel_pytree(params)
-        J = jax.jacobian(lambda w: operators.model(unravel(w), x))(flat)
-        outer = 2 * jnp.eye(3) if head == "squared_error" else jax.hessian(saddle)(jnp.zeros(3))
+        J = jacobian(params, x)
+        outer = 2 * np.eye(3) if head == "squared_error" else jax.hessian(saddle)(jnp.zeros(3))
         expected = sum(j.T @ outer @ j for j in J) / len(x)
         product = gnvp(operators.model, head=squared_error if head == "squared_error" else second_derivative(saddle))
         found = matrix_of(lambda v: product(params, v, x), params)
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_composes_with_jit_vmap_and_grad(name):
     params, batch = operators.problem()
@@ -97,10 +105,12 @@ def test_composes_with_jit_vmap_and_grad(name):
     step = 1e-2
     moved = [jax.tree.map(lambda p, d, s=s: p + s * step * d, params, v) for s in (1, -1)]
     slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(of_params), jax.tree.leaves(v), strict=True))
-    difference = (quadratic(moved[0], v) - quadratic(moved[1], v)) / (2 * step)
+    value = jax.jit(quadratic)
+    difference = (value(moved[0], v) - value(moved[1], v)) / (2 * step)
     assert float(slope) == pytest.approx(float(difference), rel=2e-2)
 
 
+@pytest.mark.slow
 def test_composes_with_shard_map(tmp_path):
     """On four devices, a quarter of the examples on each: the mean of the products is that of all examples."""
     finished(command(tmp_path / "found.json", devices=4, module="operators"))
@@ -110,6 +120,7 @@ def test_composes_with_shard_map(tmp_path):
         np.testing.assert_allclose(divided, together, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_linearised_operator_goes_through_jit_as_an_argument():
     params, batch = operators.problem()
     product = linearized_hvp(operators.loss, params, batch)
@@ -141,6 +152,7 @@ def test_batches_that_do_not_fit_are_errors():
         gnvp(operators.model, head=lambda z, *_: jnp.ones(2))(params, params, (x, y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_scipy(dtype):
     with enable_x64():
@@ -171,6 +183,7 @@ def test_scipy_solves_with_damped_gauss_newton():
         np.testing.assert_allclose(dense("gnvp") @ x + 0.1 * x, b, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_matfree():
     decomp = pytest.importorskip("matfree.decomp", reason="pip install 'ehap-jax[spectrum]'")
     eig = pytest.importorskip("matfree.eig", reason="pip install 'ehap-jax[spectrum]'")
@@ -183,6 +196,7 @@ def test_matfree():
         assert jax.tree.structure(vectors) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_lineax():
     lineax = pytest.importorskip("lineax", reason="lineax is not installed: pip install lineax")
     with enable_x64(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -248,6 +248,7 @@ def verdicts(network):
     return piecewise_linear_kernels(trace_graph(network)(params, x[:1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROVEN)
 def test_proven_where_the_remainder_is_zero(name):
     assert verdicts(PROVEN[name]) == {"a": True, "b": True}
@@ -268,6 +269,7 @@ def test_every_operation_that_is_proven_is_in_a_network():
     assert taught - met <= NOT_IN_NETWORKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNPROVEN)
 def test_not_proven_where_the_remainder_is_not_zero(name):
     network, kernels, expected = UNPROVEN[name]

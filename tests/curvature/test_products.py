@@ -71,6 +71,7 @@ def problem():
     return prepared, v, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_scale, probe_scale", [(1.0, 1.0), (64.0, 0.25)])
 @pytest.mark.parametrize("linear", [False, True])
 def test_products_are_those_of_the_hessian(problem, linear, loss_scale, probe_scale):
@@ -90,6 +91,7 @@ def test_products_are_those_of_the_hessian(problem, linear, loss_scale, probe_sc
             )
 
 
+@pytest.mark.slow
 def test_which_kernels_need_no_weight_gradient(problem):
     (layout, leaves, (chunk,), _), _, _ = problem
     with enable_x64():

@@ -48,12 +48,12 @@ def dense(model, params, x, labels, head_loss, groups, graph):
     """Per example the logits' Jacobian J in the gates; mean of J^T H J and of J^T times the loss's gradient."""
     one = jnp.ones(len(groups))
     logits = jax.jit(lambda gates: model(scaled(graph, groups, params, gates), x))
-    J = jax.jit(jax.jacfwd(logits))(one)
-    H = jax.vmap(jax.hessian(head_loss))(logits(one), labels)
-    g = jax.vmap(jax.grad(head_loss))(logits(one), labels)
+    J, z = jax.jit(jax.jacfwd(logits))(one), logits(one)
+    H, g = jax.jit(lambda z, t: tuple(jax.vmap(of(head_loss))(z, t) for of in (jax.hessian, jax.grad)))(z, labels)
     return np.einsum("nck,ncd,ndj->kj", J, H, J) / len(x), np.einsum("nck,nc->nk", J, g)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equals_the_dense_product(name):
     with enable_x64():
@@ -86,6 +86,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_heads(two_layers, name):
     params, x, labels, _ = two_layers
@@ -108,6 +109,7 @@ def test_the_head_without_a_loss_has_no_first_order(two_layers):
                 costs.of([0], first_order=True)
 
 
+@pytest.mark.slow
 def test_a_price_is_the_true_change_where_the_network_is_linear_in_a_gate(two_layers):
     """Squared error of a network whose last layer reads the groups: nothing is left out of the expansion."""
     params, x, _, _ = two_layers
@@ -125,6 +127,7 @@ def test_a_price_is_the_true_change_where_the_network_is_linear_in_a_gate(two_la
             np.testing.assert_allclose(costs.of(gone, first_order=True), change, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_smooth_networks_have_the_gauss_newton_matrix(two_layers):
     params, x, labels, _ = two_layers
     with enable_x64():
@@ -134,6 +137,7 @@ def test_smooth_networks_have_the_gauss_newton_matrix(two_layers):
     np.testing.assert_allclose(costs.gram(), G, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_every_chunking_and_both_forms_of_the_result_agree(two_layers):
     params, x, labels, _ = two_layers
     with enable_x64():
@@ -154,6 +158,7 @@ def test_every_chunking_and_both_forms_of_the_result_agree(two_layers):
             np.testing.assert_allclose(costs.interactions(2), same.gram()[2], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_more_columns_than_one_pass_takes():
     rng = np.random.default_rng(5)
     with enable_x64():
@@ -167,6 +172,7 @@ def test_more_columns_than_one_pass_takes():
     np.testing.assert_allclose(costs.first_order, a.mean(0), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_random_combinations_are_unbiased(two_layers):
     """The mean over 4,000 combinations of each of 7 examples, against the standard error that the costs report."""
     params, x, labels, _ = two_layers
@@ -183,6 +189,7 @@ def test_random_combinations_are_unbiased(two_layers):
     assert (np.abs(one.gram() - exact.gram()) > 0).any()
 
 
+@pytest.mark.slow
 def test_weights_of_examples(two_layers):
     """A weight of 2 is an example twice, a weight of 0 one that is not there."""
     params, x, labels, _ = two_layers
@@ -197,6 +204,7 @@ def test_weights_of_examples(two_layers):
     np.testing.assert_allclose(found.first_order_squares, twice.first_order_squares, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_dead_groups_cost_nothing():
     params = {"w": jnp.array([[1.0, -1.0]]), "out": jnp.ones((2, 2))}
     costs = removal_costs(lambda p, x: jax.nn.relu(x @ p["w"]) @ p["out"], params, jnp.array([[1.0], [2.0]]),
@@ -204,6 +212,7 @@ def test_dead_groups_cost_nothing():
     assert costs.prices[1] == 0.0 and costs.prices[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
 def test_precisions(two_layers, compute):
     """Errors as large as a few roundings of 24, 8 and 11 bits."""
@@ -217,6 +226,7 @@ def test_precisions(two_layers, compute):
     assert (compute == "float32") == ("compute" not in found.provenance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
 def test_prices_of_large_images_in_16_bits(compute):
     """A gate's derivative is a sum over all positions: it stays in float32."""
@@ -236,6 +246,7 @@ def test_prices_of_large_images_in_16_bits(compute):
     np.testing.assert_allclose(found, exact, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_several_batches_are_weighted_each_by_itself(two_layers):
     params, x, labels, _ = two_layers
     with enable_x64():
@@ -258,6 +269,7 @@ def test_float16_lowers_its_scale_where_it_overflows(two_layers):
     np.testing.assert_allclose(found.second_order, exact.second_order, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_from_its_file(two_layers, tmp_path):
     params, x, labels, _ = two_layers
     path = tmp_path / "costs.npz"
@@ -285,6 +297,7 @@ def test_a_stopped_run_goes_on_from_its_file(two_layers, tmp_path):
             path.unlink()
 
 
+@pytest.mark.slow
 def test_one_compilation_per_shape(two_layers):
     params, x, labels, _ = two_layers
     params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, x))
@@ -294,6 +307,7 @@ def test_one_compilation_per_shape(two_layers):
     assert sys.modules[removal_costs.__module__]._chunk._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_bad_input_is_named_before_any_work():
     params = {"w": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
     x, labels = jnp.arange(6.0)[::-1].reshape(2, 3), jnp.array([0, 1], jnp.int32)

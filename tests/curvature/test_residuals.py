@@ -93,6 +93,7 @@ def test_a_number_of_weak_type_stays_one():
     assert found.dtype == function(jnp.asarray(2.0)).dtype
 
 
+@pytest.mark.slow
 def test_a_relu_network_keeps_what_its_layers_read_and_their_cotangents():
     """No zeros and no masks, but for the last layer, whose output no kernel reads."""
     keys = jax.random.split(jax.random.key(0), 4)

@@ -25,6 +25,8 @@ from ehap_jax.curvature import (
 from ehap_jax.graph import trace_graph
 from tests.curvature.dense_hessians import DOUBLE
 
+pytestmark = pytest.mark.slow
+
 DRAWS = 56
 EXAMPLES, INPUTS, HIDDEN, CLASSES = 8, 4, 4, 3
 SQUARE = {"a": (INPUTS, HIDDEN), "b": (HIDDEN, CLASSES)}

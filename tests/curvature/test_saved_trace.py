@@ -42,6 +42,7 @@ def whole():
     return channel_trace(loss, PARAMS, BATCH, key=KEY, num_probes=60, policy=FLOAT16)
 
 
+@pytest.mark.slow
 def test_what_is_read_is_what_was_written(whole, tmp_path):
     of = fingerprint(loss, PARAMS, BATCH, key=KEY, num_probes=60, policy=FLOAT16)
     save_trace(tmp_path / "trace.npz", whole, of)
@@ -78,6 +79,7 @@ def killed_after(file, seconds):
     return [int(done) for done in (first + rest).split("\n")[:-1]]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_and_repeated_is_bit_identical(tmp_path):
     """Between chunks, within one or while the file is written: the moments are random."""
     file = tmp_path / "trace.npz"

@@ -30,6 +30,7 @@ def test_every_crop_and_flip_is_drawn_uniformly(padding, flip):
     assert np.abs(drawn - 2000 * p).max() < 5 * np.sqrt(2000 * p * (1 - p))
 
 
+@pytest.mark.slow
 def test_same_key_same_images_and_nothing_to_do_changes_nothing():
     batch = jnp.asarray(np.broadcast_to(IMAGE, (16, *IMAGE.shape)))
     options = Augmentation(2, True)

@@ -86,6 +86,7 @@ def test_rules_count_where_the_function_is_differentiated():
             assert same == (order < derivatives)
 
 
+@pytest.mark.slow
 def test_digests_are_the_same_in_another_process():
     program = "from tests.graph.test_digest import ALL, digest; print([digest(name) for name in ALL])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)

@@ -33,9 +33,11 @@ def assert_gates_are_masks(apply, variables, x, coupling, seed=0):
     close(run(jnp.ones_like(gates), jax.tree.leaves((variables, x)))[0], whole)
 
 
-@pytest.mark.parametrize("coupling", ["group", "union"])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MODELS)
-def test_networks(name, coupling):
+def test_networks(name):
+    """With the coupling that test_architectures leaves out."""
+    (coupling,) = {"group", "union"} - {zoo.COUPLINGS[name]}
     with jax.numpy_dtype_promotion("standard"):  # some Flax layers mix integers and floats
         model, variables = zoo.prepare(name)
         assert_gates_are_masks(model.apply, variables, zoo.images(), coupling)
@@ -65,6 +67,7 @@ def test_layers_in_a_scan():
     assert_gates_are_masks(apply, w, normal(5, 3, seed=4), "group")
 
 
+@pytest.mark.slow
 def test_gates_on_what_is_read_and_on_what_is_written_have_the_same_derivatives():
     """In a positively homogeneous network: factors on the affine parameters of BatchNorm, which write the channel."""
     model = ResNet(8, 3, widths=(3, 4, 5), shortcut="B")
@@ -90,6 +93,7 @@ def test_gates_on_what_is_read_and_on_what_is_written_have_the_same_derivatives(
     close(read, jit(jax.jacrev(written))(one))
 
 
+@pytest.mark.slow
 def test_one_gate_is_linear_where_nothing_nonlinear_follows():
     """Also where both sides of a product carry the group: the scores of attention."""
 
@@ -121,6 +125,7 @@ def test_a_read_inside_a_derivative_rule_is_refused():
         gated(graph)
 
 
+@pytest.mark.slow
 def test_group_numbers_are_those_of_channel_groups():
     variables = zoo.MODELS["preactivation"].init(jax.random.key(0), zoo.images())
     graph = trace_graph(zoo.MODELS["preactivation"].apply)(variables, zoo.images())

@@ -25,6 +25,7 @@ def test_examples(name):
     assert not result.failed, f"{result.failed} of {result.attempted} examples of {name} failed"
 
 
+@pytest.mark.slow
 def test_page():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         result = doctest.testfile(str(PAGE), module_relative=False, optionflags=FLAGS, encoding="utf-8")

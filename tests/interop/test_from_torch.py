@@ -88,6 +88,7 @@ def test_info_describes_the_network(network):
     assert leaves + len(info.unread) == len(network.state_dict())
 
 
+@pytest.mark.slow
 def test_prefixes_containers_and_metadata(network, images, tmp_path):
     wrapped = {"module." + key: value for key, value in network.state_dict().items()}
     torch.save({"state_dict": wrapped, "best_prec1": 91.5, "epoch": 3}, tmp_path / "net.th")
@@ -104,6 +105,7 @@ def test_options_saved_beside_the_weights_do_not_matter(network, tmp_path):
     assert from_torch(tmp_path / "net.t7")[2].metadata == {"acc": 93.0}
 
 
+@pytest.mark.slow
 def test_safetensors(network, images, tmp_path):
     from safetensors.torch import save_file
 

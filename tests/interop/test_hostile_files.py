@@ -92,6 +92,7 @@ def test_cut_and_flipped_files_are_refused_in_words(zipped, network, tmp_path):
     assert refused >= 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", {**third_party.CASES, **imagenet.CASES})
 def test_tensors_of_other_shapes_are_refused_by_name(name):
     """No axes, no elements, too many axes, one channel more: in 20 places of every kind of network."""

@@ -86,7 +86,11 @@ def test_they_go_back_bit_for_bit(loaded):
     np.testing.assert_allclose(torch_logits(plain, images), torch_logits(module, images), atol=2e-5)
 
 
-@pytest.mark.parametrize("coupling", ["group", "union"])
+PLANS = [(name, "union" if number % 2 == 0 else "group") for number, name in enumerate(CASES)] + [("vit", "union")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loaded", "coupling"), PLANS, indirect=["loaded"])
 def test_pruned_networks_compute_the_same_everywhere(coupling, loaded):
     """Masked in PyTorch, shrunk in JAX, shrunk in PyTorch."""
     case, module, apply, variables, _, images = loaded
@@ -158,6 +162,7 @@ def zeros_like_state(make):
         return {key: np.broadcast_to(np.float32(0), value.shape) for key, value in make().state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_costs(name):
     make, params, gigamacs = PUBLISHED[name]

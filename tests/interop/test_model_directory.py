@@ -67,6 +67,7 @@ def test_dense_round_trip(loaded, images, tmp_path):
     np.testing.assert_array_equal(found.apply(found.variables, images), apply(variables, images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_shrunk_round_trip(coupling, loaded, shrunk, images, tmp_path):
     plan, small = shrunk[coupling]
@@ -80,6 +81,7 @@ def test_shrunk_round_trip(coupling, loaded, shrunk, images, tmp_path):
     np.testing.assert_allclose(torch_logits(module, images), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_network_pruned_elsewhere_keeps_its_positions(shrunk, images, tmp_path):
     plan, small = shrunk["union"]
     apply, variables, info = from_torch(to_torch(small, plan))
@@ -255,6 +257,7 @@ def test_links_out_of_the_directory_are_not_followed(name, saved, tmp_path):
         load_model(saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -271,6 +274,7 @@ def test_other_forms_come_back(make, images, tmp_path):
     np.testing.assert_array_equal(found.apply(found.variables, images), apply(variables, images))
 
 
+@pytest.mark.slow
 def test_onnx_file_goes_along_and_may_not_change(loaded, shrunk, images, tmp_path):
     pytest.importorskip("onnx", reason="ONNX is an optional extra: pip install 'ehap-jax[onnx]'")
     pytest.importorskip("onnxruntime", reason="ONNX is an optional extra: pip install 'ehap-jax[onnx]'")

@@ -111,6 +111,7 @@ def figures(projected, tmp_path_factory):
     return status, json.loads((folder / "new" / "out.json").read_text()), folder
 
 
+@pytest.mark.slow
 def test_compare_measures_everything(figures):
     status, document, _ = figures
     (result,) = document["results"]
@@ -120,6 +121,7 @@ def test_compare_measures_everything(figures):
     assert set(compare.LIMITS) <= set(result)
 
 
+@pytest.mark.slow
 def test_one_step_of_sgd_in_train_mode(figures):
     (result,) = figures[1]["results"]
     assert result["sgd_step_max_abs"] <= 1e-5 < 1e-3 < result["sgd_step_size"]

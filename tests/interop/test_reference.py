@@ -22,6 +22,7 @@ def batch(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([0, 1, 2])
 
 
+@pytest.mark.slow
 def test_fixed_trace_agrees_with_channel_products_in_jax(net, images):
     nets = pair(net.state_dict())
     ours, theirs = trace_pair(nets, images, np.array([0, 1, 2]), [0, 1])

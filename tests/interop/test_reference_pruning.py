@@ -1,6 +1,7 @@
 """Union coupling, fine-tuning and QAT in PyTorch against ours, on the same weights, plans and batches."""
 
 import copy
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ def name_of(info, path):
     return info.form.key_at(path).removesuffix(".weight")
 
 
+@pytest.mark.slow
 def test_the_same_channels_are_kept(setting):
     scores, plan = setting[4:6]
     convs = {path: torch.from_numpy(np.array(v)) for path, v in scores.values.items() if "linear" not in path}
@@ -55,6 +57,7 @@ def test_an_emptied_layer_keeps_its_best_channels():
         union.kept_channels({"a": torch.ones(2)}, 0)
 
 
+@pytest.mark.slow
 def test_union_pruning_gives_the_same_network(setting, images):
     module, _, variables, _, _, plan, kept = setting
     pruned = union.prune_union(module, kept)
@@ -85,6 +88,7 @@ def torch_batches():
 RATES = {"learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
 
+@pytest.mark.slow
 def test_masked_and_shrunk_networks_train_alike(setting, images):
     module, kept = setting[0], setting[6]
     masked, pruned = union.mask_union(module, kept), union.prune_union(module, kept)
@@ -97,6 +101,7 @@ def test_masked_and_shrunk_networks_train_alike(setting, images):
         finetune.finetune(pruned, torch_batches(), total_steps=2)
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_the_same_steps_in_jax(setting):
     module, _, variables, info, _, plan, kept = setting
     pruned = union.prune_union(module, kept)
@@ -132,7 +137,7 @@ def quantised(setting, batch):
     pruned = union.prune_union(module, kept)
     small = shrink_variables(variables, plan)
     network = fake_quant(shrink(apply, plan), rules=INT8)
-    _, ranges = network.apply(small, network.init(small, batch), batch, update=True)
+    _, ranges = jax.jit(partial(network.apply, update=True))(small, network.init(small, batch), batch)
     reference = qat.QuantisedResNet(pruned)
     with torch.no_grad():
         reference(nchw(batch), observe=True)
@@ -159,6 +164,7 @@ def share_ranges(reference, ranges):
             getattr(reference.ranges[site], end).fill_(float(getattr(ranges[path], end)))
 
 
+@pytest.mark.slow
 def test_qat_has_our_ranges_logits_and_gradients(setting):
     batch, labels = batches(1)[0]
     network, small, ranges, reference = quantised(setting, batch)
@@ -185,6 +191,7 @@ def test_qat_has_our_ranges_logits_and_gradients(setting):
         assert a @ b > 0.999 * np.linalg.norm(a) * np.linalg.norm(b), name
 
 
+@pytest.mark.slow
 def test_qat_rounds_to_our_integers(setting):
     """Up to values that lie on the edge between two integers, which float32 sums in another order may cross."""
     batch, _ = batches(1)[0]
@@ -210,6 +217,7 @@ def test_qat_rounds_to_our_integers(setting):
         assert difference.max() <= 1 and np.mean(difference > 0) < 0.01, (site, np.mean(difference > 0))
 
 
+@pytest.mark.slow
 def test_quantisation_aware_training_learns(setting):
     batch, labels = batches(1)[0]
     reference = copy.deepcopy(quantised(setting, batch)[3])

@@ -19,6 +19,8 @@ from tests.interop.conftest import lively
 torch = pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 from interop import torch_models  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 LABELS = np.array([0, 1, 2], np.int32)
 PROBES = 400
 

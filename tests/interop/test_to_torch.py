@@ -1,5 +1,6 @@
 """State dicts out: bit for bit what went in, loaded strictly, the same network dense, masked and shrunk."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -58,9 +59,13 @@ FAMILIES = {
 }
 
 
+COUPLINGS = dict(zip(FAMILIES, itertools.cycle(("union", "group"))))
+
+
 class Family(NamedTuple):
     """A dense network in JAX, its graph, and images."""
 
+    name: str
     apply: Any
     variables: Any
     graph: Any
@@ -72,14 +77,14 @@ def family(request):
     size = 32 if "vgg" in request.param else 8
     images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     apply, variables, _ = from_torch(lively(FAMILIES[request.param]()).state_dict())
-    return Family(apply, variables, trace_graph(apply)(variables, images[:1]), images)
+    return Family(request.param, apply, variables, trace_graph(apply)(variables, images[:1]), images)
 
 
-@pytest.fixture(scope="module", params=["group", "union"])
-def plan(request, family):
-    """A random plan, pruning the residual streams as the coupling allows."""
+@pytest.fixture(scope="module")
+def plan(family):
+    """A random plan, pruning the residual streams as the coupling of the family allows."""
     scores = random_scores(family.graph, key=jax.random.key(0))
-    return allocate(family.graph, scores, channels=0.6, coupling=request.param)
+    return allocate(family.graph, scores, channels=0.6, coupling=COUPLINGS[family.name])
 
 
 def hooked_macs(module, image):
@@ -110,6 +115,7 @@ def test_macs_and_parameters_are_those_pytorch_counts(family, plan):
         assert sum(p.numel() for p in module.parameters()) == cost.params
 
 
+@pytest.mark.slow
 def test_pruned_networks_compute_the_same(family, plan):
     assert plan.keep
     masked = mask_variables(family.variables, plan)
@@ -138,6 +144,7 @@ def union_plan(loaded, images):
     return allocate(graph, random_scores(graph, key=jax.random.key(1)), channels=0.6, coupling="union")
 
 
+@pytest.mark.slow
 def test_pruned_network_goes_on_training_in_pytorch(loaded, union_plan, images):
     module = torch_models.load(to_torch(shrink_variables(loaded[1], union_plan), union_plan)).train()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
@@ -190,6 +197,7 @@ def strided():
     return apply, variables, trace_graph(apply)(variables, images[:1]), images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_pruned_networks_load_into_ehaps_and_haps_modules(coupling, strided):
     """Strictly, with the logits of the shrunk network, and back."""
@@ -225,6 +233,7 @@ def test_positions_are_yielded_by_a_set_in_order():
         assert list(set(branch + residual)) == list(range(count))
 
 
+@pytest.mark.slow
 def test_sums_that_ehaps_code_has_not(strided):
     """A channel of a sum that neither operand has."""
     _, variables, graph, _ = strided

@@ -117,6 +117,7 @@ def test_files_of_training_scripts_are_read(script, zipped, tmp_path):
     assert info.metadata == metadata and all(type(value) in (int, float, str) for value in info.metadata.values())
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_another_entry(tmp_path):
     torch.manual_seed(0)
     net = DownsampleResNet()

@@ -119,6 +119,7 @@ def test_train_mode_moves_the_running_statistics_by_a_tenth(small):
     assert jax.tree.structure(state["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bit_compute_keeps_parameters_and_head_in_float32(small, dtype):
     model, variables = small
@@ -142,6 +143,7 @@ class OneLayer(nn.Module):
         return nn.BatchNorm(use_running_average=not train)(nn.Conv(2, (3, 3))(x))
 
 
+@pytest.mark.slow
 def test_init_variables_is_the_models_own_init():
     got = init_variables(OneLayer(), jax.random.key(5), (4, 4, 1))
     want = OneLayer().init(jax.random.key(5), jnp.zeros((1, 4, 4, 1)))

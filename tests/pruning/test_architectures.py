@@ -1,5 +1,6 @@
 """masked == shrunk on networks nobody wrote rules for, over random plans and both couplings."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -138,6 +139,8 @@ MODELS = {
     "shared": SharedWeights(),
     "groupnorm": GroupNormalised(),
 }
+COUPLINGS = dict(zip(MODELS, itertools.cycle(("union", "group"))))
+"""The coupling of every network's plan; gates are tried with the other one (tests/graph/test_gates.py)."""
 WITH_BATCH_NORM = ["preactivation", "vgg", "mobilenet", "densenet"]
 
 
@@ -150,12 +153,14 @@ def prepare(name):
     return model, randomise(jax.eval_shape(model.init, jax.random.key(0), images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_evaluation(name):
     model, variables = prepare(name)
-    assert_all_plans(model.apply, variables, images(), seeds=(0,))
+    assert_all_plans(model.apply, variables, images(), seeds=(0,), couplings=(COUPLINGS[name],))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_BATCH_NORM)
 def test_training(name):
     """Logits, new running statistics and the gradient of both, batch statistics in use."""
@@ -172,6 +177,7 @@ def unit_sizes(name, path, coupling="group"):
     return {len(g.producers[path]) for g in groups if path in g.producers}, groups
 
 
+@pytest.mark.slow
 def test_heads_and_mlp_units_of_a_transformer_are_groups():
     sizes, groups = unit_sizes("vit", "params/MultiHeadDotProductAttention_0/query/kernel")
     assert sizes == {1}, "one index of the head axis"
@@ -207,6 +213,7 @@ class NNXNetwork(nnx.Module):
         return self.head(nnx.relu(x + self.noise(self.body(x))).mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_nnx_through_split():
     """The state of ``nnx.split``, random keys in it, is a pytree like any other; new statistics come back with it."""
     graphdef, state = nnx.split(NNXNetwork(nnx.Rngs(0)))
@@ -240,6 +247,7 @@ def test_a_plan_serves_an_nnx_state_and_its_pure_dict():
     np.testing.assert_array_equal(nnx.merge(graphdef, small)(x), shrink(apply, plan)(small, x))
 
 
+@pytest.mark.slow
 def test_equinox():
     """An Equinox module is a pytree of arrays beside functions; ``partition`` separates them."""
     eqx = pytest.importorskip("equinox", reason="Equinox is not installed: pip install 'ehap-jax[test]'")
@@ -274,6 +282,7 @@ def test_equinox():
 # ------------------------------------------------------------------------------------------- loops, branches, noise
 
 
+@pytest.mark.slow
 def test_scan_over_stacked_blocks():
     """Stacked residual layers: the stream lives and dies with every layer, the hidden width with the stack."""
     v = {
@@ -323,6 +332,7 @@ def test_branches_and_unbounded_loops_freeze_what_enters_them(kind):
 SMALL = {"a": (3, 5), "b": (5, 4), "c": (4, 2)}
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_same_noise_for_the_channels_that_stay():
     class Dropped(nn.Module):
         @nn.compact
@@ -340,6 +350,7 @@ def test_dropout_draws_the_same_noise_for_the_channels_that_stay():
     assert_all_plans(apply, v, images(), jax.random.key(3), seeds=(0,))
 
 
+@pytest.mark.slow
 def test_scatter_gather_and_updates_pass_whole_axes():
     v = {n: normal(*s, seed=i) for i, (n, s) in enumerate(SMALL.items())}
 
@@ -355,6 +366,7 @@ def test_scatter_gather_and_updates_pass_whole_axes():
     assert_all_plans(apply, v, normal(3, 3, seed=9), seeds=(0, 1))
 
 
+@pytest.mark.slow
 def test_channels_are_reversed_split_and_padded():
     v = {"a": (3, 6), "b": (4, 3), "c": (5, 2)}
     v = {n: normal(*s, seed=i) for i, (n, s) in enumerate(v.items())}
@@ -369,6 +381,7 @@ def test_channels_are_reversed_split_and_padded():
     assert_all_plans(apply, v, normal(3, 3, seed=9), seeds=range(3), keep=0.7)
 
 
+@pytest.mark.slow
 def test_closed_over_arrays_are_sliced_like_parameters():
     scale, kernel = jnp.arange(1.0, 6.0), normal(3, 3, 5, 4, seed=5)
     v = {
@@ -385,6 +398,7 @@ def test_closed_over_arrays_are_sliced_like_parameters():
     assert_all_plans(apply, v, images(), seeds=(0,))
 
 
+@pytest.mark.slow
 def test_a_new_network_needs_one_compilation_per_plan():
     """Shrinking costs tracing time only: under jit the second call with the same shapes traces nothing."""
     model, variables = prepare("groupnorm")

@@ -26,6 +26,7 @@ def shrunk(request):
     return shrink(apply, plan), small, jit(shrink(apply, plan))(small, images())
 
 
+@pytest.mark.slow
 def test_stablehlo_round_trip(shrunk):
     """Serialised, and called after loading without any Python of this library."""
     function, small, logits = shrunk
@@ -39,6 +40,7 @@ def test_stablehlo_round_trip(shrunk):
         export.export(jax.jit(function))(small, batch)
 
 
+@pytest.mark.slow
 def test_stablehlo_keeps_derivatives(shrunk):
     function, small, _ = shrunk
     exported = export.export(jax.jit(function))(small, images())

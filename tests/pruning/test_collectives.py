@@ -35,6 +35,7 @@ def train(variables, x):
     return MODEL.apply(variables, x, True, mutable=["batch_stats"])
 
 
+@pytest.mark.slow
 def test_cross_replica_normalisation(network):
     variables, plan = network
     along = partial(jax.vmap, in_axes=(None, 0), axis_name="batch")
@@ -48,6 +49,7 @@ def test_cross_replica_normalisation(network):
         np.testing.assert_allclose(small_state["batch_stats"]["BatchNorm_0"][name], before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_axis_that_is_not_bound_is_explained(network):
     with pytest.raises(NameError, match=r"unbound axis name: batch.*this where the axis is bound"):
         trace_graph(train)(network[0], X[0])

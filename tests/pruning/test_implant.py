@@ -44,6 +44,7 @@ def plan(graph):
     return PruningPlan.from_keep(graph, KEEP, implants=IMPLANTS)
 
 
+@pytest.mark.slow
 def test_the_mask_keeps_the_centre_tap_and_shrinking_a_1x1_kernel(plan):
     v = variables()
     kernel = mask_variables(v, plan)["a1"]
@@ -65,6 +66,7 @@ def test_the_shrunk_function_convolves_the_implants_1x1(plan):
     assert kernels == [(3, 3, 3, 2), (1, 1, 3, 1), (3, 3, 3, 1), (1, 1, 3, 2), (3, 3, 3, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_masked_is_shrunk(graph, coupling):
     keep = KEEP if coupling == "group" else {**KEEP, "a2": [1, 2, 3, 4]}
@@ -105,6 +107,7 @@ def test_any_geometry(name):
     assert_invariant(network, v, x, plan=plan)
 
 
+@pytest.mark.slow
 def test_other_layouts_casts_and_rematerialisation():
     """NCHW, a kernel that is cast to half precision first, inside a checkpoint."""
     v = {"w": normal(5, 3, 3, 3, seed=1), "head": normal(5, 2, seed=2)}
@@ -156,6 +159,7 @@ def resnet(request):
     )
 
 
+@pytest.mark.slow
 def test_resnet_in_both_modes(resnet):
     """Logits; and of a training step the new running statistics and the gradient."""
     close(resnet.logits, jit(lambda v, x: resnet.apply(mask_variables(v, resnet.plan), x))(resnet.variables, resnet.x))
@@ -174,6 +178,7 @@ def test_zero_and_centre_initialisation(graph):
     assert np.all(np.any(gradient["a2"]["pointwise"], axis=(0, 1, 2))), "it is read through a bias and a sum"
 
 
+@pytest.mark.slow
 def test_expanded_and_without_implants(resnet):
     """Back at full size a network with implants is the masked one, and shrinks again in one piece."""
     whole = replace(resnet.plan, implants={})
@@ -188,6 +193,7 @@ def test_expanded_and_without_implants(resnet):
     close(logits, resnet.logits)
 
 
+@pytest.mark.slow
 def test_fake_quant_of_a_shrunk_network_with_implants(plan):
     """Both parts of a split kernel are layers of their own; 8 bits are near the float network."""
     small, x = shrink_variables(variables(), plan), images()

@@ -88,6 +88,7 @@ def test_grouped_products_and_rounds_of_a_scan_count():
     np.testing.assert_allclose(seconds, 3 * 0.4 + 1.0 + 0.2)
 
 
+@pytest.mark.slow
 def test_measured_tables_are_kept_by_device_and_measured_once(graph, tmp_path, monkeypatch):
     path, seen = tmp_path / "new" / "latency.json", []
     options = {"fractions": (0.5, 1.0), "repeats": 1, "cache": path}

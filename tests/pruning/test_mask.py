@@ -38,6 +38,7 @@ def test_nan_in_a_pruned_slice_is_gone(plan):
     assert np.isnan(mask_variables(v, plan)["bias"]).tolist() == [True, False, True, False, False, True]
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_other_dtypes(plan):
     v = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables())
     expected = mask_variables(v, plan)

@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ehap_jax.graph import channel_groups, channel_structure, trace_graph
 from ehap_jax.pruning import PruningPlan
 from tests.pruning.invariant import assert_invariant, normal
+
+pytestmark = pytest.mark.slow
 
 ROWS = 3
 

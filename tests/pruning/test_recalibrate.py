@@ -44,6 +44,7 @@ def own_statistics(variables, batch, momentum=0.9):
     )
 
 
+@pytest.mark.slow
 def test_the_plain_average_over_batches(variables):
     found = recalibrate(train, variables, BATCHES)
     expected = jax.tree.map(lambda *s: sum(s) / 3, *(own_statistics(variables, batch) for batch in BATCHES))
@@ -51,6 +52,7 @@ def test_the_plain_average_over_batches(variables):
     close(found["params"], variables["params"], 0)
 
 
+@pytest.mark.slow
 def test_one_batch_makes_evaluation_and_training_agree(variables):
     logits, _ = jax.jit(train)(variables, BATCHES[0])
     close(evaluate(recalibrate(train, variables, BATCHES[:1]), BATCHES[0]), logits, 1e-4)
@@ -60,6 +62,7 @@ def test_an_unchanged_network_keeps_what_it_has(variables):
     close(recalibrate(train, variables, BATCHES, relative_to=variables), variables, 1e-5)
 
 
+@pytest.mark.slow
 def test_statistics_move_as_those_of_the_batches_do(variables):
     graph = trace_graph(eval_apply(MODEL))(variables, BATCHES[0])
     masked = mask_variables(variables, allocate(graph, random_scores(graph, key=jax.random.key(1)), channels=0.6))
@@ -75,6 +78,7 @@ def test_statistics_move_as_those_of_the_batches_do(variables):
         assert "var" not in str(path[-1]) or (np.asarray(leaf) >= 0).all()
 
 
+@pytest.mark.slow
 def test_shrunk_and_masked_networks_agree(variables):
     graph = trace_graph(eval_apply(MODEL))(variables, BATCHES[0])
     plan = allocate(graph, random_scores(graph, key=jax.random.key(1)), channels=0.6)
@@ -83,6 +87,7 @@ def test_shrunk_and_masked_networks_agree(variables):
     close(shrink_variables(masked, plan), small, 1e-4)
 
 
+@pytest.mark.slow
 def test_nnx_and_a_momentum_per_layer():
     class Network(nnx.Module):
         def __init__(self):
@@ -110,6 +115,7 @@ def test_nnx_and_a_momentum_per_layer():
     np.testing.assert_allclose(found["b"]["mean"], inner.mean(0), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_rounds_of_pruning_recalibrate_before_they_train(variables):
     graph = trace_graph(eval_apply(MODEL))(variables, BATCHES[0])
     seen = []

@@ -61,6 +61,7 @@ def test_bad_schedules_are_refused(arguments, message):
         kept_fractions(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_what_has_gone_stays_gone(graph, coupling):
     """Random scores of every round are another order; the kept channels are nested all the same."""

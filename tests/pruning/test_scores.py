@@ -102,6 +102,7 @@ def examples(network):
     return batch, {path: np.stack([(flat(g[path]) * flat(v[path])).sum(0) for g in one]) for path in KERNELS}
 
 
+@pytest.mark.slow
 def test_taylor_scores_square_the_gradient_of_a_gate(network, examples):
     graph, v = network
     batch, gates = examples
@@ -110,6 +111,7 @@ def test_taylor_scores_square_the_gradient_of_a_gate(network, examples):
         np.testing.assert_allclose(scores.values[path], gates[path].mean(0) ** 2, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch", [None, 3])
 def test_fisher_scores_square_per_example(network, examples, microbatch):
     graph, v = network

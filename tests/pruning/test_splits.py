@@ -57,6 +57,7 @@ def test_heads_of_a_fused_kernel_go_whole(order):
         assert_all_plans(apply, variables, normal(2, TOKENS, 5), seeds=(0,), couplings=("group",))
 
 
+@pytest.mark.slow
 def test_heads_of_kernels_with_two_output_axes_meet_a_merged_axis():
     """Value kernels of shape (in, heads, features), an output kernel of shape (heads * features, out)."""
     variables = {name: 0.5 * normal(5, HEADS, FEATURES, seed=i) for i, name in enumerate("qkv")}
@@ -90,6 +91,7 @@ def test_pixel_shuffle_keeps_channels(channels_last):
     assert drawn(graph) == {frozenset({("a", 3, pixels(c)), ("b", 2, (c,))}) for c in range(3)}
 
 
+@pytest.mark.slow
 def test_the_factor_that_frees_most_channels_keeps_them():
     """Of the factors (2, 2, 3) the first is unpacked, half of the second is squeezed away, the third is free."""
     shapes = {"in": (3, 12), "first": (3, 2), "second": (1, 3, 2)}
@@ -107,6 +109,7 @@ def test_the_factor_that_frees_most_channels_keeps_them():
     assert drawn(graph) == truth
 
 
+@pytest.mark.slow
 def test_a_channel_without_an_axis_left_cannot_go():
     """One channel of a stream is read as a plain vector: there would be nothing to reshape without it."""
     variables = {"a": normal(3, 4), "b": normal(4, 2, seed=1)}

@@ -12,6 +12,7 @@ KERNEL = RNG.normal(size=(3, 3, 5, 7)).astype(np.float32) * np.exp(RNG.normal(si
 ACTIVATIONS = (RNG.normal(size=(4, 6, 6, 5)) + 0.7).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_pytorch_with_explicit_observers_gives_the_same_integers():
     """Per-channel narrow symmetric weights, per-tensor asymmetric activations: scales, zero points and integers."""
     torch = pytest.importorskip("torch", reason="needs pip install 'ehap-jax[torch]'")

@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_examples():
     pytest.importorskip("onnxruntime", reason="needs pip install 'ehap-jax[onnx]'")

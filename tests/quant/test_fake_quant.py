@@ -54,10 +54,11 @@ def real(layer):
 # What it computes
 
 
+@pytest.mark.slow
 def test_a_dense_layer_is_within_the_bound_of_its_scales():
     """|y_q − y| ≤ Σ|x|·s_w/2 + Σ|w_q|·s_x/2 + s_x·s_w/2, per output; and it is not y."""
     quantized, qstate = calibrate(dense, DENSE, DENSE_X)
-    y = np.asarray(quantized.apply(DENSE, qstate, DENSE_X, update=False)[0])
+    y = np.asarray(run(quantized, DENSE, qstate, DENSE_X))
     layer = quantize_weights(dense, DENSE, qstate, DENSE_X)["kernel"]
     s_w, s_x = np.asarray(layer.scale), float(layer.input_scale)
     w_q = np.abs(np.asarray(layer.integers) * s_w).sum(0)
@@ -70,7 +71,7 @@ def test_a_dense_layer_is_within_the_bound_of_its_scales():
 def test_a_dense_layer_is_its_integers():
     """The fake-quantised layer is exactly integer arithmetic: (x_q − z)·w_q + b_q in int64, times s_x·s_w."""
     quantized, qstate = calibrate(dense, DENSE, DENSE_X)
-    y = np.asarray(quantized.apply(DENSE, qstate, DENSE_X, update=False)[0])
+    y = np.asarray(run(quantized, DENSE, qstate, DENSE_X))
     layer = quantize_weights(dense, DENSE, qstate, DENSE_X)["kernel"]
     zero = int(layer.input_zero_point)
     x_q = np.clip(np.rint(np.asarray(DENSE_X) / np.asarray(layer.input_scale)) + zero, 0, 255).astype(np.int64)
@@ -147,10 +148,11 @@ def test_integer_products_are_left_alone():
 
     quantized, qstate = calibrate(function, variables, DENSE_X)
     assert list(qstate) == ["kernel"]
-    got, want = quantized.apply(variables, qstate, DENSE_X, update=False)[0][1], function(variables, DENSE_X)[1]
+    got, want = run(quantized, variables, qstate, DENSE_X)[1], function(variables, DENSE_X)[1]
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_grouped_and_depthwise_convolutions_have_a_scale_per_output_channel():
     x = jax.random.normal(jax.random.key(2), (2, 4, 4, 4))
     gamma = jnp.array([1.0, -2.0, 0.5, 3.0])
@@ -168,7 +170,7 @@ def test_grouped_and_depthwise_convolutions_have_a_scale_per_output_channel():
         want = np.asarray(variables["kernel"] * gamma.reshape(1, 1, 1, 4))
         assert layer.scale.shape == (1, 1, 1, 4)
         assert np.all(np.abs(real(layer) - want) <= np.asarray(layer.scale) * 0.5001)
-        y, exact = quantized.apply(variables, qstate, x, update=False)[0], function(variables, x)
+        y, exact = run(quantized, variables, qstate, x), function(variables, x)
         assert float(jnp.abs(y - exact).max()) < 0.02 * float(jnp.abs(exact).max())
 
 
@@ -178,7 +180,7 @@ def test_a_tail_that_is_read_elsewhere_is_not_folded():
         return z, z * 2.0 + v["bias"][None]
 
     quantized, qstate = calibrate(function, DENSE, DENSE_X)
-    z, y = quantized.apply(DENSE, qstate, DENSE_X, update=False)[0]
+    z, y = run(quantized, DENSE, qstate, DENSE_X)
     np.testing.assert_allclose(y, z * 2.0 + DENSE["bias"][None], atol=1e-6)
     assert quantize_weights(function, DENSE, qstate, DENSE_X)["kernel"].bias is None
 
@@ -194,7 +196,7 @@ def test_dead_channels_keep_their_bias(tiny):
     """A channel whose weights are (almost) zero outputs its bias, which int32 at s_x·s_w alone could not hold."""
     variables = {"kernel": DENSE["kernel"].at[:, 1].set(tiny), "bias": DENSE["bias"]}
     quantized, qstate = calibrate(dense, variables, DENSE_X)
-    y = quantized.apply(variables, qstate, DENSE_X, update=False)[0]
+    y = run(quantized, variables, qstate, DENSE_X)
     np.testing.assert_allclose(y[:, 1], -1.0, rtol=1e-5)
     layer = quantize_weights(dense, variables, qstate, DENSE_X)["kernel"]
     assert np.all(np.isfinite(layer.scale)) and np.all(np.asarray(layer.scale) > 0)
@@ -204,6 +206,7 @@ def test_dead_channels_keep_their_bias(tiny):
     assert np.all(np.isfinite(gradient["kernel"]))
 
 
+@pytest.mark.slow
 def test_bits_matter(calibrated):
     _, variables, _, x = calibrated
     want = apply(variables, x)
@@ -250,6 +253,7 @@ def test_integers_lie_on_the_grid_and_reproduce_the_layer(calibrated):
 # Gradients
 
 
+@pytest.mark.slow
 def test_gradients_match_the_float_network(calibrated):
     """Straight through: every parameter's gradient points where the float network's does."""
     quantized, variables, qstate, x = calibrated
@@ -277,7 +281,7 @@ def test_gradient_of_a_layer_is_analytic_with_asymmetric_activations_and_zero_wh
     def loss(v, x):
         return jnp.sum(jnp.sin(quantized.apply(v, narrow, x, update=False)[0]))
 
-    got_w, got_x = jax.grad(loss, argnums=(0, 1))(DENSE, DENSE_X)
+    got_w, got_x = jit(jax.grad(loss, argnums=(0, 1)))(DENSE, DENSE_X)
     scale, zero = float(layer.input_scale), int(layer.input_zero_point)
     q = np.rint(np.asarray(DENSE_X) / scale) + zero
     x_q = (np.clip(q, 0, 255) - zero) * scale
@@ -314,6 +318,7 @@ def test_learned_ranges_get_gradients_and_training_them_helps():
 # Composition
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_grad_compose(calibrated):
     quantized, variables, qstate, x = calibrated
     call = partial(quantized.apply, update=False)
@@ -346,6 +351,7 @@ def test_updating_observes_before_rounding_and_freezing_never_recompiles():
     np.testing.assert_allclose(float(moved["kernel"].high), 2 * float(DENSE_X.max()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_models_of_the_library_are_folded_whole():
     """ResNet-8 with both kinds of shortcut: every BatchNorm disappears, and the result stays close."""
     model = ResNet(8, 10, shortcut="B", widths=(4, 6, 8))
@@ -365,6 +371,7 @@ def test_the_models_of_the_library_are_folded_whole():
     assert quantized_bytes(function, variables, x) == sum(k.size for k in kernels) + 8 * biases + 5 * 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", ["group", "union"])
 def test_shrunk_networks_are_quantised_too(coupling):
     """Every layer of the smaller network keeps its fold, and the masked network's range at the input of each."""
@@ -375,7 +382,7 @@ def test_shrunk_networks_are_quantised_too(coupling):
     quantized, qstate = calibrate(function, small, x)
     check_calibrated(qstate)
     assert {name.split(":")[0] for name in qstate} == {"stem/kernel", "a/kernel", "b/kernel", "head/kernel"}
-    layers = quantize_weights(function, small, qstate, x)
+    layers = jit(partial(quantize_weights, function))(small, qstate, x)
     assert {name: layer.integers.shape for name, layer in layers.items()} == {
         f"{name}/kernel": small[name]["kernel"].shape for name in ("stem", "a", "b", "head")
     }
@@ -394,24 +401,23 @@ def test_equinox_style_single_examples_under_vmap_are_folded():
 
     quantized, qstate = calibrate(single, variables, DENSE_X)
     reference, reference_state = calibrate(dense, DENSE, DENSE_X)
-    got = quantized.apply(variables, qstate, DENSE_X, update=False)[0]
-    np.testing.assert_allclose(got, reference.apply(DENSE, reference_state, DENSE_X, update=False)[0], atol=1e-5)
+    got = run(quantized, variables, qstate, DENSE_X)
+    np.testing.assert_allclose(got, run(reference, DENSE, reference_state, DENSE_X), atol=1e-5)
     layer = quantize_weights(single, variables, qstate, DENSE_X)["weight"]
     assert layer.scale.shape == (4, 1) and layer.bias is not None
 
 
 def test_rematerialised_and_bfloat16_networks(calibrated):
-    _, variables, qstate, x = calibrated
+    plain, variables, qstate, x = calibrated
     remat = fake_quant(jax.checkpoint(apply))
-    want = fake_quant(apply).apply(variables, qstate, x, update=False)[0]
-    np.testing.assert_allclose(remat.apply(variables, qstate, x, update=False)[0], want, atol=1e-5)
+    np.testing.assert_allclose(run(remat, variables, qstate, x), run(plain, variables, qstate, x), atol=1e-5)
 
     def low(v, x):
         y = x.astype(jnp.bfloat16) @ v["kernel"].astype(jnp.bfloat16)
         return y.astype(jnp.float32) * 2.0 + v["bias"][None]
 
     quantized, qstate = calibrate(low, DENSE, DENSE_X)
-    y = quantized.apply(DENSE, qstate, DENSE_X, update=False)[0]
+    y = run(quantized, DENSE, qstate, DENSE_X)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, low(DENSE, DENSE_X), atol=0.15)
     assert quantize_weights(low, DENSE, qstate, DENSE_X)["kernel"].bias is not None
@@ -420,6 +426,7 @@ def test_rematerialised_and_bfloat16_networks(calibrated):
 # Residual sums
 
 
+@pytest.mark.slow
 def test_residual_branches_have_their_own_scales(calibrated):
     quantized, variables, qstate, x = calibrated
     # The shortcut is the value that conv a reads, so it has that range; the other branch has one of its own.
@@ -448,7 +455,7 @@ def test_hawq_preset_keeps_sixteen_bits_on_residual_sums(calibrated):
         "b/kernel:out",
         "head/kernel:pool",
     }
-    y = quantized.apply(variables, qstate, x, update=False)[0]
+    y = run(quantized, variables, qstate, x)
     assert float(jnp.abs(y - apply(variables, x)).max()) < 0.03 * float(jnp.abs(y).max())
 
 
@@ -465,7 +472,7 @@ def test_ranges_that_saw_nothing_are_an_error_and_never_a_scale():
 
 def test_nan_is_seen_and_has_no_integers():
     quantized, qstate = calibrate(dense, DENSE, DENSE_X.at[0, 0].set(jnp.nan))
-    assert np.all(np.isnan(quantized.apply(DENSE, qstate, DENSE_X, update=False)[0]))
+    assert np.all(np.isnan(run(quantized, DENSE, qstate, DENSE_X)))
     with pytest.raises(ValueError, match="kernel: its input range is not finite"):
         quantize_weights(dense, DENSE, qstate, DENSE_X)
     _, qstate = calibrate(dense, DENSE, DENSE_X)
@@ -504,7 +511,7 @@ def test_layers_in_loops_and_custom_rules_are_refused_unless_skipped():
         rules = (QuantRule("loop", skip=True), *INT8)
         quantized, qstate = calibrate(function, variables, DENSE_X, rules)
         assert list(qstate) == ["kernel"]
-        y = quantized.apply(variables, qstate, DENSE_X, update=False)[0]
+        y = run(quantized, variables, qstate, DENSE_X)
         np.testing.assert_allclose(y, function(variables, DENSE_X), atol=0.1)
 
 

@@ -97,6 +97,7 @@ def test_every_tensor_is_integer_arithmetic(small):
     np.testing.assert_array_equal(logits, expected_logits)
 
 
+@pytest.mark.slow
 def test_int8_and_float32_execution_give_the_same_integers(small):
     _, variables, qstate, x, _ = small
     quantized = fake_quant(apply)
@@ -132,6 +133,7 @@ def test_other_batch_sizes_closures_and_pytrees(small):
     assert set(stored.values()) == {jnp.dtype("int8")} and network.variables == {}
 
 
+@pytest.mark.slow
 def test_sixteen_bit_sums():
     """HAWQ-V3: unsigned layer inputs, rounded from sums that have 16 bits."""
     variables, x = make_variables(), jnp.abs(make_images())
@@ -145,6 +147,7 @@ def test_sixteen_bit_sums():
     assert tensors["b/kernel:out"].dtype == jnp.uint16 and tensors["b/kernel"].dtype == jnp.uint8
 
 
+@pytest.mark.slow
 def test_every_range_names_its_integers():
     """Also where its values are joined from others, and where they are those of another range."""
 
@@ -163,12 +166,13 @@ def test_every_range_names_its_integers():
         assert int(jnp.abs(integers - tensors[name].astype(jnp.int32)).max()) <= 1, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_what_stays_in_floating_point_keeps_its_16_bits(dtype):
     function, variables, x = in_16_bits(dtype)
     for rules in (INT8, (QuantRule("b", skip=True), *INT8)):  # the gate reads a layer's sums, or a layer a rounding
         quantized, qstate = calibrate(function, variables, x, rules)
-        got = to_integer(quantized, variables, qstate, example=x)(x)
+        got = jit(lambda n, x: n(x))(to_integer(quantized, variables, qstate, example=x), x)
         assert got.dtype == dtype
         fake = run(quantized, variables, qstate, x).astype(jnp.float32)
         np.testing.assert_allclose(got.astype(jnp.float32), fake, atol=0.02 * float(jnp.abs(fake).max()))
@@ -317,6 +321,7 @@ def test_parts_are_the_fewest():
     assert arithmetic.float32_parts(reaches + 1) == ()
 
 
+@pytest.mark.slow
 def test_a_network_may_sum_in_float32_what_float32_does_not_hold(monkeypatch):
     """As every convolution does by default where XLA cannot compile the ones of int8."""
 
@@ -341,6 +346,7 @@ def test_a_network_may_sum_in_float32_what_float32_does_not_hold(monkeypatch):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_float32_is_refused_where_one_channel_is_not_exact_and_int32_where_it_overflows():
     def function(v, x):
         return lax.conv_general_dilated(x, v["kernel"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
@@ -394,6 +400,7 @@ def refusal(function, v, x, rules=INT8):
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_refusals_name_the_rule_that_helps():
     """And no other: a bias per position, an add with 8 bits at its ends already, is not one of residual bits."""
     v = {"one": DENSE["kernel"], "two": DENSE["kernel"].T, "at": jnp.ones((8, 4)), "order": jnp.arange(4.0)}

@@ -22,6 +22,7 @@ def test_rounds_half_to_even():
     assert quantise(x, unit_grid()).tolist() == [-2, -2, 0, 0, 2, 2]
 
 
+@pytest.mark.slow
 def test_weights_use_the_narrow_range_per_output_channel():
     w = jax.random.normal(jax.random.key(0), (3, 3, 5, 7))
     grid = symmetric_grid(w, axis=-1)
@@ -48,6 +49,7 @@ def test_a_dead_weight_channel_has_a_usable_scale(tiny):
     np.testing.assert_allclose(back, w, atol=1e-36)
 
 
+@pytest.mark.slow
 @given(ends, ends)
 @settings(max_examples=60, deadline=None)
 def test_zero_is_exact_and_zero_points_are_integers(a, b):
@@ -116,6 +118,7 @@ def test_straight_through_gradient_is_the_analytic_one(kind):
     assert np.all(np.asarray(got)[inside] == np.asarray(3 * jnp.cos(3 * fake_quantise(x, grid)))[inside])
 
 
+@pytest.mark.slow
 def test_forward_and_reverse_mode_agree():
     x = jax.random.normal(jax.random.key(0), (64,))
     grid = asymmetric_grid(jnp.float32(-1.0), jnp.float32(1.0))

@@ -51,6 +51,7 @@ def test_percentiles_against_numpy():
         np.testing.assert_allclose(end, averaged([np.percentile(b, percent) for b in BATCHES], 0.9), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_mse_range_rounds_better_than_the_extremes():
     batch = BATCHES[0].copy()
     batch[0] = 20.0  # one outlier
@@ -66,6 +67,7 @@ def test_mse_range_rounds_better_than_the_extremes():
     assert min(tried) < 0.97 * tried[-1] and float(state.high) < 20
 
 
+@pytest.mark.slow
 def test_residual_branches_of_unsigned_layers_are_observed_with_their_sign():
     def function(v, x):
         y = x @ v["a"]

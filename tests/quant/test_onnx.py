@@ -1,7 +1,6 @@
 """The ONNX file: ONNX Runtime computes the integers of ``to_integer`` in fused kernels; a float file does floats."""
 
 from collections import Counter
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from ehap_jax import allocate, random_scores, shrink, shrink_variables, trace_gr
 from ehap_jax.models import ResNet, eval_apply
 from ehap_jax.quant import HAWQ, INT8, QuantRule, onnx_session, save_onnx, to_integer, to_onnx
 from tests.pruning.invariant import jit, randomise
-from tests.quant.networks import apply, batch_norm, calibrate, conv, in_16_bits, make_images, make_variables
+from tests.quant.networks import apply, batch_norm, calibrate, conv, in_16_bits, make_images, make_variables, run
 
 onnx = pytest.importorskip("onnx", reason="needs pip install 'ehap-jax[onnx]'")
 runtime = pytest.importorskip("onnxruntime", reason="needs pip install 'ehap-jax[onnx]'")
@@ -67,6 +66,7 @@ def small():
     return *calibrate(apply, variables, x), variables, x
 
 
+@pytest.mark.slow
 def test_the_small_network(small, tmp_path):
     quantized, qstate, variables, x = small
     counts = assert_parity(quantized, variables, qstate, x, tmp_path)
@@ -78,6 +78,7 @@ def test_the_small_network(small, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_symmetric_grids_narrower_than_their_type(tmp_path):
     variables, x = make_variables(), jnp.abs(make_images())
     rules = (QuantRule(activations="symmetric", activation_bits=6, weight_bits=4, residual_bits=6),)
@@ -90,6 +91,7 @@ def calibrate_for(variables, x, rules):
     return quantized, variables, qstate
 
 
+@pytest.mark.slow
 def test_a_pruned_resnet_with_union_coupling(tmp_path):
     """Option-A shortcuts and channels added by index: slices, pads and gathers of integers."""
     model = ResNet(8, 10, widths=(4, 6, 8))
@@ -118,6 +120,7 @@ def odd(v, x):
     return (v["out"]["kernel"] @ both.reshape(x.shape[0], -1).T).T
 
 
+@pytest.mark.slow
 def test_everything_that_has_an_integer_form(tmp_path):
     variables = make_variables()
     keys = jax.random.split(jax.random.key(5))
@@ -125,8 +128,8 @@ def test_everything_that_has_an_integer_form(tmp_path):
     variables["out"] = {"kernel": 0.2 * jax.random.normal(keys[1], (5, 16))}
     x = make_images()
     quantized, qstate = calibrate(odd, variables, x)
-    fake = quantized.apply(variables, qstate, x, update=False)[0]
-    np.testing.assert_allclose(fake, odd(variables, x), atol=0.05 * float(jnp.abs(fake).max()))
+    fake = run(quantized, variables, qstate, x)
+    np.testing.assert_allclose(fake, jit(odd)(variables, x), atol=0.05 * float(jnp.abs(fake).max()))
     counts = assert_parity(quantized, variables, qstate, x, tmp_path)
     assert counts["QLinearAdd"] >= 2 and counts["QLinearConv"] == 4 + 1 + 1 and counts["QGemm"] == 1
 
@@ -144,6 +147,7 @@ def varied(v, x):
     return y.mean((1, 2)) @ v["out"]
 
 
+@pytest.mark.slow
 def test_convolutions_of_every_kind(tmp_path):
     shapes = {"grouped": (3, 3, 2, 4), "depthwise": (2, 3, 1, 4), "dilated": (3, 3, 4, 5), "out": (5, 3)}
     drawn = np.random.default_rng(6)
@@ -154,6 +158,7 @@ def test_convolutions_of_every_kind(tmp_path):
     assert counts["QLinearConv"] == 3
 
 
+@pytest.mark.slow
 def test_implants_under_union_coupling(tmp_path):
     """A kernel of two parts: two convolutions whose results are joined, with one affine function after them."""
     variables, x = make_variables(gamma_sign=True), make_images()
@@ -163,7 +168,7 @@ def test_implants_under_union_coupling(tmp_path):
     assert sum(len(implant.channels) for implant in plan.implants.values()) > 1
     function, small = shrink(apply, plan), shrink_variables(variables, plan)
     quantized, qstate = calibrate(function, small, x)
-    fake, want = jit(partial(quantized.apply, update=False))(small, qstate, x)[0], jit(function)(small, x)
+    fake, want = run(quantized, small, qstate, x), jit(function)(small, x)
     assert float(jnp.abs(fake - want).max()) < 0.03 * float(jnp.abs(want).max())
     counts = assert_parity(quantized, small, qstate, x, tmp_path)
     assert counts["Concat"] == len(plan.implants) and counts["QLinearAdd"] == 1
@@ -186,6 +191,7 @@ def tokens(v, x):
     return jnp.einsum("obt,o->bt", y, v["e"])
 
 
+@pytest.mark.slow
 def test_dense_layers_of_any_rank(tmp_path):
     quantized, qstate = calibrate(tokens, HEADS, TOKENS)
     counts = assert_parity(quantized, HEADS, qstate, TOKENS, tmp_path)
@@ -195,9 +201,10 @@ def test_dense_layers_of_any_rank(tmp_path):
     network = to_integer(quantized, HEADS, qstate, example=one)
     np.testing.assert_array_equal(outputs(model, TOKENS)["y"], jit(lambda n, x: n(x))(network, TOKENS))
     model = to_onnx(tokens, HEADS, example=one, dynamic_batch=True)
-    np.testing.assert_allclose(outputs(model, TOKENS)["y"], tokens(HEADS, TOKENS), atol=1e-5)
+    np.testing.assert_allclose(outputs(model, TOKENS)["y"], jit(tokens)(HEADS, TOKENS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sums_of_sums_and_a_mean_that_is_scaled(tmp_path):
     def function(v, x):
         y = jnp.einsum("btf,fo->bto", x, v["a"])
@@ -211,6 +218,7 @@ def test_sums_of_sums_and_a_mean_that_is_scaled(tmp_path):
     assert (counts["QLinearAdd"], counts["QLinearGlobalAveragePool"], counts["QGemm"]) == (5, 1, 2)
 
 
+@pytest.mark.slow
 def test_a_layer_that_a_rule_skips_stays_in_floating_point(tmp_path):
     """Between quantised ones, too: ONNX Runtime would quantise its weights with a rule of its own."""
     variables = {name: jnp.asarray(RNG.normal(size=(5, 5)), jnp.float32) for name in "abcd"}
@@ -223,19 +231,20 @@ def test_a_layer_that_a_rule_skips_stays_in_floating_point(tmp_path):
     quantized, qstate = calibrate(function, variables, x, rules)
     network = to_integer(quantized, variables, qstate, example=x)
     model = to_onnx(quantized, variables, qstate, example=x)
-    fake = quantized.apply(variables, qstate, x, update=False)[0]
+    fake = run(quantized, variables, qstate, x)
     np.testing.assert_allclose(jit(lambda n, x: n(x))(network, x), fake, atol=1e-5)
     np.testing.assert_allclose(outputs(model, x)["y"], fake, atol=1e-5)
     counts = kernels(model, tmp_path)
     assert (counts["Gemm"] + counts["FusedGemm"], counts["QGemm"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_what_stays_in_floating_point_keeps_its_16_bits():
     function, variables, x = in_16_bits(jnp.float16)
     for rules in (INT8, (QuantRule("b", skip=True), *INT8)):
         quantized, qstate = calibrate(function, variables, x, rules)
         got = outputs(to_onnx(quantized, variables, qstate, example=x), x)["y"]
-        want = np.asarray(to_integer(quantized, variables, qstate, example=x)(x))
+        want = np.asarray(jit(lambda n, x: n(x))(to_integer(quantized, variables, qstate, example=x), x))
         assert got.dtype == np.float16
         np.testing.assert_allclose(got, want, atol=2e-3 * float(np.abs(want).max()))
     function, variables, x = in_16_bits(jnp.bfloat16)  # ONNX Runtime has no such kernels, but the file is right
@@ -249,7 +258,7 @@ def test_what_stays_in_floating_point_keeps_its_16_bits():
 def test_float_export(small, tmp_path):
     _, _, variables, x = small
     model = to_onnx(apply, variables, example=x)
-    np.testing.assert_allclose(outputs(model, x)["y"], apply(variables, x), atol=1e-5)
+    np.testing.assert_allclose(outputs(model, x)["y"], jit(apply)(variables, x), atol=1e-5)
     assert Counter(node.op_type for node in model.graph.node)["Conv"] == 3  # every BatchNorm is folded
     assert not {"Mul", "Sub", "Sqrt"} & {node.op_type for node in model.graph.node}
 
@@ -265,7 +274,7 @@ def smooth(v, x):
 def test_float_export_of_smooth_functions():
     v, x = {"one": jax.random.normal(jax.random.key(0), (6, 4))}, jax.random.normal(jax.random.key(1), (8, 6))
     found = outputs(to_onnx(smooth, v, example=x), x)
-    for got, want in zip(found.values(), smooth(v, x), strict=True):
+    for got, want in zip(found.values(), jit(smooth)(v, x), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -304,6 +313,7 @@ def test_large_weights_go_to_a_second_file(small, tmp_path):
     np.testing.assert_array_equal(got, outputs(model, x)["y"])
 
 
+@pytest.mark.slow
 def test_sixteen_bit_sums_need_a_new_opset(small):
     _, _, variables, x = small
     rules = (QuantRule("stem/*", activations="symmetric", residual_bits=16), *HAWQ)
@@ -315,6 +325,7 @@ def test_sixteen_bit_sums_need_a_new_opset(small):
     np.testing.assert_allclose(got, jit(lambda n, x: n(x))(network, x), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_sixteen_bit_integers_are_padded_and_chosen_from():
     """ONNX Runtime has no such kernels for them."""
 
@@ -345,13 +356,14 @@ def with_constants(v, x):
     return conv(framed, v["d"]["kernel"]).mean((1, 2)) @ v["out"]["kernel"]
 
 
+@pytest.mark.slow
 def test_constants_among_integers(tmp_path):
     variables, drawn = make_variables(), np.random.default_rng(3)
     for name, shape in {"c": (3, 3, 4, 8), "d": (3, 3, 9, 4), "out": (4, 5)}.items():
         variables[name] = {"kernel": jnp.asarray(drawn.normal(0, 0.3, shape), jnp.float32)}
     x = make_images()
     quantized, qstate = calibrate(with_constants, variables, x)
-    fake, exact = quantized.apply(variables, qstate, x, update=False)[0], with_constants(variables, x)
+    fake, exact = run(quantized, variables, qstate, x), jit(with_constants)(variables, x)
     np.testing.assert_allclose(fake, exact, atol=0.05 * float(jnp.abs(exact).max()))
     counts = assert_parity(quantized, variables, qstate, x, tmp_path)
     assert counts["Concat"] + counts["QLinearConcat"] == 2

@@ -52,6 +52,7 @@ def assert_equal(found, logits, tensors):
     np.testing.assert_array_equal(found["y"], logits)
 
 
+@pytest.mark.slow
 def test_the_model_with_exact_products_is_the_integer_network(exported):
     _, network, _ = exported
     logits, tensors = run_dense(network, X, exact_product)
@@ -73,6 +74,7 @@ def test_weights_of_8_bits_are_wrong_where_sums_saturate_and_those_of_7_are_not(
     assert bool((logits != np.asarray(network(X))).any()) == (bits == 8)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.data())
 def test_safe_weights_never_saturate(data):
@@ -112,6 +114,7 @@ def test_every_weight_has_tensors_of_its_own(exported):
     assert len(weights) == 2 * len(WEIGHTS) and {readers[name] for name in weights} == {1}
 
 
+@pytest.mark.slow
 def test_equal_kernels_are_not_shared_either(tmp_path):
     """Nor with a constant that is no weight; read from a file, too."""
     one = jnp.asarray(DRAWN.normal(size=(4, 4)), jnp.float32)

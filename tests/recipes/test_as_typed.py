@@ -117,6 +117,7 @@ def test_what_is_there_already_is_kept(tmp_path, capsys, recipe):
     assert (tmp_path / "file").read_text() == "dear" and (tmp_path / "thesis" / "config.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [pretrain, quickstart], ids=names([pretrain, quickstart]))
 def test_settings_that_changed_before_a_resume_are_named(tmp_path, capsys, recipe):
     RunDirectory.create(tmp_path / "run", {"data": "digits", "seeds": 99})

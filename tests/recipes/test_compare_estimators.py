@@ -40,6 +40,7 @@ def test_compares_stops_and_resumes(tmp_path):
     assert "UNFINISHED" not in text and "rms of 2" in text
 
 
+@pytest.mark.slow
 def test_masked_is_shrunk_in_value_and_training():
     """The network with a mask against the one without the channels: logits, and the step of gradient descent."""
     rng = np.random.default_rng(0)

@@ -25,12 +25,14 @@ def saved(network, tmp_path):
     return run.path
 
 
+@pytest.mark.slow
 def test_what_is_read_is_what_was_saved(network, saved):
     found = load_network(saved)
     assert found.architecture == network.architecture and found.plan is None
     jax.tree.map(np.testing.assert_array_equal, found.variables, network.variables)
 
 
+@pytest.mark.slow
 def test_a_shrunk_network_and_a_plan_of_another(network, saved):
     plan = PruningPlan.from_keep(network.graph(), {"params/layer1_0/conv1/kernel": [1]})
     small = network._replace(variables=shrink_variables(network.variables, plan), plan=plan)

@@ -10,6 +10,8 @@ from ehap_jax.training import load_variables
 from recipes.network import load_network
 from tests.recipes.tiny import read
 
+pytestmark = pytest.mark.slow
+
 
 def test_pretrain_writes_a_network_that_loads(dense):
     network = load_network(dense)

@@ -106,6 +106,7 @@ class Page(HTMLParser):
             self.shown.append(data)
 
 
+@pytest.mark.slow
 def test_page_is_self_contained_and_escaped(run):
     before = {p.name for p in run.iterdir()}
     html = write_report(run).read_text()
@@ -119,6 +120,7 @@ def test_page_is_self_contained_and_escaped(run):
     assert {p.name for p in run.iterdir()} == before | {"report.html"}
 
 
+@pytest.mark.slow
 def test_pictures_follow_the_theme_and_keep_their_ids_apart(run):
     html = write_report(run).read_text()
     pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
@@ -129,11 +131,13 @@ def test_pictures_follow_the_theme_and_keep_their_ids_apart(run):
         assert "currentColor" in svg and "#1b1b1b" not in svg
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(run):
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_written_leaves_the_old_one(run, monkeypatch):
     page = write_report(run)
     before, names = page.read_bytes(), sorted(p.name for p in run.iterdir())
@@ -147,6 +151,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(run, monkeypatch):
     assert page.read_bytes() == before and sorted(p.name for p in run.iterdir()) == names
 
 
+@pytest.mark.slow
 def test_comparison_of_two_runs(run, tmp_path, capsys):
     page = write_comparison([run, run], tmp_path / "both.html")
     shown = Page(page.read_text()).shown
@@ -207,6 +212,7 @@ def test_sensitivity_of_odd_scores():
         sensitivity_per_layer({})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [8, 110])
 def test_every_layer_keeps_its_name(layers):
     paths = [f"params/layer{i}/conv/kernel" for i in range(layers)]
@@ -321,6 +327,7 @@ def test_bars_carry_their_numbers():
     assert {"0.5", "0.4  (0.80 ×)", "20", "Seconds per probe"} <= set(texts(figure))
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_its_curves_and_costs_instead_of_stages(run):
     summary = {"stages": sweep_stages(), "costs": {"seconds per probe": {"float32": 1.0}}}
     (run / "summary.json").write_text(json.dumps(summary))
@@ -438,6 +445,7 @@ KNOWN = {
 """Names that the format of a run gives; all others are a stranger's."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curve", [False, True])
 def test_names_of_strangers_are_text_wherever_they_stand(tmp_path, curve):
     folder = tmp_path / f"run{MARKUP.replace('/', '')}"

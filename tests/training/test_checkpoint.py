@@ -63,6 +63,7 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
         assert [path.name for path in (tmp_path / "saved").iterdir()] == ["1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2])
 def test_killed_after_any_epoch_and_resumed_is_bit_identical(run, tmp_path, every):
     train, start = run

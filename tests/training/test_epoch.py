@@ -54,6 +54,7 @@ def problem():
     return Problem(images, (np.arange(N) % 3).astype(np.int32), {"params": {"kernel": kernel}})
 
 
+@pytest.mark.slow
 def test_one_epoch_is_torchs_sgd_on_a_permutation_of_the_data(problem):
     """Every step is recorded through `prepare`; torch.optim.SGD repeats them on the same batches."""
     torch = pytest.importorskip("torch")
@@ -124,6 +125,7 @@ def network():
     return results, traced, variables
 
 
+@pytest.mark.slow
 def test_scan_and_step_loops_agree(network):
     results, _, variables = network
     (scanned, scan_metrics), (stepped, step_metrics) = results["scan", 0], results["step", 0]
@@ -141,6 +143,7 @@ def test_seeds_differ_and_share_one_compilation(network):
     assert traced == {"scan": 1, "step": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["scan", "step"])
 def test_compiled_once_however_much_is_bound_to_a_device(problem, loop, caplog):
     """Weights of an earlier training, or of a checkpoint, are bound to their device; a new optimizer's are not."""
@@ -164,6 +167,7 @@ def test_compiled_once_however_much_is_bound_to_a_device(problem, loop, caplog):
         assert names.count(f"jit({program})") == 2, program  # bound and free
 
 
+@pytest.mark.slow
 def test_epochs_are_shuffled_afresh(problem):
     firsts = []
 
@@ -181,6 +185,7 @@ def test_epochs_are_shuffled_afresh(problem):
     assert firsts[0] != firsts[1] and firsts[0] == firsts[2]
 
 
+@pytest.mark.slow
 def test_project_runs_after_every_step_and_sees_carried_collections(problem):
     mask = jnp.ones((4, 3)).at[:, 1].set(0.0)
 
@@ -197,6 +202,7 @@ def test_project_runs_after_every_step_and_sees_carried_collections(problem):
     np.testing.assert_array_equal(state.model_state["masks"]["kernel"], mask)
 
 
+@pytest.mark.slow
 def test_cross_entropy_of_half_precision_logits_is_in_float32():
     logits = jnp.asarray([[8.0, 0.0]], jnp.float16)
     loss = cross_entropy(logits, jnp.asarray([0]))
@@ -236,6 +242,7 @@ def test_optimizer_refuses_numbers_out_of_range(arguments, message):
         sgd_cosine(**{"learning_rate": 0.1, "total_steps": 10, **arguments})
 
 
+@pytest.mark.slow
 def test_weight_decay_can_spare_vectors():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     optimizer = sgd_cosine(1.0, 10, momentum=0.0, weight_decay=0.1, decay_norms=False)

@@ -71,6 +71,7 @@ def run(data, *, epochs=1, forward=forward, average=None, **options):
     return states, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["scan", "step"])
 def test_average_follows_the_variables(data, loop):
     """Batches as large as the data: every epoch is one step, so the states between the steps are known."""
@@ -91,6 +92,7 @@ def test_average_follows_the_variables(data, loop):
     assert float(jnp.abs(state.averaged["params"]["w"] - state.params["w"]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_an_average_changes_nothing_else_and_survives_a_checkpoint(data, tmp_path):
     (_, plain), _ = run(data)
     (_, state), _ = run(data, average=0.9)
@@ -101,6 +103,7 @@ def test_an_average_changes_nothing_else_and_survives_a_checkpoint(data, tmp_pat
         np.testing.assert_array_equal(checkpoints.restore(state).averaged["params"]["w"], state.averaged["params"]["w"])
 
 
+@pytest.mark.slow
 def test_smoothing_is_that_of_optax():
     generator = np.random.default_rng(0)
     logits, labels = jnp.asarray(generator.normal(size=(5, 4)), jnp.float32), jnp.array([0, 3, 1, 1, 2])
@@ -121,6 +124,7 @@ def test_distillation_loss_is_the_scaled_divergence():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_teacher_weighs_in(data, weight):
     """With weight 0 it changes nothing; with weight 1 labels change nothing, and the student moves towards it."""
@@ -140,6 +144,7 @@ def test_a_teacher_weighs_in(data, weight):
     assert after < before
 
 
+@pytest.mark.slow
 def test_low_precision_computes_in_it_and_keeps_float32_weights(data):
     seen = []
 
@@ -205,6 +210,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_end_where_one_does():
     """Batch statistics are those of the whole batch. In a process of its own: devices are counted when it starts."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -227,6 +233,7 @@ def test_a_batch_that_the_mesh_cannot_share(data):
         run(data, mesh=Three())
 
 
+@pytest.mark.slow
 def test_a_deadline_saves_the_epoch_it_stops_after(data, tmp_path):
     images, labels, variables = data
     optimizer = sgd_cosine(0.3, total_steps=20)

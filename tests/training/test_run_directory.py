@@ -96,6 +96,7 @@ def test_a_resume_clears_what_a_kill_left_and_nothing_else(tmp_path):
         killed.pop_all()
 
 
+@pytest.mark.slow
 def test_seconds_count_the_processes_before_this_one(tmp_path, monkeypatch):
     clock = iter(np.arange(0.0, 1e6, 100.0))
     monkeypatch.setattr(run_lock.time, "monotonic", lambda: next(clock))

@@ -39,6 +39,7 @@ def is_free(run):
     return True
 
 
+@pytest.mark.slow
 def test_the_second_process_is_refused_and_the_lock_of_a_dead_one_is_taken_over(run):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -53,6 +54,7 @@ def test_the_second_process_is_refused_and_the_lock_of_a_dead_one_is_taken_over(
     assert str(os.getpid()) in (taken.path / MARKER).read_text() and not is_free(run)
 
 
+@pytest.mark.slow
 def test_a_process_may_take_its_own_run_up_again_and_gives_it_free(run):
     assert is_free(run)
     first, second = RunDirectory.create(run, resume=True), RunDirectory.create(run, resume=True)

@@ -7,6 +7,8 @@ from recipes.torch_comparison.cost import measure
 
 pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("framework", ["JAX", "PyTorch"])
 def test_time_and_memory(torch_inputs, framework):

@@ -13,6 +13,8 @@ from recipes.torch_comparison.job import Config, prepare
 
 pytest.importorskip("torch", reason="PyTorch is an optional extra: pip install 'ehap-jax[torch]'")
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_has_no_integers_in_pytorch_is_told(torch_inputs, monkeypatch):
     from interop import torch_integer
