@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,8 +139,12 @@ def leftovers(run: Path) -> list[str]:
     return sorted(str(path.relative_to(run)) for pattern in patterns for path in run.rglob(pattern))
 
 
-def try_kills(job: Job, count: int, seed: int, folder: Path) -> dict[str, Any]:
+def try_kills(
+    job: Job, count: int, seed: int, folder: Path, keep: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """Kill runs `count` times in all; what differs from the run left alone is listed.
+
+    ``keep`` is given what was found so far, after every run that came to its end.
 
     Returns:
         {"kills": [...], "runs": how many, "different": [...], "left_over": [...], "seconds_alone": of the run}.
@@ -152,28 +156,31 @@ def try_kills(job: Job, count: int, seed: int, folder: Path) -> dict[str, Any]:
     spread = rng.permutation((np.arange(count) + rng.random(count)) / count) * moments[-1]
     kills: list[Kill] = []
     different, left, runs = [], leftovers(folder / "alone"), 0
+    found: dict[str, Any] = {}
     while len(kills) < count:
         run = folder / f"killed{runs}"
         for moment in spread[len(kills) : len(kills) + int(rng.integers(1, 4))]:
             kills.append(kill_at(job, run, moments, float(moment), SIGNALS[rng.integers(len(SIGNALS))]))
             print(f"{len(kills):>4} of {count}: {kills[-1]}", flush=True)
         left_alone(job, run)
-        found = contents(job, run)
-        names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        ended = contents(job, run)
+        names = sorted(name for name in {*expected, *ended} if expected.get(name) != ended.get(name))
         different += [f"killed{runs}/{name}" for name in names]
         left += [f"killed{runs}/{name}" for name in leftovers(run)]
         shutil.rmtree(run)
         runs += 1
-    return {
-        "kills": [kill._asdict() for kill in kills],
-        "signals": dict(Counter(kill.signal for kill in kills)),
-        "statuses": {str(status): number for status, number in Counter(kill.status for kill in kills).items()},
-        "runs": runs,
-        "compared": sorted(expected),
-        "different": different,
-        "left_over": left,
-        "seconds_alone": moments[-1],
-    }
+        found = {
+            "kills": [kill._asdict() for kill in kills],
+            "signals": dict(Counter(kill.signal for kill in kills)),
+            "statuses": {str(status): number for status, number in Counter(kill.status for kill in kills).items()},
+            "runs": runs,
+            "compared": sorted(expected),
+            "different": different,
+            "left_over": left,
+            "seconds_alone": moments[-1],
+        }
+        keep(found)
+    return found
 
 
 def fill_disk(job: Job, kilobytes: int, folder: Path) -> dict[str, Any] | None:
@@ -218,11 +225,11 @@ def main(arguments: list[str] | None = None) -> int:
         # Compiled once for all processes: what is tried is what they write, and not how long they compile.
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PLATFORMS": "cpu"}
         os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        left_alone(job, folder / "first")
-        found = try_kills(job, given.kills, given.seed, folder)
+        left_alone(job, folder / "alone")
         full = [fill_disk(job, kilobytes, folder) for kilobytes in (48, 160, 400)]
-    found |= {"full_disk": [one for one in full if one is not None], "seed": given.seed, **about()}
-    write_results(given.output, found)
+        here = {"full_disk": [one for one in full if one is not None], "seed": given.seed, **about()}
+        shutil.rmtree(folder / "alone")  # the next one finds everything compiled, as those that are killed do
+        found = here | try_kills(job, given.kills, given.seed, folder, lambda now: write_results(given.output, now | here))
     bad = found["different"] + found["left_over"] + [x for one in found["full_disk"] for x in one["different"]]
     print(f"{len(found['kills'])} kills in {found['runs']} runs, {len(bad)} differences or leftovers: {bad[:5]}")
     return 1 if bad else 0
