@@ -67,12 +67,14 @@ class Kill(NamedTuple):
 
 def start(job: Job, run: Path) -> subprocess.Popen[str]:
     """The job in the background; an interrupt works there even where it is ignored here, as in a background shell."""
-
-    def listen() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    command = [*job.command, str(run)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=listen)
+    here = signal.getsignal(signal.SIGINT)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # no preexec_fn: it forks, which JAX's threads may not like
+    try:
+        return subprocess.Popen([*job.command, str(run)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    finally:
+        signal.signal(signal.SIGINT, here)
 
 
 def left_alone(job: Job, run: Path) -> list[float]:
@@ -229,7 +231,8 @@ def main(arguments: list[str] | None = None) -> int:
         full = [fill_disk(job, kilobytes, folder) for kilobytes in (48, 160, 400)]
         here = {"full_disk": [one for one in full if one is not None], "seed": given.seed, **about()}
         shutil.rmtree(folder / "alone")  # the next one finds everything compiled, as those that are killed do
-        found = here | try_kills(job, given.kills, given.seed, folder, lambda now: write_results(given.output, now | here))
+        keep = lambda now: write_results(given.output, now | here)  # noqa: E731
+        found = here | try_kills(job, given.kills, given.seed, folder, keep)
     bad = found["different"] + found["left_over"] + [x for one in found["full_disk"] for x in one["different"]]
     print(f"{len(found['kills'])} kills in {found['runs']} runs, {len(bad)} differences or leftovers: {bad[:5]}")
     return 1 if bad else 0
