@@ -1,7 +1,8 @@
 """Runs that are killed at random moments and resumed: do they end in the same bits as one that was left alone?
 
-    python -m benchmarks.kills                  # 60 kills of recipes.ehap at a tiny size; results/reliability.json
-    python -m benchmarks.kills --kills 5
+    python -m benchmarks.kills                          # 60 kills of recipes.ehap at a tiny size
+    python -m benchmarks.kills --kills 5 --seed 1       # five more; results/reliability.json keeps the others
+    python -m benchmarks.kills --kills 20 --miniature   # of benchmarks.killed_job, which takes seconds
 
 A run is left alone once, and the moments of its lines are noted. Others are ended by SIGKILL, SIGTERM or SIGINT at
 moments spread evenly over all of it, resumed, ended again, up to three times each, and resumed to their end. Summary
@@ -24,13 +25,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.measure import about, write_results
+from benchmarks.measure import about, read_results, write_results
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TINY = [
@@ -39,6 +40,10 @@ TINY = [
     *(word for phase in ("pretrain", "finetune", "int8") for word in (f"--{phase}.epochs", "2")),
     *(word for phase in ("pretrain", "finetune", "int8") for word in (f"--{phase}.batch-size", "256")),
 ]  # fmt: skip
+
+
+BAD = ("different", "left_over")
+"""Of a part of the results: files that differ from those of a run left alone, and temporary ones."""
 
 
 class Job(NamedTuple):
@@ -214,26 +219,41 @@ def fill_disk(job: Job, kilobytes: int, folder: Path) -> dict[str, Any] | None:
     }
 
 
+def with_part(results: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """Results of several parts with one more, or with one of them anew, and what they come to together."""
+    parts = {**results.get("parts", {}), name: part}
+    totals: dict[str, Any] = {key: sum(len(part[key]) for part in parts.values()) for key in ("kills", *BAD)}
+    totals["runs"] = sum(part["runs"] for part in parts.values())
+    for key in ("signals", "statuses"):
+        totals[key] = dict(sum((Counter(part[key]) for part in parts.values()), Counter[str]()))
+    return {"totals": totals, "parts": parts}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--miniature", action="store_true", help="a job of seconds instead of the recipe")
+    parser.add_argument("--kills-only", action="store_true", help="fill no disk")
     parser.add_argument("--output", type=Path, default=Path("results/reliability.json"))
     given = parser.parse_args(arguments)
     job = MINIATURE if given.miniature else MAIN
+    name = f"{job.command[2]}, {given.kills} kills from seed {given.seed}"
     with tempfile.TemporaryDirectory() as there:
         folder = Path(there)
         # Compiled once for all processes: what is tried is what they write, and not how long they compile.
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PLATFORMS": "cpu"}
         os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         left_alone(job, folder / "alone")
-        full = [fill_disk(job, kilobytes, folder) for kilobytes in (48, 160, 400)]
+        full = [fill_disk(job, kilobytes, folder) for kilobytes in (() if given.kills_only else (48, 160, 400))]
         here = {"full_disk": [one for one in full if one is not None], "seed": given.seed, **about()}
         shutil.rmtree(folder / "alone")  # the next one finds everything compiled, as those that are killed do
-        keep = lambda now: write_results(given.output, now | here)  # noqa: E731
-        found = here | try_kills(job, given.kills, given.seed, folder, keep)
-    bad = found["different"] + found["left_over"] + [x for one in found["full_disk"] for x in one["different"]]
+
+        def keep(found: dict[str, Any]) -> None:
+            write_results(given.output, with_part(read_results(given.output), name, found | here))
+
+        found = try_kills(job, given.kills, given.seed, folder, keep)
+    bad = found["different"] + found["left_over"] + [x for one in here["full_disk"] for x in one["different"]]
     print(f"{len(found['kills'])} kills in {found['runs']} runs, {len(bad)} differences or leftovers: {bad[:5]}")
     return 1 if bad else 0
 
