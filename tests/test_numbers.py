@@ -246,6 +246,24 @@ def test_nan_and_infinity_are_named(function):
 
 
 @pytest.mark.parametrize("function", CURVATURE)
+@pytest.mark.parametrize("which", ["a", "c", "x"])
+def test_what_vanishes_in_float16_is_named(function, which):
+    """All of a kernel or of the inputs; single weights may."""
+    rng = np.random.default_rng(9)
+    leaves = {"a": rng.normal(size=KERNELS["a"]), "c": rng.normal(size=KERNELS["c"])}
+    leaves |= {"x": rng.normal(size=(EXAMPLES, INPUTS))}
+    leaves[which] *= 1e-9
+    leaves = narrowed(leaves, np.float32)
+    params = {name: leaves[name] for name in KERNELS} | {"b": np.ones(HIDDEN, np.float32), "d": np.zeros(3, np.float32)}
+    batch = {"x": leaves["x"], "label": np.zeros(EXAMPLES, np.int32)}
+    with pytest.raises(
+        ValueError,
+        match=rf"{which if which != 'x' else 'batch'}.* is not zero, but all of it is in float16; use bfloat16 or",
+    ):
+        function(params, batch, Policy("float16"))
+
+
+@pytest.mark.parametrize("function", CURVATURE)
 @pytest.mark.parametrize(
     ("scales", "refused"),
     [
