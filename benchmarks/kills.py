@@ -1,7 +1,8 @@
 """Runs that are killed at random moments and resumed: do they end in the same bits as one that was left alone?
 
-    python -m benchmarks.kills                  # 60 kills of recipes.ehap at a tiny size; results/reliability.json
-    python -m benchmarks.kills --kills 5
+    python -m benchmarks.kills                          # 60 kills of recipes.ehap at a tiny size
+    python -m benchmarks.kills --kills 5 --seed 1       # five more; results/reliability.json keeps the others
+    python -m benchmarks.kills --kills 20 --miniature   # of benchmarks.killed_job, which takes seconds
 
 A run is left alone once, and the moments of its lines are noted. Others are ended by SIGKILL, SIGTERM or SIGINT at
 moments spread evenly over all of it, resumed, ended again, up to three times each, and resumed to their end. Summary
@@ -24,13 +25,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.measure import about, write_results
+from benchmarks.measure import about, read_results, write_results
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TINY = [
@@ -39,6 +40,10 @@ TINY = [
     *(word for phase in ("pretrain", "finetune", "int8") for word in (f"--{phase}.epochs", "2")),
     *(word for phase in ("pretrain", "finetune", "int8") for word in (f"--{phase}.batch-size", "256")),
 ]  # fmt: skip
+
+
+BAD = ("different", "left_over")
+"""Of a part of the results: files that differ from those of a run left alone, and temporary ones."""
 
 
 class Job(NamedTuple):
@@ -67,12 +72,14 @@ class Kill(NamedTuple):
 
 def start(job: Job, run: Path) -> subprocess.Popen[str]:
     """The job in the background; an interrupt works there even where it is ignored here, as in a background shell."""
-
-    def listen() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    command = [*job.command, str(run)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=listen)
+    here = signal.getsignal(signal.SIGINT)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # no preexec_fn: it forks, which JAX's threads may not like
+    try:
+        return subprocess.Popen([*job.command, str(run)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    finally:
+        signal.signal(signal.SIGINT, here)
 
 
 def left_alone(job: Job, run: Path) -> list[float]:
@@ -139,8 +146,12 @@ def leftovers(run: Path) -> list[str]:
     return sorted(str(path.relative_to(run)) for pattern in patterns for path in run.rglob(pattern))
 
 
-def try_kills(job: Job, count: int, seed: int, folder: Path) -> dict[str, Any]:
+def try_kills(
+    job: Job, count: int, seed: int, folder: Path, keep: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """Kill runs `count` times in all; what differs from the run left alone is listed.
+
+    ``keep`` is given what was found so far, after every run that came to its end.
 
     Returns:
         {"kills": [...], "runs": how many, "different": [...], "left_over": [...], "seconds_alone": of the run}.
@@ -152,28 +163,31 @@ def try_kills(job: Job, count: int, seed: int, folder: Path) -> dict[str, Any]:
     spread = rng.permutation((np.arange(count) + rng.random(count)) / count) * moments[-1]
     kills: list[Kill] = []
     different, left, runs = [], leftovers(folder / "alone"), 0
+    found: dict[str, Any] = {}
     while len(kills) < count:
         run = folder / f"killed{runs}"
         for moment in spread[len(kills) : len(kills) + int(rng.integers(1, 4))]:
             kills.append(kill_at(job, run, moments, float(moment), SIGNALS[rng.integers(len(SIGNALS))]))
             print(f"{len(kills):>4} of {count}: {kills[-1]}", flush=True)
         left_alone(job, run)
-        found = contents(job, run)
-        names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        ended = contents(job, run)
+        names = sorted(name for name in {*expected, *ended} if expected.get(name) != ended.get(name))
         different += [f"killed{runs}/{name}" for name in names]
         left += [f"killed{runs}/{name}" for name in leftovers(run)]
         shutil.rmtree(run)
         runs += 1
-    return {
-        "kills": [kill._asdict() for kill in kills],
-        "signals": dict(Counter(kill.signal for kill in kills)),
-        "statuses": {str(status): number for status, number in Counter(kill.status for kill in kills).items()},
-        "runs": runs,
-        "compared": sorted(expected),
-        "different": different,
-        "left_over": left,
-        "seconds_alone": moments[-1],
-    }
+        found = {
+            "kills": [kill._asdict() for kill in kills],
+            "signals": dict(Counter(kill.signal for kill in kills)),
+            "statuses": {str(status): number for status, number in Counter(kill.status for kill in kills).items()},
+            "runs": runs,
+            "compared": sorted(expected),
+            "different": different,
+            "left_over": left,
+            "seconds_alone": moments[-1],
+        }
+        keep(found)
+    return found
 
 
 def fill_disk(job: Job, kilobytes: int, folder: Path) -> dict[str, Any] | None:
@@ -205,25 +219,41 @@ def fill_disk(job: Job, kilobytes: int, folder: Path) -> dict[str, Any] | None:
     }
 
 
+def with_part(results: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """Results of several parts with one more, or with one of them anew, and what they come to together."""
+    parts = {**results.get("parts", {}), name: part}
+    totals: dict[str, Any] = {key: sum(len(part[key]) for part in parts.values()) for key in ("kills", *BAD)}
+    totals["runs"] = sum(part["runs"] for part in parts.values())
+    for key in ("signals", "statuses"):
+        totals[key] = dict(sum((Counter(part[key]) for part in parts.values()), Counter[str]()))
+    return {"totals": totals, "parts": parts}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--miniature", action="store_true", help="a job of seconds instead of the recipe")
+    parser.add_argument("--kills-only", action="store_true", help="fill no disk")
     parser.add_argument("--output", type=Path, default=Path("results/reliability.json"))
     given = parser.parse_args(arguments)
     job = MINIATURE if given.miniature else MAIN
+    name = f"{job.command[2]}, {given.kills} kills from seed {given.seed}"
     with tempfile.TemporaryDirectory() as there:
         folder = Path(there)
         # Compiled once for all processes: what is tried is what they write, and not how long they compile.
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PLATFORMS": "cpu"}
         os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        left_alone(job, folder / "first")
-        found = try_kills(job, given.kills, given.seed, folder)
-        full = [fill_disk(job, kilobytes, folder) for kilobytes in (48, 160, 400)]
-    found |= {"full_disk": [one for one in full if one is not None], "seed": given.seed, **about()}
-    write_results(given.output, found)
-    bad = found["different"] + found["left_over"] + [x for one in found["full_disk"] for x in one["different"]]
+        left_alone(job, folder / "alone")
+        full = [fill_disk(job, kilobytes, folder) for kilobytes in (() if given.kills_only else (48, 160, 400))]
+        here = {"full_disk": [one for one in full if one is not None], "seed": given.seed, **about()}
+        shutil.rmtree(folder / "alone")  # the next one finds everything compiled, as those that are killed do
+
+        def keep(found: dict[str, Any]) -> None:
+            write_results(given.output, with_part(read_results(given.output), name, found | here))
+
+        found = try_kills(job, given.kills, given.seed, folder, keep)
+    bad = found["different"] + found["left_over"] + [x for one in here["full_disk"] for x in one["different"]]
     print(f"{len(found['kills'])} kills in {found['runs']} runs, {len(bad)} differences or leftovers: {bad[:5]}")
     return 1 if bad else 0
 

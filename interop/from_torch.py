@@ -117,7 +117,18 @@ def from_torch(
         >>> apply(variables, np.zeros((2, 8, 8, 3), np.float32)).shape, info.layout, info.depth
         ((2, 10), 'akamaster', 8)
     """
-    tensors, metadata = read_checkpoint(source, entry, indices or {})
+    try:
+        return _network(*read_checkpoint(source, entry, indices or {}), layout, num_classes, dtype)
+    except CheckpointError as error:
+        if isinstance(source, Mapping) or os.fspath(source) in str(error):
+            raise
+        raise CheckpointError(f"{os.fspath(source)}: {error}") from error
+
+
+def _network(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], layout: str, num_classes: int | None, dtype: Any
+) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any], CheckpointInfo]:
+    """What `from_torch` returns of the tensors of a file."""
     found, names = recognise(tensors, layout)
     form = found.layout.form
     own, unread, original = _rename(found.layout, found.parts, tensors)

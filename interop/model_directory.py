@@ -315,8 +315,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _has(source: Path, name: str) -> bool:
     """Whether the directory has such a file; a link that leads out of it is an error."""
     path = source / name
-    if path.is_symlink() and path.resolve().parent != source.resolve():
-        raise CheckpointError(f"{path} is a link to {path.resolve()}, outside of the directory; copy the file there")
+    end = Path(os.path.realpath(path))  # resolve() raises a RuntimeError for a link to itself
+    if path.is_symlink() and end.parent != Path(os.path.realpath(source)):
+        raise CheckpointError(f"{path} is a link to {end}, outside of the directory; copy the file there")
     return path.is_file()
 
 

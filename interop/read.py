@@ -160,7 +160,7 @@ def _check_zip(path: Path) -> None:
             bad = archive.testzip()
             if bad is not None:
                 raise CheckpointError(f"{path} is damaged: the checksum of entry {bad!r} is wrong")
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, UnicodeError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {_first_line(error)}") from error
 
 

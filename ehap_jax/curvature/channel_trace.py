@@ -134,9 +134,10 @@ def channel_trace(
       TypeError: ``key`` is no random key; the loss does not return one floating-point scalar, or returns it in the
         policy's 16 bits; a selected parameter is an integer.
       ValueError: nothing is selected; the graph is of another network; batch leaves differ in length; NaN or infinity
-        in ``params`` or ``batch``, named by path; the loss is not deterministic, or with ``microbatch`` not a mean over
-        examples; ``state`` is of another key, method, dtype of the policy, set of leaves or axes, or has more than
-        ``num_probes`` probes; ``save_to`` is of something else, or comes with ``state``; options out of range.
+        in ``params`` or ``batch``, or a kernel or batch that vanishes in 16 bits, named by path; the loss is not
+        deterministic, or with ``microbatch`` not a mean over examples; ``state`` is of another key, method, dtype of
+        the policy, set of leaves or axes, or has more than ``num_probes`` probes; ``save_to`` is of something else, or
+        comes with ``state``; options out of range.
       FileNotFoundError: the folder of ``save_to`` does not exist.
       FloatingPointError: ``Hv`` is not finite, in float16 at the smallest scale or because activations overflow; says
         which of the two, and names the first layer concerned in the order of the network; or the sums overflow.

@@ -36,7 +36,7 @@ from ehap_jax.curvature.heads import (
 )
 from ehap_jax.curvature.partial_sums import PartialSums, SumsFile
 from ehap_jax.curvature.precision import SMALLEST_SCALE, Policy
-from ehap_jax.curvature.problem import batch_size, require_finite
+from ehap_jax.curvature.problem import batch_size, require_finite, require_representable
 
 __all__ = ["Columns", "Examples", "add_up", "columns_of", "count_draws", "first_scale", "head_roots", "read_examples"]
 
@@ -101,10 +101,10 @@ def read_examples(params: PyTree, batch: PyTree, policy: Policy, mesh: Mesh | No
     require_finite(batch, "batch")
     x, targets = jax.tree.map(jnp.asarray, inputs_and_targets(batch))
     inner, targets, _ = shares_of(head, targets, size, policy.sums)
-    x, cast = policy.cast(x), policy.cast(params)
-    require_finite(cast, "params", policy.compute)
-    require_finite(x, "batch", policy.compute)
-    return Examples(cast, x, inner, targets, size)
+    narrow, cast = policy.cast(x), policy.cast(params)
+    require_representable(params, cast, "params", policy.compute)
+    require_representable(x, narrow, "batch", policy.compute)
+    return Examples(cast, narrow, inner, targets, size)
 
 
 @dataclass(frozen=True)

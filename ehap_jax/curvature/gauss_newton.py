@@ -107,9 +107,9 @@ def gauss_newton_trace(
     Raises:
       ValueError: a selected kernel is not proven, with the reason; the examples are not independent (BatchNorm in
         training mode); labels out of range; the head does not fit the logits or the batch's targets, or is indefinite
-        and ``classes`` is not ``"all"``; NaN or infinity in ``params`` or ``batch``, named by path; nothing is
-        selected; the graph is of another network; leaves of the batch differ in length; ``memory_budget`` is too
-        small; ``save_to`` is of something else; options out of range.
+        and ``classes`` is not ``"all"``; NaN or infinity in ``params`` or ``batch``, or a kernel or batch that vanishes
+        in 16 bits, named by path; nothing is selected; the graph is of another network; leaves of the batch differ in
+        length; ``memory_budget`` is too small; ``save_to`` is of something else; options out of range.
       TypeError: the model does not return one floating-point array; a selected parameter is an integer.
       FileNotFoundError: the folder of ``save_to`` does not exist.
       FloatingPointError: a trace is not finite, in float16 at the smallest scale; names the first such leaf.

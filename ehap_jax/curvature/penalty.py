@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ehap_jax import _compat
+from ehap_jax._traced_once import traced_once
 from ehap_jax.curvature.problem import Layout
 from ehap_jax.graph import Graph, Node, Value, evaluate, trace_graph
 from ehap_jax.graph.layers import Layers, layers_in
@@ -64,7 +65,7 @@ def penalty_of(loss: Callable, params: PyTree, examples: PyTree) -> Penalty | No
     return _penalty(loss, structure, tuple((jnp.shape(leaf), jnp.asarray(leaf).dtype) for leaf in leaves))
 
 
-@lru_cache(maxsize=16)
+@traced_once
 def _penalty(loss, structure, described) -> Penalty | None:
     structs = [jax.ShapeDtypeStruct(*leaf) for leaf in described]
     params, examples = jax.tree.unflatten(structure, structs)

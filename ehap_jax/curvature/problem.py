@@ -17,7 +17,17 @@ from ehap_jax.curvature.precision import Policy
 from ehap_jax.curvature.probes import is_kernel
 from ehap_jax.graph import Graph, channel_structure
 
-__all__ = ["Axes", "Batches", "Layout", "Problem", "kernels_of", "layout_of", "prepare", "require_finite"]
+__all__ = [
+    "Axes",
+    "Batches",
+    "Layout",
+    "Problem",
+    "kernels_of",
+    "layout_of",
+    "prepare",
+    "require_finite",
+    "require_representable",
+]
 
 PyTree = Any
 
@@ -134,11 +144,12 @@ def prepare(
     if check_loss:
         _require_usable_loss(loss, params, parts, step, shards)
     cast = jax.tree.leaves(policy.cast(params))
-    require_finite(jax.tree.unflatten(layout.structure, cast), "params", policy.compute)
+    require_representable(params, jax.tree.unflatten(layout.structure, cast), "params", policy.compute)
     chunks = []
-    for part in policy.cast(parts):
-        require_finite(part, "batch", policy.compute)
-        chunks += _cut(part, step)
+    for part in parts:
+        narrow = policy.cast(part)
+        require_representable(part, narrow, "batch", policy.compute)
+        chunks += _cut(narrow, step)
     weights = [jnp.asarray(batch_size(chunk) / size, policy.sums) for chunk in chunks]
     return Problem(layout, cast, chunks, weights)
 
@@ -261,6 +272,27 @@ def require_finite(tree: PyTree, what: str, compute: str | None = None) -> None:
         if not finite:
             leaf = f"{what} leaf {path_name(path)!r}" if path else what
             raise ValueError(f"{leaf} holds NaN or infinity" + (f" in {compute}" if compute else ""))
+
+
+@jax.jit
+def _vanished(given, cast):
+    return [(x != 0).any() & ~(y != 0).any() for x, y in zip(given, cast, strict=True)]
+
+
+def require_representable(given: PyTree, cast: PyTree, what: str, compute: str) -> None:
+    """Raise a ValueError that names the first leaf which ``compute`` cannot hold.
+
+    It has become infinite; or all zero, where it was not and has two axes or more: a layer or a batch is gone.
+    """
+    require_finite(cast, what, compute)
+    given = tuple(given) if isinstance(given, Batches) else given
+    named = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(given)]
+    pairs = [pair for pair in zip(named, jax.tree.leaves(cast), strict=True) if jnp.ndim(pair[1]) >= 2]
+    flags = jax.device_get(_vanished([leaf for (_, leaf), _ in pairs], [leaf for _, leaf in pairs]))
+    for ((path, _), _), gone in zip(pairs, flags, strict=True):
+        if gone:
+            leaf = f"{what} leaf {path_name(path)!r}" if path else what
+            raise ValueError(f"{leaf} is not zero, but all of it is in {compute}; use bfloat16 or float32, or scale it")
 
 
 def _checked_value(loss, params, examples):

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ehap_jax._traced_once import traced_once
 from ehap_jax.curvature.problem import Layout
 from ehap_jax.curvature.residuals import Kept, keep_little
 from ehap_jax.curvature.taps import Taps, find_taps
@@ -155,7 +156,7 @@ def taps_of(loss, layout: Layout, leaves, examples) -> Taps:
     return _find_taps(loss, layout, structure, described, jax.sharding.get_abstract_mesh())
 
 
-@lru_cache(maxsize=16)
+@traced_once
 def _find_taps(loss, layout: Layout, structure, described, mesh) -> Taps:
     """The loss with a tap wherever a channel's products are a sum over axes of what is tapped.
 

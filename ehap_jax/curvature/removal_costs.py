@@ -173,8 +173,8 @@ def removal_costs(
     Raises:
       ValueError: no group can be removed; the examples are not independent (a network in training mode); the head does
         not fit the logits or the targets, or is indefinite and ``classes`` is not ``"all"``; labels out of range; NaN
-        or infinity, named by path; ``memory_budget`` is too small for a chunk or the result; ``save_to`` is of
-        something else; options out of range.
+        or infinity, or a kernel or batch that vanishes in 16 bits, named by path; ``memory_budget`` is too small for a
+        chunk or the result; ``save_to`` is of something else; options out of range.
       TypeError: the model does not return one floating-point array.
       UnknownPrimitiveError: an operation without a rule.
       FloatingPointError: a cost is not finite, in float16 at the smallest scale.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from ehap_jax._traced_once import traced_once
 from ehap_jax.curvature.heads import inputs_and_targets
 from ehap_jax.curvature.piecewise_linear import piecewise_linear_kernels
 from ehap_jax.curvature.precision import Policy
@@ -28,7 +28,7 @@ def tapped_model(model: Callable, params: PyTree, x: PyTree, paths: tuple[str, .
     return _taps(model, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), paths)
 
 
-@lru_cache(maxsize=16)
+@traced_once
 def _taps(model, structure, described, paths) -> Taps:
     return find_taps(_graph(model, structure, described, "freeze"), paths)
 
@@ -43,7 +43,7 @@ def example_graph(model: Callable, params: PyTree, x: PyTree, on_unknown: Litera
     return _graph(model, structure, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves), on_unknown)
 
 
-@lru_cache(maxsize=16)
+@traced_once
 def _graph(model, structure, described, on_unknown) -> Graph:
     structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in described]
     params, x = jax.tree.unflatten(structure, structs)

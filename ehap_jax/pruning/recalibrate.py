@@ -39,7 +39,8 @@ def recalibrate(train_apply: Callable, variables: PyTree, batches: Iterable, *, 
 
     Raises:
       ValueError: there are no batches; nothing that the function returns is a statistic; an update is not a moving
-        average of its old value; a statistic is not finite; ``relative_to`` has other paths or shapes.
+        average of its old value, or one of 16 bits too slow to be told; a statistic is not finite, or beyond its dtype;
+        ``relative_to`` has other paths or shapes.
 
     >>> def train_apply(v, x):
     ...     return x, {"mean": 0.5 * v["mean"] + 0.5 * x.mean(0)}
@@ -54,7 +55,9 @@ def recalibrate(train_apply: Callable, variables: PyTree, batches: Iterable, *, 
         _require_same_shapes(variables, relative_to)
         found = _moved(variables, relative_to, found, _statistics(train_apply, relative_to, batches))
     _require_finite(found)
-    return _with(variables, found)
+    recalibrated = _with(variables, found)
+    _require_range(recalibrated, found)
+    return recalibrated
 
 
 def _statistics(train_apply: Callable, variables: PyTree, batches: list[tuple]) -> dict[str, np.ndarray]:
@@ -69,24 +72,51 @@ def _statistics(train_apply: Callable, variables: PyTree, batches: list[tuple]) 
             "train_apply returns no new value of any variable: it must return (outputs, updates) with updates such as "
             '{"batch_stats": ...}, under the paths that its variables have'
         )
+    dtypes = {path: _named(variables)[path].dtype for path in places.values()}
+    rounding = {path: _rounding(_named(probe)[output].dtype) for output, path in places.items()}
     zeros = {path: np.zeros(shapes[path]) for path in places.values()}
-    without = _read(updates(_with(variables, zeros), *batches[0]), places)
+
+    def updated(old: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return _read(updates(_with(variables, old), *batches[0]), places)
+
+    without = updated(zeros)
     _require_finite(without)
-    # An old value as large as what it is averaged with: the slope is then exact to a rounding.
-    old = {path: 1 + np.abs(value) for path, value in without.items()}
-    found = _read(updates(_with(variables, old), *batches[0]), places)
-    momentum = {path: (found[path] - without[path]) / old[path] for path in found}
+    momentum: dict[str, np.ndarray] = {path: np.zeros(shapes[path]) for path in without}
+    # Several old values where one slope is known to few digits: its roundings differ, and its mean has more of them.
+    factors = 2 ** np.linspace(0, 1, 16, endpoint=False) if max(rounding.values()) > 1e-4 else np.ones(1)
+    for factor in factors:
+        # An old value as large as what it is averaged with: the slope is then exact to a rounding.
+        old = {path: _held(factor * (1 + np.abs(value)), dtypes[path]) for path, value in without.items()}
+        found = updated(old)
+        momentum = {path: momentum[path] + (found[path] - without[path]) / old[path] / len(factors) for path in found}
     for output, path in places.items():
-        if not (momentum[path].size and np.ptp(momentum[path]) < 1e-3 and -1e-3 < momentum[path].mean() < 1 - 1e-6):
+        slope, slack = momentum[path], max(1e-3, 4 * rounding[path])
+        if not (slope.size and np.ptp(slope) < slack and -slack < slope.mean() < 1 - 1e-6):
             raise ValueError(
                 f"what train_apply returns as {output} is not a moving average of {path}: it does not change by a "
                 "constant share of the old value below 1"
+            )
+        if rounding[path] > 1e-4 and 1 - slope.mean() < slack:
+            raise ValueError(
+                f"{path}: an average with the momentum {slope.mean():.3g} has no digits left in "
+                f"{_named(probe)[output].dtype}; keep the statistics in float32"
             )
     total = {path: np.zeros(shapes[path]) for path in without}
     for batch in batches:
         found = without if batch is batches[0] else _read(updates(_with(variables, zeros), *batch), places)
         total = {path: total[path] + found[path] / (1 - momentum[path].mean()) for path in total}
     return {path: value / len(batches) for path, value in total.items()}
+
+
+def _rounding(dtype: jnp.dtype) -> float:
+    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
+
+
+def _held(values: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
+    """Positive values as an array of ``dtype`` has them, well inside its range."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        values = np.minimum(values, float(jnp.finfo(dtype).max) / 4)
+    return np.asarray(jnp.asarray(values, dtype), np.float64)
 
 
 def _read(updates: PyTree, places: dict[str, str]) -> dict[str, np.ndarray]:
@@ -101,9 +131,31 @@ def _require_finite(statistics: dict[str, np.ndarray]) -> None:
         raise ValueError(f"the statistics {bad[0]} of these batches are not finite")
 
 
-@lru_cache(maxsize=16)
+def _require_range(variables: PyTree, statistics: Mapping[str, np.ndarray]) -> None:
+    """Raise where a statistic is beyond the dtype that it is kept in."""
+    named = _named(variables)
+    for path in statistics:
+        if not np.isfinite(np.asarray(named[path], np.float64)).all():
+            raise ValueError(
+                f"the statistics {path} reach {np.abs(statistics[path]).max():.3g}, beyond {named[path].dtype}; keep "
+                "them in float32"
+            )
+
+
 def _updates_of(train_apply: Callable) -> Callable:
+    """Compiled, and kept for the next call with the same function where it can be told to be the same."""
+    try:
+        hash(train_apply)
+    except TypeError:
+        return _compiled_updates(train_apply)
+    return _kept_updates(train_apply)
+
+
+def _compiled_updates(train_apply: Callable) -> Callable:
     return jax.jit(lambda variables, *batch: train_apply(variables, *batch)[1])
+
+
+_kept_updates = lru_cache(maxsize=16)(_compiled_updates)
 
 
 def _with(variables: PyTree, replaced: Mapping[str, np.ndarray]) -> PyTree:

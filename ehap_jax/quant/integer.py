@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ehap_jax import _compat
 from ehap_jax.graph.trace import Operand, Value
@@ -125,7 +126,10 @@ class IntegerNetwork:
     execution: tuple[tuple[str, Execution], ...] = field(metadata={"static": True})
 
     def __call__(self, x):
-        """What the function returns, in its dtypes."""
+        """What the function returns, in its dtypes.
+
+        Raises ValueError (outside jit) where ``x`` holds NaN or infinity: they would become some integer.
+        """
         program = self.structure.program(x)
         tensors, known = self._run(program, x)
         outputs = [tensors[out] if isinstance(out, str) else value_of(out, known) for out in program.outputs]
@@ -141,6 +145,7 @@ class IntegerNetwork:
         }
 
     def _run(self, program: Program, x) -> tuple[dict[str, jax.Array], Mapping[Value, Any]]:
+        _require_finite(x)
         known = variable_values(program.network, self.variables)
         tensors: dict[str, jax.Array] = dict(zip(program.inputs, jax.tree.leaves(x), strict=True))
         for step in program.steps:
@@ -363,6 +368,12 @@ def _choose(program: Program, certificates: Mapping[str, Certificate], wanted) -
             )
         chosen[name] = how
     return chosen
+
+
+def _require_finite(x) -> None:
+    leaves = [leaf for leaf in jax.tree.leaves(x) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if not any(isinstance(leaf, Tracer) for leaf in leaves) and not all(jnp.isfinite(leaf).all() for leaf in leaves):
+        raise ValueError("the input holds NaN or infinity, which no integer can stand for")
 
 
 def _struct(leaf) -> jax.ShapeDtypeStruct:

@@ -1,8 +1,10 @@
 """One directory per run: config, versions, metrics and files, each there whole or not at all."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ import jax
 import numpy as np
 
 from ehap_jax._untrusted_files import parse_json, read_json, regular_file, shown
-from ehap_jax._whole_files import remove_unfinished, write_text
+from ehap_jax._whole_files import remove_unfinished, write_text, written_whole
 from ehap_jax.training.run_lock import MARKER, RunLock, lock_run
 
 _PACKAGES = ("ehap-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -58,7 +60,8 @@ class RunDirectory:
             FileExistsError: the directory has files in it, and neither `resume` nor `overwrite` was asked for, or
                 it is not a run.
             BlockingIOError: another process works there; the message has its process id.
-            NotADirectoryError: `path` is a file.
+            NotADirectoryError: `path` is a file, or lies below one.
+            PermissionError: no file can be made there.
             ValueError: `resume` and `overwrite` together, or a config that differs from the one being resumed.
         """
         path = Path(path)
@@ -191,6 +194,7 @@ def check_output(path: str | Path, *, resume: bool = False, overwrite: bool = Fa
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file, not a run directory")
     if not path.is_dir() or not any(path.iterdir()):
+        _require_writable(path)
         return
     if not resume and not overwrite:
         raise FileExistsError(
@@ -199,6 +203,36 @@ def check_output(path: str | Path, *, resume: bool = False, overwrite: bool = Fa
         )
     if not is_run(path):
         raise FileExistsError(f"{path} is not a run directory (it has no {MARKER}); choose another path")
+    _require_writable(path)
+    if overwrite:
+        _require_writable(path.absolute().parent)  # from which the old one goes
+
+
+def _require_writable(path: Path) -> None:
+    """Raise unless a file can be made in the directory, or in the one in which it and its parents will be made.
+
+    One is made, because no permission bits tell of read-only file systems and users who may do everything.
+    """
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{path} cannot be made: {place} is a file; choose another path")
+    try:
+        with written_whole(place / "probe"):
+            raise _Probed
+    except _Probed:
+        return
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PermissionError(
+            f"cannot write in {place} ({os.strerror(error.errno or 0)}); choose another path"
+        ) from error
+
+
+class _Probed(Exception):
+    """A file could be made, and goes again."""
 
 
 def _check_config(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -13,23 +13,18 @@ from benchmarks.hostile_files import GOOD, attempt, attempts
 from benchmarks.hostile_readers import INTEROP, OWN, Reader, readers
 from benchmarks.mutations import ANY, SPECIAL, payload
 
-INPUTS = 20
+INPUTS = 17
+"""Of each of twelve readers: 204 in all."""
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OWN | INTEROP)
 def test_no_hostile_file_does_harm(name):
     if name not in readers():
-        pytest.skip("folders of images need Pillow: pip install 'ehap-jax[images]'")
-    wrong = [outcome for outcome in attempts(name, range(INPUTS)) if outcome.kind not in GOOD]
+        pytest.skip("a package is missing: pip install 'ehap-jax[images,torch]'")
+    outcomes = list(attempts(name, range(INPUTS)))
+    wrong = [outcome for outcome in outcomes if outcome.kind not in GOOD]
     assert not wrong, "\n".join(map(str, wrong))
-
-
-@pytest.mark.parametrize("name", INTEROP)
-def test_no_file_of_pytorch_is_executed(name):
-    if name not in readers():
-        pytest.skip("PyTorch's files need PyTorch and safetensors: pip install 'ehap-jax[torch]'")
-    kinds = {outcome.kind for outcome in attempts(name, range(INPUTS))}
-    assert "refused" in kinds and "executed" not in kinds
+    assert any(outcome.kind == "refused" for outcome in outcomes)
 
 
 def test_a_payload_in_a_pickle_would_be_seen(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks.kills import MINIATURE, Job, contents, left_alone, leftovers, try_kills
+from benchmarks.kills import MINIATURE, Job, contents, left_alone, leftovers, try_kills, with_part
 
 FORGETFUL = """
 import json, os, sys, time
@@ -70,3 +70,12 @@ def test_the_order_of_names_in_a_header_is_no_difference(tmp_path):
         (tmp_path / str(number) / "model.safetensors").write_bytes(safetensors(header, content))
     first, *others = (contents(Job((), ("*.safetensors",)), tmp_path / str(number)) for number in range(4))
     assert [first == other for other in others] == [True, False, False]
+
+
+def test_parts_are_kept_and_added_up():
+    part = {"kills": [1, 2], "different": ["a"], "left_over": [], "runs": 1, "signals": {"SIGINT": 2}, "statuses": {}}
+    results = with_part(with_part({}, "seed 0", part), "seed 1", part | {"kills": [1], "signals": {"SIGKILL": 1}})
+    assert results["totals"]["kills"] == 3 and results["totals"]["different"] == 2 and results["totals"]["runs"] == 2
+    assert results["totals"]["signals"] == {"SIGINT": 2, "SIGKILL": 1}
+    again = with_part(results, "seed 0", part | {"different": []})
+    assert list(again["parts"]) == ["seed 0", "seed 1"] and again["totals"]["different"] == 1

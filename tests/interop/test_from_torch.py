@@ -297,7 +297,7 @@ def test_weights_that_are_not_finite_in_bfloat16(network, tmp_path):
     halved = {key: v.bfloat16() if v.is_floating_point() else v for key, v in network.state_dict().items()}
     halved["linear.bias"][2] = float("nan")
     save_file(halved, tmp_path / "net.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 weights in 1 tensors .* first is in 'linear\.bias'"):
+    with pytest.raises(CheckpointError, match=r"net\.safetensors: 1 weights in 1 tensors .* is in 'linear\.bias'"):
         from_torch(tmp_path / "net.safetensors")
 
 

@@ -112,3 +112,16 @@ def test_what_is_no_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(CheckpointError, match="no regular file"):
         from_torch(tmp_path / "pipe.pth")
+
+
+def test_names_in_an_archive_that_are_no_text(network, tmp_path):
+    """A name that claims to be UTF-8 and is not."""
+    file = tmp_path / "net.pth"
+    torch.save(network.state_dict(), file)
+    content = file.read_bytes()
+    start = content.index(b"PK\x01\x02")  # of the first name in the directory
+    flags = int.from_bytes(content[start + 8 : start + 10], "little") | 1 << 11
+    content = content[: start + 8] + flags.to_bytes(2, "little") + content[start + 10 :]
+    file.write_bytes(content[: start + 46] + b"\xff" + content[start + 47 :])
+    with pytest.raises(CheckpointError, match=r"net\.pth is truncated or damaged: 'utf-8' codec"):
+        from_torch(file)

@@ -257,6 +257,13 @@ def test_links_out_of_the_directory_are_not_followed(name, saved, tmp_path):
         load_model(saved)
 
 
+def test_a_link_to_itself_is_no_file(saved):
+    (saved / "config.json").unlink()
+    (saved / "config.json").symlink_to("config.json")
+    with pytest.raises(FileNotFoundError, match=r"is not a saved model: it has no config\.json"):
+        load_model(saved)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make",

@@ -133,6 +133,52 @@ def test_rounds_of_pruning_recalibrate_before_they_train(variables):
     assert any(not np.allclose(a, b) for a, b in zip(first, jax.tree.leaves(variables["batch_stats"]), strict=True))
 
 
+def averaged(momentum, dtype=None):
+    """A training function with statistics kept, and averaged, in ``dtype``."""
+
+    def apply(v, x):
+        new = {"mean": x.mean(0), "var": x.var(0)}
+        return x, {name: (momentum * v[name] + (1 - momentum) * new[name].astype(dtype)).astype(dtype) for name in new}
+
+    return apply
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_statistics_in_16_bits(dtype, momentum):
+    """A rounding of (1 - momentum) or of the slope is that much more of what the old value does not explain."""
+    batches = [3 * normal(32, 8, seed=seed) + 5 for seed in range(3)]
+    start = {"mean": jnp.zeros(8, dtype), "var": jnp.ones(8, dtype)}
+    found = recalibrate(averaged(momentum, dtype), start, batches)
+    for name, expected in (("mean", np.mean), ("var", np.var)):
+        assert found[name].dtype == dtype
+        right = np.mean([expected(np.asarray(batch, np.float64), 0) for batch in batches], 0)
+        allowed = float(jnp.finfo(dtype).eps) * (1 + 1 / (1 - momentum)) * right
+        assert (np.abs(np.asarray(found[name], np.float64) - right) <= allowed).all()
+
+
+def test_what_16_bits_cannot_hold_is_named():
+    start = {"mean": jnp.zeros(8, jnp.float16), "var": jnp.ones(8, jnp.float16)}
+    with pytest.raises(ValueError, match=r"momentum 0\.9.* has no digits left in bfloat16; keep .* in float32"):
+        recalibrate(averaged(0.99, jnp.bfloat16), jax.tree.map(lambda s: s.astype(jnp.bfloat16), start), [normal(8, 8)])
+
+    def in_float32(v, x):
+        return x, {name: 0.9 * v[name].astype(jnp.float32) + 0.1 * x.var(0) for name in v}
+
+    with pytest.raises(ValueError, match=r"statistics (mean|var) reach .*e\+05, beyond float16; keep them in float32"):
+        recalibrate(in_float32, start, [400 * normal(8, 8)])
+
+
+def test_a_function_without_a_hash():
+    class Apply:
+        __hash__ = None
+
+        def __call__(self, v, x):
+            return x, {"mean": 0.5 * v["mean"] + 0.5 * x.mean(0)}
+
+    assert recalibrate(Apply(), {"mean": jnp.zeros(1)}, [jnp.array([[1.0], [3.0]])])["mean"].tolist() == [2.0]
+
+
 def test_bad_input_is_named(variables):
     with pytest.raises(ValueError, match="there are no batches"):
         recalibrate(train, variables, [])

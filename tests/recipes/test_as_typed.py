@@ -1,5 +1,8 @@
 """Every recipe as a person types it: what is misspelt, missing, already there, changed or interrupted."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn: pip install 'ehap-jax[digits]'")
@@ -115,6 +118,22 @@ def test_what_is_there_already_is_kept(tmp_path, capsys, recipe):
     status, error = typed(recipe, capsys, *words(recipe), "--output", tmp_path / "file")
     assert status == 2 and "is a file" in error
     assert (tmp_path / "file").read_text() == "dear" and (tmp_path / "thesis" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("recipe", EVERY, ids=names(EVERY))
+def test_where_nothing_can_be_written_is_told_first(tmp_path, capsys, recipe):
+    """Before the network and the data are looked for. Permissions do not stop root; /proc and files as folders do."""
+    (tmp_path / "file").write_text("dear")
+    places = {tmp_path / "file" / "runs" / "a": "is a file; choose another path"}
+    if Path("/proc/self").is_dir():
+        places[Path("/proc/ehap_jax/run")] = "cannot write in /proc (No such file or directory); choose another path"
+    if os.geteuid() != 0:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        places[tmp_path / "closed" / "run"] = f"cannot write in {tmp_path}/closed (Permission denied); choose another"
+    for place, message in places.items():
+        status, error = typed(recipe, capsys, *words(recipe), "--output", place)
+        assert status == 2 and len(error.splitlines()) == 1 and message in error
+    assert (tmp_path / "file").read_text() == "dear"
 
 
 @pytest.mark.slow

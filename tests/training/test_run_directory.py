@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import io
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ehap_jax import _whole_files
 from ehap_jax._whole_files import written_whole
 from ehap_jax.training import Progress, RunDirectory, run_directory, run_lock
 
@@ -67,6 +70,27 @@ def test_only_runs_are_overwritten(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "dear"
     (tmp_path / "empty").mkdir()
     assert RunDirectory.create(tmp_path / "empty").read_json("config.json") == {}
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_directory_that_cannot_be_written_is_named(tmp_path, monkeypatch, code):
+    """Before anything is deleted. Root may write anywhere here, so the making of a file fails by hand."""
+    run = RunDirectory.create(tmp_path / "run", Config())
+    before = sorted(run.path.iterdir())
+
+    def refused(**_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(_whole_files.tempfile, "mkstemp", refused)
+    kind = OSError if code == errno.ENOSPC else PermissionError  # recipes say "no space left" themselves
+    for path, options in (
+        (run.path, {"resume": True}),
+        (run.path, {"overwrite": True}),
+        (tmp_path / "new" / "run", {}),
+    ):
+        with pytest.raises(kind, match=os.strerror(code)):
+            RunDirectory.create(path, Config(), **options)
+    assert sorted(run.path.iterdir()) == before and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("there", ["[1]", "{", "[" * 10**5])
