@@ -50,11 +50,15 @@ def found(tmp_path_factory):
     return json.loads(output.read_text())
 
 
+ROUNDINGS = 1e-5
+"""Of the largest trace, where examples are added in another order: some 100 roundings of float32. Processors differ."""
+
+
 def assert_same(found, expected):
     assert found["count"] == expected["count"] == on_devices.PROBES
     for name in ("mean", "sem"):
         a, b = np.array(found[name]), np.array(expected[name])
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDINGS * np.abs(b).max())
 
 
 @pytest.mark.parametrize("shape", [*(f"{d}x{p}" for d, p in on_devices.SHAPES), "linearize", "probe only"])
@@ -72,7 +76,7 @@ def test_probes_alone_divided_change_no_bit(found):
 
 def test_the_loop_on_the_device_gives_the_same(found):
     expected = np.array(found["one"]["mean"])
-    np.testing.assert_allclose(found["loop on device"], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(found["loop on device"], expected, rtol=0, atol=ROUNDINGS * np.abs(expected).max())
 
 
 def test_going_on_with_another_number_of_devices(found):
