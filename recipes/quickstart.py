@@ -153,7 +153,8 @@ def main(config: Config, options: TrainingOptions) -> None:
         write_results(lab, results)
         progress.console.print(stage_table(run.read_json("summary.json")))
         progress.note(f"report: {run.path / 'report.html'}")
-        progress.note(f"next: python -m recipes.quantize short {run.path} --data digits")
+        images = len(dataset.x_train)
+        progress.note(f"next: python -m recipes.quantize short {run.path} --data {config.data} --train-images {images}")
 
 
 def command(arguments: Sequence[str] | None = None) -> int:

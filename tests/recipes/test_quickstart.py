@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from ehap_jax import PruningPlan, onnx_session
-from recipes.network import load_network
+from recipes import quantize
+from recipes.command import parse
+from recipes.network import load_data, load_network
 from recipes.quickstart import command
 
 TINY = [
@@ -60,12 +62,17 @@ def test_what_it_leaves_goes_on(finished):
     assert logits.shape == (2, 10)
 
 
-def test_resume_ends_in_the_same_numbers(finished):
+def test_resume_ends_in_the_same_numbers(finished, capsys):
     """Every stage is taken from its checkpoint; the accuracies are evaluated anew and must agree."""
     before = json.loads((finished / "summary.json").read_text())["stages"]
     (finished / "summary.json").unlink()
     assert command([*TINY, "--output", str(finished), "--resume"]) == 0
     assert json.loads((finished / "summary.json").read_text())["stages"] == before
+    told = "".join(capsys.readouterr())
+    (given,) = re.findall(r"^next: python -m recipes\.quantize (short .*)$", told, re.MULTILINE)
+    config, _ = parse(quantize.VARIANTS, given.split(), name="quantize")
+    network = load_network(config.network)
+    assert len(load_data(network, config.data, config.train_images).x_train) == config.train_images
 
 
 @pytest.mark.parametrize(
